@@ -1,0 +1,140 @@
+"""Every check of an argument, and every message.
+
+A message names the argument, says what came and what was expected, and what to do where that is
+not plain. Wrong kinds of value are TypeErrors, wrong values ValueErrors. Checks look at shapes,
+dtypes and Python numbers alone, so that they cost nothing in a traced or lazy framework.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+ACTIVATIONS = ("relu", "silu")
+
+Shape = Sequence[int]
+
+
+def floating(name: str, dtype: object, is_real_floating: bool) -> None:
+    """Arrays of integers, complex numbers, objects or strings have no batch normalization."""
+    if not is_real_floating:
+        raise TypeError(
+            f"{name} must be an array of real floating-point numbers, but its dtype is {dtype}. "
+            "Convert it first, to float32 for instance."
+        )
+
+
+def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
+    """`axis`, an int or a sequence of them, as a sorted tuple of non-negative feature axes."""
+    ndim = len(shape)
+    features = []
+    for each in axis if isinstance(axis, (tuple, list)) else (axis,):
+        if type(each) is not int and (isinstance(each, bool) or not isinstance(each, Integral)):
+            raise TypeError(f"axis must be an integer or a tuple of integers, but got {axis!r}.")
+        if not -ndim <= each < ndim:
+            raise ValueError(
+                f"axis must be within [{-ndim}, {ndim - 1}] for x of shape {tuple(shape)}, "
+                f"but got {axis!r}."
+            )
+        features.append(int(each) % ndim)
+    if len(set(features)) < len(features):
+        raise ValueError(f"axis must not name an axis of x twice, but got {axis!r} for rank {ndim}.")
+    if not features or len(features) == ndim:
+        raise ValueError(
+            "axis must name at least one feature axis of x and leave at least one to normalize "
+            f"over, but got {axis!r} for x of shape {tuple(shape)}."
+        )
+    return tuple(sorted(features))
+
+
+def positive_eps(eps: Any) -> float:
+    if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)):
+        raise TypeError(f"eps must be a positive number, but got {eps!r}.")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, but got {eps}.")
+    return float(eps)
+
+
+def fraction(name: str, value: Any) -> float:
+    """A momentum or a rate: a number within [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number within [0, 1], but got {value!r}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be within [0, 1], but got {value}.")
+    return float(value)
+
+
+def correction(value: Any) -> int:
+    if value not in (0, 1):
+        raise ValueError(
+            "correction must be 0 (running variance divided by the count) or 1 (by the count - 1), "
+            f"but got {value!r}."
+        )
+    return int(value)
+
+
+def number_of_features(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"num_features must be a positive integer, but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"num_features must be a positive integer, but got {value}.")
+    return int(value)
+
+
+def activation(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and value in ACTIVATIONS):
+        return value
+    raise ValueError(f'activation must be None, "relu" or "silu", but got {value!r}.')
+
+
+def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ValueError(
+            f"{name} must have the feature shape {tuple(expected)} of x, whose shape is "
+            f"{tuple(x_shape)}, but its shape is {tuple(shape)}."
+        )
+
+
+def same_shape(name: str, shape: Shape, x_shape: Shape) -> None:
+    if tuple(shape) != tuple(x_shape):
+        raise ValueError(
+            f"{name} must have the shape {tuple(x_shape)} of x, but its shape is {tuple(shape)}."
+        )
+
+
+def broadcasts(name: str, shape: Shape, x_shape: Shape) -> None:
+    aligned = zip(reversed(tuple(shape)), reversed(tuple(x_shape)), strict=False)
+    if len(shape) > len(x_shape) or any(size not in (1, of_x) for size, of_x in aligned):
+        raise ValueError(
+            f"{name} must broadcast to the shape {tuple(x_shape)} of x, "
+            f"but its shape is {tuple(shape)}."
+        )
+
+
+def non_negative(name: str, smallest: float) -> None:
+    if not smallest >= 0:
+        raise ValueError(f"{name} must hold bools or weights >= 0, but it holds {smallest}.")
+
+
+def number_of_channels(channels: int, num_features: int, shape: Shape) -> None:
+    if channels != num_features:
+        raise ValueError(
+            f"x must have num_features={num_features} channels, "
+            f"but it has {channels}: its shape is {tuple(shape)}."
+        )
+
+
+def more_than_one_value(values: int, x_shape: Shape) -> None:
+    if values == 1:
+        raise ValueError(
+            "batch_norm needs more than one value of each feature, but x of shape "
+            f"{tuple(x_shape)} has one. Use normalize with running statistics."
+        )
+
+
+def statistics_shape(name: str, shape: Shape, expected: Shape) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ValueError(
+            f"{name} must have the shape {tuple(expected)} of the batch's statistics, "
+            f"but its shape is {tuple(shape)}."
+        )
