@@ -1,0 +1,62 @@
+// The four stages of batch normalization on raw memory.
+//
+//   statistics      m = sum w;  mean = sum w*x / m;  var = sum w*(x - mean)^2 / m
+//   normalize       y = act((x - mean) * rstd * scale + bias + residual),  rstd = 1 / sqrt(var + eps)
+//   gradient_sums   sum g  and  sum g*xhat,  g = dy * act',  xhat = (x - mean) * rstd
+//   input_gradient  dx = scale * rstd * (g - w/m * (sum g + xhat * sum g*xhat))
+//
+// (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.) Every tensor like x is contiguous and
+// seen as [outer, channels, inner]: NHWC is [N*H*W, C, 1], NCHW is [N, C, H*W]. Per-channel values
+// are doubles, so that a mean need not be rounded to a float before it is subtracted.
+//
+// An element whose weight is 0 is left out of the statistics and normalized all the same; where it
+// is not finite, it takes no part in any gradient.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm {
+
+enum class Dtype : int { float32, float64, float16, bfloat16 };
+enum class Activation : int { none, relu, silu };
+
+struct Shape {
+  int64_t outer, channels, inner;
+  int64_t size() const { return outer * channels * inner; }
+};
+
+// What the stages have in common. Null pointers stand for what is absent.
+struct Problem {
+  Shape shape;
+  Dtype dtype;              // of x, y, residual, dy, dx and dresidual
+  Activation activation;
+  double eps;
+  const void* x;            // [outer, channels, inner]
+  const void* residual;     // [outer, channels, inner] or null
+  const double* scale;      // [channels] or null (1)
+  const double* bias;       // [channels] or null (0)
+  const void* weights;      // [outer, weight_channels, inner] or null (1); float64 if x is, else
+                            // float32
+  int64_t weight_channels;  // 1 or channels
+};
+
+// count, mean, var: out, [channels]. All 0 for a channel without elements.
+void statistics(const Problem& problem, double* count, double* mean, double* var);
+
+// mean, var: in, [channels].  y: out, like x, and may be x itself.
+void normalize(const Problem& problem, const double* mean, const double* var, void* y);
+
+// dy: in, like x.  sum_g, sum_g_xhat: out, [channels]: the gradients of bias and of scale.
+void gradient_sums(const Problem& problem, const double* mean, const double* var, const void* dy,
+                   double* sum_g, double* sum_g_xhat);
+
+// count, mean, var, sum_g, sum_g_xhat: in, [channels].  dy: in, like x.
+// dx: out, like x.  dresidual: out, like x, receives g; or null.
+void input_gradient(const Problem& problem, const double* count, const double* mean,
+                    const double* var, const double* sum_g, const double* sum_g_xhat,
+                    const void* dy, void* dx, void* dresidual);
+
+// The widest instruction set that both this build and this processor have.
+const char* instruction_set();
+
+}  // namespace batchnorm

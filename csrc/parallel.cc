@@ -1,0 +1,309 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+
+#ifndef _WIN32
+#include <pthread.h>
+#include <signal.h>
+#endif
+#ifdef __linux__
+#include <sched.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace batchnorm {
+namespace {
+
+// A thread that waits looks without a break for the first time, and up to the second while it
+// yields the core between looks; then it sleeps.
+constexpr auto kPauseTime = std::chrono::microseconds(5);
+constexpr auto kYieldTime = std::chrono::microseconds(50);
+
+void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__) && defined(__GNUC__)
+  asm volatile("isb");  // "yield" does nothing on most cores
+#endif
+}
+
+// Looks until ready() or until the time is over, and says which.
+template <typename Ready>
+bool spin(const Ready& ready) {
+  const auto start = std::chrono::steady_clock::now();
+  for (;;) {
+    for (int look = 0; look < 16; ++look) {
+      if (ready()) return true;
+      relax();
+    }
+    const auto waited = std::chrono::steady_clock::now() - start;
+    if (waited > kYieldTime) return false;
+    if (waited > kPauseTime) std::this_thread::yield();
+  }
+}
+
+// One call of parallel_for, on the stack of its caller.
+struct Job {
+  void (*run)(const void* body, int task);
+  const void* body;
+  int tasks;
+  std::fenv_t environment;
+
+  // Guarded by the pool's mutex: how many more workers may join, and the pool's list, where a job
+  // stands while it has free seats.
+  int free_seats = 0;
+  Job* next_job = nullptr;
+
+  std::atomic<int> helpers{0};  // workers that hold a seat
+
+  // Every thread overshoots once: with 64 bits it cannot wrap.
+  alignas(64) std::atomic<std::int64_t> next_task{0};
+
+  void work() {
+    for (std::int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      run(body, static_cast<int>(task));
+    }
+  }
+
+  bool exhausted() const { return next_task.load(std::memory_order_relaxed) >= tasks; }
+};
+
+class Pool {
+ public:
+  void offer(Job& job, int seats) {
+    int wanted, asleep;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      while (workers < seats && start_worker()) {
+      }
+      job.free_seats = seats;
+      job.next_job = jobs;
+      jobs = &job;
+      free_seats += seats;
+      wanted = seats - spinning;
+      asleep = sleeping;
+    }
+    if (wanted >= asleep) {
+      work_offered.notify_all();
+    } else {
+      for (; wanted > 0; --wanted) work_offered.notify_one();
+    }
+  }
+
+  // Nobody joins any more; returns when those who had joined are done.
+  void withdraw(Job& job) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      unlist(job);
+    }
+    if (spin([&] { return job.helpers == 0; })) return;
+    std::unique_lock<std::mutex> lock(mutex);
+    ++sleeping_callers;
+    helpers_left.wait(lock, [&] { return job.helpers == 0; });
+    --sleeping_callers;
+  }
+
+ private:
+  bool start_worker() {
+#ifndef _WIN32
+    // The new thread inherits the mask. Faults are left out for the sake of Python's faulthandler.
+    sigset_t blocked, previous;
+    sigfillset(&blocked);
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&blocked, fault);
+    pthread_sigmask(SIG_BLOCK, &blocked, &previous);
+#endif
+    bool started = true;
+    try {
+      std::thread([this] { serve(); }).detach();
+      ++workers;
+    } catch (const std::exception&) {  // the system has no thread to give: fewer will do
+      started = false;
+    }
+#ifndef _WIN32
+    pthread_sigmask(SIG_SETMASK, &previous, nullptr);
+#endif
+    return started;
+  }
+
+  [[noreturn]] void serve() {
+    ++spinning;
+    for (;;) {
+      Job& job = next_job();
+      std::fesetenv(&job.environment);
+      job.work();
+      // Before leaving, so that the caller's next offer counts on this worker and wakes no other.
+      ++spinning;
+      const bool last = --job.helpers == 0;  // from here on the job may be gone
+      if (last && sleeping_callers > 0) {
+        // Under the mutex no caller is between its last look and its sleep.
+        std::lock_guard<std::mutex> lock(mutex);
+        helpers_left.notify_all();
+      }
+    }
+  }
+
+  Job& next_job() {
+    Job* job = nullptr;
+    spin([&] {
+      if (free_seats == 0) return false;
+      // A crowd of workers must not queue up here, in the way of the callers.
+      std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
+      if (lock) job = take_seat();
+      return job != nullptr;
+    });
+    --spinning;
+    if (job) return *job;
+    std::unique_lock<std::mutex> lock(mutex);
+    while (!(job = take_seat())) {
+      ++sleeping;
+      work_offered.wait(lock);
+      --sleeping;
+    }
+    return *job;
+  }
+
+  Job* take_seat() {
+    while (jobs && jobs->exhausted()) unlist(*jobs);
+    Job* job = jobs;
+    if (!job) return nullptr;
+    ++job->helpers;
+    --free_seats;
+    if (--job->free_seats == 0) jobs = job->next_job;
+    return job;
+  }
+
+  void unlist(Job& job) {
+    if (job.free_seats == 0) return;  // not in the list
+    Job** link = &jobs;
+    while (*link != &job) link = &(*link)->next_job;
+    *link = job.next_job;
+    free_seats -= job.free_seats;
+    job.free_seats = 0;
+  }
+
+  std::mutex mutex;
+  std::condition_variable work_offered;  // for workers
+  std::condition_variable helpers_left;  // for callers
+  Job* jobs = nullptr;                   // the newest first
+  int workers = 0;
+  int sleeping = 0;
+  std::atomic<int> sleeping_callers{0};
+  std::atomic<int> spinning{0};
+
+  // Of all jobs in the list; what spinning workers look at.
+  alignas(64) std::atomic<int> free_seats{0};
+};
+
+// Never destroyed: at exit workers may still wait on the condition variables.
+alignas(Pool) unsigned char pool_memory[sizeof(Pool)];
+Pool& pool = *new (pool_memory) Pool;
+
+#ifndef _WIN32
+// Allocates nothing and locks nothing, as threads that are no more may have held any lock.
+void replace_pool() { new (pool_memory) Pool; }
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, replace_pool);
+#endif
+
+std::atomic<int> thread_limit{0};  // 0: nobody has asked yet
+
+#ifdef __linux__
+
+int affinity_cpus() {
+  // The kernel refuses a mask shorter than its own.
+  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {
+    cpu_set_t* mask = CPU_ALLOC(cpus);
+    if (!mask) break;
+    const std::size_t size = CPU_ALLOC_SIZE(cpus);
+    const int count = sched_getaffinity(0, size, mask) == 0 ? CPU_COUNT_S(size, mask) : 0;
+    CPU_FREE(mask);
+    if (count > 0) return count;
+  }
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+// The quota that one cgroup sets, in CPUs; infinity where it sets none.
+double quota_cpus(const std::string& directory, bool version2) {
+  double quota = -1;  // without one, version 2 says "max" and version 1 says -1
+  double period = -1;
+  if (version2) {
+    std::ifstream(directory + "/cpu.max") >> quota >> period;
+  } else {
+    std::ifstream(directory + "/cpu.cfs_quota_us") >> quota;
+    std::ifstream(directory + "/cpu.cfs_period_us") >> period;
+  }
+  return quota > 0 && period > 0 ? quota / period : HUGE_VAL;
+}
+
+// The smallest quota among this process's cgroup and those above it. In a container the path is
+// often the host's and not there; the walk up then ends at the container's own root, which is.
+double cgroup_cpus() {
+  double cpus = HUGE_VAL;
+  std::ifstream cgroups("/proc/self/cgroup");
+  for (std::string line; std::getline(cgroups, line);) {  // number:controllers:/path
+    const std::size_t first = line.find(':'), second = line.find(":/", first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const bool version2 = controllers == ",,";
+    if (!version2 && controllers.find(",cpu,") == std::string::npos) continue;
+    const std::string root = version2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
+    std::string path = line.substr(second + 1);
+    cpus = std::min(cpus, quota_cpus(root + path, version2));
+    while (!path.empty()) {
+      path.erase(path.rfind('/'));
+      cpus = std::min(cpus, quota_cpus(root + path, version2));
+    }
+  }
+  return cpus;
+}
+
+#endif
+
+}  // namespace
+
+void detail::parallel_for(int tasks, void (*run)(const void* body, int task), const void* body) {
+  const int threads = std::min(tasks, num_threads());
+  if (threads <= 1) {
+    for (int task = 0; task < tasks; ++task) run(body, task);
+    return;
+  }
+  Job job{run, body, tasks, {}};
+  std::fegetenv(&job.environment);
+  pool.offer(job, threads - 1);
+  job.work();
+  pool.withdraw(job);
+}
+
+int num_threads() {
+  const int limit = thread_limit;
+  if (limit > 0) return limit;
+  int unset = 0;
+  thread_limit.compare_exchange_strong(unset, available_cpus());
+  return thread_limit;
+}
+
+void set_num_threads(int n) { thread_limit = n; }
+
+int available_cpus() {
+#ifdef __linux__
+  const double cpus = std::min<double>(affinity_cpus(), std::ceil(cgroup_cpus()));
+#else
+  const double cpus = std::thread::hardware_concurrency();
+#endif
+  return std::max(1, static_cast<int>(cpus));
+}
+
+}  // namespace batchnorm

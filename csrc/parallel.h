@@ -1,0 +1,63 @@
+// parallel_for: one loop spread over a small pool of threads.
+//
+//     batchnorm::parallel_for(blocks, [&](int block) { add_up(block, sums + block * channels); });
+//
+// Each task is run exactly once, by the calling thread or by a worker, in no particular order.
+// Everything the tasks wrote is visible to the caller when parallel_for returns. Tasks are handed
+// out one at a time, so a few more tasks than threads even out unequal ones. Handing work to a
+// worker that is awake costs about a microsecond, to one that sleeps some tens: a loop shorter than
+// 50 to 100 microseconds is better left serial.
+//
+// How it works. A call is a job on the caller's stack: a counter of the next task to take, and a
+// few seats for workers. The job is put on the pool's list; workers that find a free seat there
+// take it, and they and the caller draw tasks from the counter until none is left. Then the caller
+// takes the job off the list and waits for the workers that hold a seat, each of which is in the
+// middle of its last task. It never waits for a worker that has not come: where all of them are
+// busy or slow to wake, the caller has simply done the work itself. Hence
+//
+//   - it may be called from any thread, from many at once (Python threads, XLA's own pool), and
+//     from inside a task: no call ever waits for a thread that could be waiting for it;
+//   - it does not allocate, apart from starting the workers on first need.
+//
+// Waiting. A worker without work, and a caller waiting for workers, look again and again for a few
+// microseconds, go on looking for some tens more while they yield the core to whoever else wants
+// it, and then sleep. Calls in close succession thus find the workers awake, and a crowded machine
+// loses little.
+//
+// fork(). The child has none of its parent's workers and perhaps a locked mutex, so it starts with
+// a new, empty pool; the parent's goes on undisturbed. The one thing that cannot work is a task
+// that forks and lets the child return.
+//
+// Exit. Workers are detached and the pool is never destroyed: a process may end while they sleep,
+// look or work.
+//
+// Workers handle no signals, except those that report a fault of their own. A task computes in the
+// caller's floating-point environment (rounding, flushing of denormals) whichever thread runs it.
+
+#pragma once
+
+namespace batchnorm {
+
+namespace detail {
+void parallel_for(int tasks, void (*run)(const void* body, int task), const void* body);
+}
+
+// Runs body(task) for every task in [0, tasks); returns when all are done. It must not throw.
+template <typename Body>
+void parallel_for(int tasks, const Body& body) {
+  const auto run = [](const void* object, int task) { (*static_cast<const Body*>(object))(task); };
+  detail::parallel_for(tasks, run, &body);
+}
+
+// How many threads one call may use, the caller included; available_cpus() until it is set.
+int num_threads();
+
+// For later calls, in all threads; n >= 1. Workers that are no longer wanted stay asleep.
+void set_num_threads(int n);
+
+// How many CPUs this process may use: those its affinity mask allows (on Linux the calling
+// thread's, which is what new threads inherit), or fewer where a cgroup limits its CPU time; at
+// least 1. Reads no environment variable.
+int available_cpus();
+
+}  // namespace batchnorm

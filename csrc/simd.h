@@ -1,0 +1,233 @@
+// A pack: as many floats or doubles as one vector register holds, on the compiler's vector types.
+//
+// Storage types are float, double, Half and Bfloat; arithmetic is in F = float or double.
+// Everything has internal linkage, since this header is compiled once for each instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace batchnorm {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+template <class E, int N>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(N * sizeof(E))));
+};
+template <class E, int N>
+using Vector = typename VectorOf<E, N>::type;
+
+template <class F>
+constexpr int kLanes = kRegisterBytes / sizeof(F);
+template <class F>
+using Pack = Vector<F, kLanes<F>>;
+template <class F>
+using Bits = Vector<std::conditional_t<sizeof(F) == 4, int32_t, int64_t>, kLanes<F>>;
+
+template <class To, class From>
+inline To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+inline V load_bytes(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// ---- float16, where the processor has no instruction for it
+
+template <int N>
+inline Vector<float, N> widen_half(Vector<uint16_t, N> half) {
+  using U = Vector<uint32_t, N>;
+  const U h = __builtin_convertvector(half, U);
+  const U magnitude = (h & 0x7fffu) << 13;
+  // Read as a float, the exponent is 112 too small; the product also normalizes subnormals.
+  const U finite = as<U>(as<Vector<float, N>>(magnitude) * 0x1p112f);
+  const U special = U((h & 0x7c00u) == 0x7c00u);
+  const U bits = (special & (magnitude | 0x7f800000u)) | (~special & finite);
+  return as<Vector<float, N>>(bits | (h & 0x8000u) << 16);
+}
+
+template <int N>
+inline Vector<uint16_t, N> narrow_half(Vector<float, N> f) {
+  using U = Vector<uint32_t, N>;
+  using V = Vector<float, N>;
+  const U u = as<U>(f);
+  const U magnitude = u & 0x7fffffffu;
+  const U nan = U(magnitude > 0x7f800000u);
+  const U overflow = U(magnitude >= 0x477ff000u);  // 65520 and above round to infinity
+  const U tiny = U(magnitude < 0x38800000u);       // below 2^-14: a subnormal half
+  // Adding 0.5 lets the float adder round to a multiple of 2^-24, the subnormal spacing.
+  const U subnormal = as<U>(as<V>(magnitude) + 0.5f) - 0x3f000000u;
+  const U normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  U h = (tiny & subnormal) | (~tiny & normal);
+  h = (overflow & 0x7c00u) | (~overflow & h);
+  h = (nan & 0x7e00u) | (~nan & h);
+  return __builtin_convertvector(h | ((u >> 16) & 0x8000u), Vector<uint16_t, N>);
+}
+
+// ---- load and store, in packs of F whatever the storage type
+
+template <int N>
+inline Vector<float, N> load_floats(const float* from) {
+  return load_bytes<Vector<float, N>>(from);
+}
+template <int N>
+inline Vector<float, N> load_floats(const Bfloat* from) {
+  const auto bits = load_bytes<Vector<uint16_t, N>>(from);
+  return as<Vector<float, N>>(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
+}
+template <int N>
+inline Vector<float, N> load_floats(const Half* from) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) return as<Vector<float, N>>(_mm512_cvtph_ps(load_bytes<__m256i>(from)));
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8) return as<Vector<float, N>>(_mm256_cvtph_ps(load_bytes<__m128i>(from)));
+#endif
+  return widen_half<N>(load_bytes<Vector<uint16_t, N>>(from));
+}
+
+template <class F, class T>
+inline Pack<F> load(const T* from) {
+  if constexpr (std::is_same_v<F, T>) {
+    return load_bytes<Pack<F>>(from);
+  } else if constexpr (std::is_same_v<F, float>) {
+    return load_floats<kLanes<float>>(from);
+  } else {
+    return __builtin_convertvector(load_floats<kLanes<double>>(from), Pack<double>);
+  }
+}
+
+inline void store(float* to, Pack<float> v) { std::memcpy(to, &v, sizeof v); }
+inline void store(double* to, Pack<double> v) { std::memcpy(to, &v, sizeof v); }
+inline void store(Bfloat* to, Pack<float> v) {
+  constexpr int N = kLanes<float>;
+  using U = Vector<uint32_t, N>;
+  const U u = as<U>(v);
+  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const U nan = U(v != v);
+  const auto bits = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Vector<uint16_t, N>);
+  std::memcpy(to, &bits, sizeof bits);
+}
+inline void store(Half* to, Pack<float> v) {
+#if defined(__AVX512F__)
+  const auto bits = _mm512_cvtps_ph(as<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  const auto bits = _mm256_cvtps_ph(as<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const auto bits = narrow_half<kLanes<float>>(v);
+#endif
+  std::memcpy(to, &bits, sizeof bits);
+}
+
+// The first `count` elements, the other lanes 0: for the end of a row.
+template <class F, class T>
+inline Pack<F> load(const T* from, int count) {
+  if (count == kLanes<F>) return load<F>(from);
+  T buffer[kLanes<F>] = {};
+  std::memcpy(buffer, from, count * sizeof(T));
+  return load<F>(buffer);
+}
+template <class F, class T>
+inline void store(T* to, Pack<F> v, int count) {
+  if (count == kLanes<F>) return store(to, v);
+  T buffer[kLanes<F>];
+  store(buffer, v);
+  std::memcpy(to, buffer, count * sizeof(T));
+}
+
+// body(i, count) for packs at i = 0, kLanes, ...: `count` is kLanes, a constant, but for the last.
+template <class F, class Body>
+inline __attribute__((always_inline)) void for_packs(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kLanes<F> <= n; i += kLanes<F>) body(i, kLanes<F>);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+
+// ---- arithmetic
+
+template <class F>
+inline Pack<F> all(F value) {
+  return value - Pack<F>{};
+}
+
+template <class F>
+inline Pack<F> select(Bits<F> mask, Pack<F> yes, Pack<F> no) {
+  return as<Pack<F>>((mask & as<Bits<F>>(yes)) | (~mask & as<Bits<F>>(no)));
+}
+
+// All bits set in the first `count` lanes.
+template <class F>
+inline Bits<F> first_lanes(int count) {
+  Bits<F> lane;
+  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
+  return Bits<F>(lane < count);
+}
+
+template <class F>
+inline double horizontal_sum(Pack<F> v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes<F>; ++i) sum += v[i];
+  return sum;
+}
+
+// exp for |x| <= 88, to about one unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and the
+// Taylor series of e^r, whose first omitted term is below 0.35^8 / 8! = 6e-9.
+inline Pack<float> exponential(Pack<float> x) {
+  const Pack<float> shift = all(0x1.8p23f);  // adding it rounds to an integer
+  const Pack<float> n = (x * 0x1.715476p+0f + shift) - shift;
+  const Pack<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  Pack<float> e = all(1.0f / 5040);
+  e = e * r + 1.0f / 720;
+  e = e * r + 1.0f / 120;
+  e = e * r + 1.0f / 24;
+  e = e * r + 1.0f / 6;
+  e = e * r + 0.5f;
+  e = e * r + 1.0f;
+  e = e * r + 1.0f;
+  const Bits<float> exponent = (__builtin_convertvector(n, Bits<float>) + 127) << 23;
+  return e * as<Pack<float>>(exponent);
+}
+inline Pack<double> exponential(Pack<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class F>
+inline Pack<F> sigmoid(Pack<F> z) {
+  constexpr F limit = sizeof(F) == 4 ? 87 : 700;  // e^limit is finite
+  Pack<F> minus_z = -z;
+  minus_z = select<F>(Bits<F>(minus_z > limit), all(limit), minus_z);
+  minus_z = select<F>(Bits<F>(minus_z < -limit), all(-limit), minus_z);
+  return F(1) / (F(1) + exponential(minus_z));
+}
+
+}  // namespace
+}  // namespace batchnorm
