@@ -1,0 +1,213 @@
+// The Python face: batchnorm._cpu. Addresses come and go as integers, so that any array of any
+// framework can be served; only batchnorm/native.py calls this, and it checks what it passes.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdint>
+
+#include "batch_norm.h"
+#include "parallel.h"
+
+namespace {
+
+using namespace batchnorm;
+
+// Takes the arguments of a call one after the other. After a wrong one, ok() is false and a Python
+// error is set.
+class Arguments {
+ public:
+  Arguments(PyObject* const* values, Py_ssize_t count) : values_(values), left_(count) {}
+
+  int64_t integer() {
+    PyObject* value = take();
+    return value ? PyLong_AsLongLong(value) : 0;
+  }
+  double real() {
+    PyObject* value = take();
+    return value ? PyFloat_AsDouble(value) : 0;
+  }
+  template <class T>
+  T* address() {
+    PyObject* value = take();
+    return value ? static_cast<T*>(PyLong_AsVoidPtr(value)) : nullptr;
+  }
+  Problem problem() {
+    Problem problem;
+    problem.shape.outer = integer();
+    problem.shape.channels = integer();
+    problem.shape.inner = integer();
+    problem.dtype = static_cast<Dtype>(integer());
+    problem.activation = static_cast<Activation>(integer());
+    problem.eps = real();
+    problem.x = address<void>();
+    problem.residual = address<void>();
+    problem.scale = address<double>();
+    problem.bias = address<double>();
+    problem.weights = address<void>();
+    problem.weight_channels = integer();
+    return problem;
+  }
+  bool ok() {
+    if (left_ > 0) PyErr_Format(PyExc_TypeError, "%zd arguments too many", left_);
+    return !PyErr_Occurred();
+  }
+
+ private:
+  PyObject* take() {
+    if (PyErr_Occurred()) return nullptr;
+    if (left_ == 0) {
+      PyErr_SetString(PyExc_TypeError, "too few arguments");
+      return nullptr;
+    }
+    --left_;
+    return *values_++;
+  }
+
+  PyObject* const* values_;
+  Py_ssize_t left_;
+};
+
+template <class Work>
+PyObject* without_gil(const Work& work) {
+  Py_BEGIN_ALLOW_THREADS;
+  work();
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* py_batch_norm(PyObject*, PyObject* const* values, Py_ssize_t n) {
+  Arguments arguments(values, n);
+  const Problem problem = arguments.problem();
+  double* count = arguments.address<double>();
+  double* mean = arguments.address<double>();
+  double* var = arguments.address<double>();
+  void* y = arguments.address<void>();
+  if (!arguments.ok()) return nullptr;
+  return without_gil([&] {
+    statistics(problem, count, mean, var);
+    normalize(problem, mean, var, y);
+  });
+}
+
+PyObject* py_statistics(PyObject*, PyObject* const* values, Py_ssize_t n) {
+  Arguments arguments(values, n);
+  const Problem problem = arguments.problem();
+  double* count = arguments.address<double>();
+  double* mean = arguments.address<double>();
+  double* var = arguments.address<double>();
+  if (!arguments.ok()) return nullptr;
+  return without_gil([&] { statistics(problem, count, mean, var); });
+}
+
+PyObject* py_normalize(PyObject*, PyObject* const* values, Py_ssize_t n) {
+  Arguments arguments(values, n);
+  const Problem problem = arguments.problem();
+  const double* mean = arguments.address<double>();
+  const double* var = arguments.address<double>();
+  void* y = arguments.address<void>();
+  if (!arguments.ok()) return nullptr;
+  return without_gil([&] { normalize(problem, mean, var, y); });
+}
+
+PyObject* py_gradient_sums(PyObject*, PyObject* const* values, Py_ssize_t n) {
+  Arguments arguments(values, n);
+  const Problem problem = arguments.problem();
+  const double* mean = arguments.address<double>();
+  const double* var = arguments.address<double>();
+  const void* dy = arguments.address<void>();
+  double* sum_g = arguments.address<double>();
+  double* sum_g_xhat = arguments.address<double>();
+  if (!arguments.ok()) return nullptr;
+  return without_gil([&] { gradient_sums(problem, mean, var, dy, sum_g, sum_g_xhat); });
+}
+
+PyObject* py_input_gradient(PyObject*, PyObject* const* values, Py_ssize_t n) {
+  Arguments arguments(values, n);
+  const Problem problem = arguments.problem();
+  const double* count = arguments.address<double>();
+  const double* mean = arguments.address<double>();
+  const double* var = arguments.address<double>();
+  const double* sum_g = arguments.address<double>();
+  const double* sum_g_xhat = arguments.address<double>();
+  const void* dy = arguments.address<void>();
+  void* dx = arguments.address<void>();
+  void* dresidual = arguments.address<void>();
+  if (!arguments.ok()) return nullptr;
+  return without_gil([&] {
+    input_gradient(problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual);
+  });
+}
+
+// Of anything with the buffer protocol, whatever its strides.
+PyObject* py_address(PyObject*, PyObject* object) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES) != 0) return nullptr;
+  PyObject* address = PyLong_FromVoidPtr(view.buf);
+  PyBuffer_Release(&view);
+  return address;
+}
+
+PyObject* py_num_threads(PyObject*, PyObject*) { return PyLong_FromLong(num_threads()); }
+
+PyObject* py_set_num_threads(PyObject*, PyObject* value) {
+  const long n = PyLong_AsLong(value);
+  if (n == -1 && PyErr_Occurred()) return nullptr;
+  set_num_threads(static_cast<int>(n));
+  Py_RETURN_NONE;
+}
+
+PyObject* py_instruction_set(PyObject*, PyObject*) {
+  return PyUnicode_FromString(instruction_set());
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef methods[] = {
+    {"batch_norm", fast(py_batch_norm), METH_FASTCALL, "(*problem, count, mean, var, y)"},
+    {"statistics", fast(py_statistics), METH_FASTCALL, "(*problem, count, mean, var)"},
+    {"normalize", fast(py_normalize), METH_FASTCALL, "(*problem, mean, var, y)"},
+    {"gradient_sums", fast(py_gradient_sums), METH_FASTCALL,
+     "(*problem, mean, var, dy, sum_g, sum_g_xhat)"},
+    {"input_gradient", fast(py_input_gradient), METH_FASTCALL,
+     "(*problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual)"},
+    {"address", py_address, METH_O, "The address of a buffer's first element."},
+    {"num_threads", py_num_threads, METH_NOARGS, nullptr},
+    {"set_num_threads", py_set_num_threads, METH_O, nullptr},
+    {"instruction_set", py_instruction_set, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+// The codes of the enums in batch_norm.h, by the names that Python uses.
+int execute(PyObject* module) {
+  const auto code = [](auto value) { return static_cast<int>(value); };
+  PyObject* dtypes = Py_BuildValue(
+      "{s:i,s:i,s:i,s:i}", "float32", code(Dtype::float32), "float64", code(Dtype::float64),
+      "float16", code(Dtype::float16), "bfloat16", code(Dtype::bfloat16));
+  PyObject* activations =
+      Py_BuildValue("{O:i,s:i,s:i}", Py_None, code(Activation::none), "relu",
+                    code(Activation::relu), "silu", code(Activation::silu));
+  int result = -1;
+  if (dtypes && activations) {
+    result = PyModule_AddObjectRef(module, "DTYPES", dtypes) |
+             PyModule_AddObjectRef(module, "ACTIVATIONS", activations);
+  }
+  Py_XDECREF(dtypes);
+  Py_XDECREF(activations);
+  return result;
+}
+
+PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, reinterpret_cast<void*>(execute)},
+    {0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_cpu", "Native kernels; see csrc/batch_norm.h.", 0, methods, slots,
+    nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu() { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,70 @@
+"""The native kernels: whether they are here, and how to call them with NumPy arrays.
+
+This is the only module that imports `batchnorm._cpu`. A native module that was never built is
+absent; one that is there but cannot be loaded raises ImportError.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+_cpu: ModuleType | None = None
+if importlib.util.find_spec("batchnorm._cpu") is not None:
+    from batchnorm import _cpu  # type: ignore[attr-defined,no-redef]
+
+
+def native_status() -> str:
+    """Say in one sentence whether native kernels serve, and how.
+
+    Returns
+    -------
+    str
+        The instruction set and the number of threads in use, or why there are no native kernels.
+
+    Examples
+    --------
+    >>> import batchnorm
+    >>> print(batchnorm.native_status())  # doctest: +ELLIPSIS
+    Native kernels ...
+    """
+    if _cpu is None:
+        return (
+            "Native kernels are not built: every array is served by batchnorm.definition; "
+            "to build them, install a C++17 compiler (GCC or Clang) and reinstall batchnorm."
+        )
+    threads = _cpu.num_threads()
+    return (
+        f"Native kernels serve, with {_cpu.instruction_set()} "
+        f"and up to {threads} thread{'s' if threads != 1 else ''}."
+    )
+
+
+def set_num_threads(threads: int) -> None:
+    """Set how many threads one call of a native kernel may use.
+
+    The default is the number of CPUs that the process may use.
+
+    Parameters
+    ----------
+    threads : int
+        At least 1. Without native kernels it has no effect.
+
+    Raises
+    ------
+    TypeError
+        If `threads` is not an integer.
+    ValueError
+        If `threads` is not within [1, 1024].
+
+    Examples
+    --------
+    >>> import batchnorm
+    >>> batchnorm.set_num_threads(2)
+    """
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads must be an integer, but got {threads!r}.")
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads must be within [1, 1024], but got {threads}.")
+    if _cpu is not None:
+        _cpu.set_num_threads(threads)
