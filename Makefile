@@ -1,0 +1,53 @@
+PYTHON ?= python3
+VENV := .venv
+IN_VENV := $(VENV)/bin/
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format sanitize bench clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+# .venv/test, say, is there once the extra "test" is installed, and anew when a source has changed.
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(shell find src -name '*.py')
+$(VENV)/test $(VENV)/dev: export BATCHNORM_REQUIRE_NATIVE := 1
+
+$(IN_VENV)python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%: $(SOURCES) | $(IN_VENV)python
+	$(IN_VENV)pip install --quiet '.[$*]'
+	@touch $@
+
+demo: $(VENV)/demo ## Train a network on handwritten digits three ways; writes demo.png.
+	$(IN_VENV)python examples/digits_mlx.py --picture demo.png
+
+test: $(VENV)/test ## Run every test, with native kernels required.
+	$(IN_VENV)python -m pytest
+
+lint: $(VENV)/dev ## Check formatting, types and style.
+	$(IN_VENV)ruff format --check .
+	$(IN_VENV)ruff check .
+	$(IN_VENV)mypy
+	$(IN_VENV)clang-format --dry-run --Werror csrc/* tests/native/*
+
+format: $(VENV)/dev ## Format Python and C++.
+	$(IN_VENV)ruff format .
+	$(IN_VENV)ruff check --fix .
+	$(IN_VENV)clang-format -i csrc/* tests/native/*
+
+# Frame pointers and -O1 keep the reports readable. ThreadSanitizer cannot follow a fork.
+sanitize: $(VENV)/dev ## Run the native tests under the address, undefined and thread sanitizers.
+	for sanitizer in address,undefined thread; do \
+	  $(IN_VENV)cmake -S . -B build/$$sanitizer -DCMAKE_BUILD_TYPE=None \
+	    -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=$$sanitizer" && \
+	  $(IN_VENV)cmake --build build/$$sanitizer --parallel && \
+	  $(IN_VENV)ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; \
+	done
+
+bench: $(VENV)/bench ## Time the kernels and the doors beside their peers.
+	$(IN_VENV)python benchmarks/kernels.py
+	$(IN_VENV)python benchmarks/mlx_layers.py
+
+clean: ## Remove what the other targets made.
+	rm -rf $(VENV) build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png
