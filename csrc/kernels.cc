@@ -215,6 +215,12 @@ void add_rows(int lanes, int64_t start, int64_t end, F* first, F* second, const 
   for (; row < end; ++row) add(row, std::integral_constant<int, 1>());
 }
 
+// Sets as many packs to 0 as hold the lanes.
+template <class F>
+void clear(F* lanes, int count) {
+  for (int i = 0; i < count; i += kLanes<F>) store(lanes + i, Pack<F>{});
+}
+
 // ---- statistics
 
 // Of a block: its sums of w, w*t and w*t^2, t = x - pivot, as moments of x.
@@ -304,10 +310,10 @@ void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T
   start_pivots<F, T>(problem, strip, sums);
   for (int64_t start = 0; start < strip.rows; start += kBlock) {
     const int64_t end = std::min(strip.rows, start + kBlock);
-    std::fill_n(sums.first, kStripLanes, F(0));
-    std::fill_n(sums.second, kStripLanes, F(0));
+    clear(sums.first, strip.lanes);
+    clear(sums.second, strip.lanes);
     if (problem.weights) {
-      std::fill_n(sums.weight, kStripLanes, F(0));
+      clear(sums.weight, strip.lanes);
       for (int64_t row = start; row < end; ++row) {
         const Weight<T>* w = weights_of_row(problem, strip, row, sums.weights);
         add_rows<F>(strip.lanes, row, row + 1, sums.first, sums.second,
@@ -364,7 +370,10 @@ void moments(const Problem& problem, const Range& range, Moments* channels) {
 template <class F>
 inline Pack<F> activate(Pack<F> z, Activation activation) {
   if (activation == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, z);
-  if (activation == Activation::silu) return z * sigmoid<F>(z);
+  if (activation == Activation::silu) {
+    // From -100 down, z * sigmoid(z) is its limit 0 for any purpose, also at -infinity.
+    return select<F>(Bits<F>(z < -100), all(F(-100)), z) * sigmoid<F>(z);
+  }
   return z;
 }
 
@@ -373,6 +382,7 @@ template <class F>
 inline Pack<F> through_activation(Pack<F> dy, Pack<F> z, Activation activation) {
   if (activation == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, dy);
   if (activation == Activation::silu) {
+    z = clamp<F>(z, 100);  // beyond, the slope is 0 or 1, not infinity * 0
     const Pack<F> s = sigmoid<F>(z);
     return dy * (s * (F(1) + z * (F(1) - s)));
   }
@@ -449,8 +459,8 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
     spread(problem.shape, strip, channels, of);
     for (int64_t start = 0; start < strip.rows; start += kBlock) {
       const int64_t end = std::min(strip.rows, start + kBlock);
-      std::fill_n(first, kStripLanes, F(0));
-      std::fill_n(second, kStripLanes, F(0));
+      clear(first, strip.lanes);
+      clear(second, strip.lanes);
       const auto add = [&](int64_t from, int64_t to, const Weight<T>* weights) {
         add_rows<F>(strip.lanes, from, to, first, second,
                     [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) {

@@ -220,13 +220,17 @@ inline Pack<double> exponential(Pack<double> x) {
   return x;
 }
 
+// Within [-limit, limit]; a NaN stays one.
+template <class F>
+inline Pack<F> clamp(Pack<F> v, F limit) {
+  v = select<F>(Bits<F>(v > limit), all(limit), v);
+  return select<F>(Bits<F>(v < -limit), all(-limit), v);
+}
+
 template <class F>
 inline Pack<F> sigmoid(Pack<F> z) {
   constexpr F limit = sizeof(F) == 4 ? 87 : 700;  // e^limit is finite
-  Pack<F> minus_z = -z;
-  minus_z = select<F>(Bits<F>(minus_z > limit), all(limit), minus_z);
-  minus_z = select<F>(Bits<F>(minus_z < -limit), all(-limit), minus_z);
-  return F(1) / (F(1) + exponential(minus_z));
+  return F(1) / (F(1) + exponential(clamp<F>(-z, limit)));
 }
 
 }  // namespace

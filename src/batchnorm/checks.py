@@ -15,6 +15,14 @@ ACTIVATIONS = ("relu", "silu")
 Shape = Sequence[int]
 
 
+def _is_integer(value: Any) -> bool:
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def _is_real(value: Any) -> bool:
+    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+
+
 def floating(name: str, dtype: object, is_real_floating: bool) -> None:
     """Arrays of integers, complex numbers, objects or strings have no batch normalization."""
     if not is_real_floating:
@@ -24,12 +32,20 @@ def floating(name: str, dtype: object, is_real_floating: bool) -> None:
         )
 
 
+def instance(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} must be an instance of {kind.__module__}.{kind.__name__}, "
+            f"but got {type(value).__name__}."
+        )
+
+
 def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
     """`axis`, an int or a sequence of them, as a sorted tuple of non-negative feature axes."""
     ndim = len(shape)
     features = []
     for each in axis if isinstance(axis, (tuple, list)) else (axis,):
-        if type(each) is not int and (isinstance(each, bool) or not isinstance(each, Integral)):
+        if not _is_integer(each):
             raise TypeError(f"axis must be an integer or a tuple of integers, but got {axis!r}.")
         if not -ndim <= each < ndim:
             raise ValueError(
@@ -38,7 +54,9 @@ def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
             )
         features.append(int(each) % ndim)
     if len(set(features)) < len(features):
-        raise ValueError(f"axis must not name an axis of x twice, but got {axis!r} for rank {ndim}.")
+        raise ValueError(
+            f"axis must not name an axis of x twice, but got {axis!r} for rank {ndim}."
+        )
     if not features or len(features) == ndim:
         raise ValueError(
             "axis must name at least one feature axis of x and leave at least one to normalize "
@@ -48,7 +66,7 @@ def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
 
 
 def positive_eps(eps: Any) -> float:
-    if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, Real)):
+    if not _is_real(eps):
         raise TypeError(f"eps must be a positive number, but got {eps!r}.")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, but got {eps}.")
@@ -57,7 +75,7 @@ def positive_eps(eps: Any) -> float:
 
 def fraction(name: str, value: Any) -> float:
     """A momentum or a rate: a number within [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_real(value):
         raise TypeError(f"{name} must be a number within [0, 1], but got {value!r}.")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be within [0, 1], but got {value}.")
@@ -74,7 +92,7 @@ def correction(value: Any) -> int:
 
 
 def number_of_features(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _is_integer(value):
         raise TypeError(f"num_features must be a positive integer, but got {value!r}.")
     if value < 1:
         raise ValueError(f"num_features must be a positive integer, but got {value}.")
@@ -138,3 +156,70 @@ def statistics_shape(name: str, shape: Shape, expected: Shape) -> None:
             f"{name} must have the shape {tuple(expected)} of the batch's statistics, "
             f"but its shape is {tuple(shape)}."
         )
+
+
+def bound_axis_name(axis_name: Any, is_bound: bool) -> None:
+    if not is_bound:
+        raise ValueError(
+            f"axis_name must name axes that are mapped here, but got {axis_name!r}. "
+            "Call inside of jax.pmap, jax.shard_map or jax.vmap with that axis name."
+        )
+
+
+def axis_index_groups(groups: Any, axis_name: Any, size: int) -> tuple[tuple[int, ...], ...] | None:
+    """`groups` of the indices along a mapped axis of that size; None stands for no groups."""
+    if groups is None:
+        return None
+    if axis_name is None:
+        raise ValueError("axis_index_groups needs an axis_name, but axis_name is None.")
+    if not isinstance(groups, (tuple, list)) or not all(
+        isinstance(group, (tuple, list)) and all(map(_is_integer, group)) for group in groups
+    ):
+        raise TypeError(
+            f"axis_index_groups must be a sequence of sequences of integers, but got {groups!r}."
+        )
+    if sorted(index for group in groups for index in group) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups must hold each index of axis_name={axis_name!r}, of size {size}, "
+            f"exactly once, but got {groups!r}."
+        )
+    if len({len(group) for group in groups}) > 1:
+        raise ValueError(f"axis_index_groups must be of one size, but got {groups!r}.")
+    return tuple(tuple(map(int, group)) for group in groups)
+
+
+# flax.nn.BatchNorm drops the imaginary part; ours refuses, with the error of its other arguments.
+
+
+def flax_nn_real(dtype: object, is_complex: bool) -> None:
+    if is_complex:
+        raise ValueError(f"x must hold real numbers, but its dtype is {dtype}.")
+
+
+def flax_nn_statistics(present: bool) -> None:
+    if not present:
+        raise ValueError(
+            "when use_running_averages is True either use a stateful context or provide batch_stats"
+        )
+
+
+# The messages of mlx.nn.BatchNorm itself, which programs may look for.
+
+
+def mlx_eps(eps: Any) -> None:
+    if not _is_real(eps):
+        raise TypeError(f"[BatchNorm] 'eps' must be a positive number but got {eps!r}.")
+    if not 0 < float(eps) < math.inf:
+        raise ValueError(f"[BatchNorm] 'eps' must be positive but got {eps}.")
+
+
+def mlx_rank(x_shape: Shape) -> None:
+    if not 2 <= len(x_shape) <= 4:
+        raise ValueError(
+            f"Expected input tensor to have 2, 3 or 4 dimensions, but got {len(x_shape)}"
+        )
+
+
+def mlx_values(values: int) -> None:
+    if values == 1:
+        raise ValueError("BatchNorm training requires more than one value per channel.")

@@ -34,8 +34,6 @@ CONVENTIONS = {
     "mlx": _TORCH,
     "torch": _TORCH,
     "flax": _FLAX,
-    "keras": Convention(
-        "gamma", "beta", "moving_mean", "moving_variance", 0.99, False, 0, 1e-3
-    ),
+    "keras": Convention("gamma", "beta", "moving_mean", "moving_variance", 0.99, False, 0, 1e-3),
     "onnx": Convention("scale", "B", "input_mean", "input_var", 0.9, False, 0, 1e-5),
 }

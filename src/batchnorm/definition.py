@@ -25,6 +25,9 @@ from array_api_compat import array_namespace
 
 Array = Any
 Axes = tuple[int, ...]
+Constant = Callable[[Array], Array]
+SumOfSquares = Callable[[Array, Axes], Array]
+OverDevices = Callable[[Array], Array]
 
 
 class Statistics(NamedTuple):
@@ -91,12 +94,12 @@ class Gradients(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Mean and variance in the coordinate u = (x − pivot) / unit.
+    """Mean and variance in the coordinate u = (x − pivot) / unit, of the feature shape.
 
     In exact arithmetic no result depends on pivot or unit. In floating point, a pivot near the mean
     makes x − pivot exact however large the mean is, and leaves the mean, pivot + unit·offset, as a
     sum of two terms that need not be rounded to one; a unit as large as the largest |x − pivot|
-    keeps every square finite. Each has the rank of x, with length 1 along the reduced axes.
+    keeps every square finite. count is an int where every feature has that many elements.
     """
 
     count: Array
@@ -116,19 +119,29 @@ def batch_norm(
     weights: Array | None = None,
     residual: Array | None = None,
     activation: str | None = None,
-    constant: Callable[[Array], Array] = lambda array: array,
+    constant: Constant = lambda array: array,
+    sum_of_squares: SumOfSquares | None = None,
+    over_devices: OverDevices | None = None,
+    wide: bool = False,
 ) -> tuple[Array, Statistics]:
     """Normalize x by its own statistics: statistics and normalize without a rounding in between.
 
     `constant` is the framework's stop_gradient; with it, differentiating this function gives the
     derivatives of every order, and without a pass over x for the pivot and the unit.
+    `sum_of_squares(u, axes)` is Σ u² over axes that stay with length 1, where the framework has a
+    cheaper derivative for it. `over_devices` adds an array elementwise over the devices that share
+    a batch; its derivative does the same. Every device calls it as often, an empty part or not.
+    `wide` says that x holds float32 values as float64, which the plain formulas neither overflow
+    nor cancel: the fewest operations, for small arrays without weights on one device.
     """
-    xp = array_namespace(x)
+    if wide:
+        return _plainly(x, scale, bias, features, eps, residual, activation)
+    xp = _namespace(x)
     valid = None
     if weights is not None:
         valid = xp.logical_or(weights > 0, xp.isfinite(x))
         x = xp.where(valid, x, 0.0)
-    u, moments = _standard_coordinate(x, features, weights, constant)
+    u, moments = _standard_coordinate(x, features, weights, constant, sum_of_squares, over_devices)
     y = _affine(
         u,
         moments.offset,
@@ -141,7 +154,7 @@ def batch_norm(
     )
     if valid is not None:
         y = xp.where(valid, y, math.nan)
-    return y, _statistics(moments, features)
+    return y, _statistics(moments)
 
 
 def statistics(
@@ -149,13 +162,25 @@ def statistics(
     *,
     features: Axes,
     weights: Array | None = None,
-    constant: Callable[[Array], Array] = lambda array: array,
+    constant: Constant = lambda array: array,
+    sum_of_squares: SumOfSquares | None = None,
+    over_devices: OverDevices | None = None,
 ) -> Statistics:
-    """Count, mean and population variance of each feature."""
+    """Count, mean and population variance of each feature; the options are `batch_norm`'s."""
     if weights is not None:
-        x = array_namespace(x).where(weights > 0, x, 0.0)
-    _, moments = _standard_coordinate(x, features, weights, constant)
-    return _statistics(moments, features)
+        x = _namespace(x).where(weights > 0, x, 0.0)
+    _, moments = _standard_coordinate(x, features, weights, constant, sum_of_squares, over_devices)
+    return _statistics(moments)
+
+
+def moments(
+    x: Array, *, features: Axes, weights: Array | None = None, constant: Constant
+) -> Moments:
+    """The statistics, not rounded to a mean and a variance: for stages that are apart."""
+    if weights is not None:
+        x = _namespace(x).where(weights > 0, x, 0.0)
+    _, moments = _standard_coordinate(x, features, weights, constant, None, None)
+    return moments._replace(count=_statistics(moments).count)
 
 
 def normalize(
@@ -174,7 +199,7 @@ def normalize(
     return _affine(
         x - _along(features, mean, x),
         None,
-        _along(features, var, x) + eps,
+        var + eps,
         scale,
         bias,
         features,
@@ -202,7 +227,7 @@ def gradient_sums(
         dy, x, mean, var, scale, bias, features, eps, weights, residual, activation
     )
     axes = _reduced(features, x)
-    return _per_feature(features, _total(g, axes)), _per_feature(features, _total(g * x_hat, axes))
+    return _per_feature(features, total(g, axes)), _per_feature(features, total(g * x_hat, axes))
 
 
 def input_gradient(
@@ -237,10 +262,16 @@ def update_running(
 ) -> tuple[Array, Array]:
     """(1 − rate)·old + rate·new, the new variance multiplied by m / (m − correction).
 
-    A feature with no more than `correction` elements (an empty batch, say) stays as it was.
+    A feature with no more than `correction` elements (an empty batch, say) stays as it was. A count
+    that is a number, the same for every feature, takes no operation.
     """
-    xp = array_namespace(mean)
+    xp = _namespace(mean)
     count, new_mean, new_var = statistics
+    if isinstance(count, int):
+        if count <= correction:
+            return mean, var
+        unbiased = rate * (count / (count - correction))
+        return (1 - rate) * mean + rate * new_mean, (1 - rate) * var + unbiased * new_var
     enough = count > correction
     degrees = xp.where(enough, count - correction, 1.0)
     return (
@@ -249,59 +280,133 @@ def update_running(
     )
 
 
+def total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
+    """Σ w·x over `axes`, which stay with length 1.
+
+    A running float sum of n elements can be off by n roundings. Summing axis by axis, and a long
+    axis as about √n sums of √n elements, keeps that to the sum of the lengths of the sums.
+    """
+    xp = _namespace(x)
+    if weights is not None:
+        x = xp.where(weights > 0, weights * x, 0.0)
+    if math.prod([x.shape[axis] for axis in axes]) <= 1024:
+        return xp.sum(x, axis=axes, keepdims=True)
+    for axis in reversed(axes):
+        length = x.shape[axis]
+        block = math.isqrt(length) if length > 1024 else 1
+        if block > 1:
+            whole = length - length % block
+            blocks = (*x.shape[:axis], whole // block, block, *x.shape[axis + 1 :])
+            head = xp.sum(xp.reshape(_part(x, (axis,), slice(whole)), blocks), axis=axis + 1)
+            tail = _part(x, (axis,), slice(whole, None))
+            x = xp.concat([head, tail], axis=axis)
+        x = xp.sum(x, axis=axis, keepdims=True)
+    return x
+
+
+def _plainly(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    features: Axes,
+    eps: float,
+    residual: Array | None,
+    activation: str | None,
+) -> tuple[Array, Statistics]:
+    """`batch_norm` by the formulas as they are written."""
+    axes = _reduced(features, x)
+    count = math.prod([x.shape[axis] for axis in axes])
+    mean = total(x, axes) / _or_one(count)
+    centered = x - mean
+    var = _per_feature(features, total(centered * centered, axes)) / _or_one(count)
+    y = _affine(centered, None, var + eps, scale, bias, features, residual, activation)
+    count = _namespace(var).full_like(var, count)
+    return y, Statistics(count, _per_feature(features, mean), var)
+
+
 def _standard_coordinate(
-    x: Array, features: Axes, weights: Array | None, constant: Callable[[Array], Array]
+    x: Array,
+    features: Axes,
+    weights: Array | None,
+    constant: Constant,
+    sum_of_squares: SumOfSquares | None,
+    over_devices: OverDevices | None,
 ) -> tuple[Array, Moments]:
     """u = (x − pivot) / unit and the moments of x in it; x is finite wherever weights are 0."""
-    xp = array_namespace(x)
+    xp = _namespace(x)
     axes = _reduced(features, x)
-    if 0 in x.shape:
-        zero = _total(x, axes)
-        return x, Moments(zero, zero, zero + 1.0, zero, zero)
-    if weights is None:
-        inside = x
-        count = xp.full_like(_part(x, axes, slice(1)), math.prod(x.shape[axis] for axis in axes))
-    else:
+    count: Array | int = math.prod([x.shape[axis] for axis in axes])
+    inside = x
+    if weights is not None:
         weights = xp.broadcast_to(weights, x.shape)
         inside = xp.where(weights > 0, x, 0.0)
-        count = _total(weights, axes)
+        count = total(weights, axes)
 
-    pivot = constant(_pivot(inside, axes, weights, count))
-    reach = xp.maximum(
-        xp.max(inside, axis=axes, keepdims=True) - pivot,
-        pivot - xp.min(inside, axis=axes, keepdims=True),
-    )
-    unit = constant(xp.maximum(reach, xp.ones_like(reach)))
+    if 0 in x.shape:
+        pivot = reach = total(x, axes)
+    else:
+        pivot = _pivot(inside, axes, weights, count)
+        # The pivot lies between them, so that no |x − pivot| is larger.
+        reach = xp.max(inside, axis=axes, keepdims=True) - xp.min(inside, axis=axes, keepdims=True)
+    if over_devices is not None:
+        count = xp.full_like(pivot, count) if isinstance(count, int) else count
+        pivot, reach = _shared(pivot, reach, count, over_devices)
+    pivot = constant(pivot)
+    unit = constant(reach + 1.0)
+
     u = (x - pivot) * (1.0 / unit)
-    offset = _total(u, axes, weights) / _or_one(count)
-    var = _total(u * u, axes, weights) / _or_one(count) - offset * offset
-    return u, Moments(count, pivot, unit, offset, xp.maximum(var, xp.zeros_like(var)))
+    first = total(u, axes, weights)
+    if sum_of_squares is None or weights is not None:
+        second = total(u * u, axes, weights)
+    else:
+        second = sum_of_squares(u, axes)
+    if over_devices is not None:
+        sums = over_devices(xp.stack([count, first, second]))
+        count, first, second = sums[0, ...], sums[1, ...], sums[2, ...]
+    if not isinstance(count, int):
+        count = _per_feature(features, count)
+    offset = _per_feature(features, first) / _or_one(count)
+    # Rounding can leave a variance of 0 a little below it.
+    var = xp.abs(_per_feature(features, second) / _or_one(count) - offset * offset)
+    pivot, unit = _per_feature(features, pivot), _per_feature(features, unit)
+    return u, Moments(count, pivot, unit, offset, var)
 
 
-def _pivot(x: Array, axes: Axes, weights: Array | None, count: Array) -> Array:
+def _pivot(x: Array, axes: Axes, weights: Array | None, count: Array | int) -> Array:
     """A value near the mean of each feature: the mean of a leading part of x, or of all weighed x.
 
     The mean of a k-th part of the elements is within √k standard deviations of the mean of all, so
-    that Σ u² loses no more than a factor k to cancellation. The second average removes what the
-    first lost in adding large numbers.
+    that Σ u² loses no more than a factor k to cancellation. Averaging differences from a value
+    nearby loses nothing in adding large numbers, and gives a constant feature itself.
     """
-    if weights is None:
-        longest = max(axes, key=lambda axis: x.shape[axis])
-        x = _part(x, (longest,), slice(-(-x.shape[longest] // 64)))
-        count = math.prod(x.shape[axis] for axis in axes)
-    else:
-        count = _or_one(count)
-    rough = _total(x, axes, weights) / count
-    return rough + _total(x - rough, axes, weights) / count
+    if weights is not None:
+        rough = total(x, axes, weights) / _or_one(count)
+        return rough + total(x - rough, axes, weights) / _or_one(count)
+    longest = max(axes, key=lambda axis: x.shape[axis])
+    part = _part(x, (longest,), slice(-(-x.shape[longest] // 64)))
+    count = math.prod(part.shape[axis] for axis in axes)
+    if count == 1:
+        return part
+    first = _part(x, axes, slice(1))
+    return first + total(part - first, axes) / count
 
 
-def _statistics(moments: Moments, features: Axes) -> Statistics:
+def _shared(
+    pivot: Array, reach: Array, count: Array, over_devices: OverDevices
+) -> tuple[Array, Array]:
+    """One pivot for all devices: the mean of those that have elements; and a reach around it."""
+    xp = _namespace(pivot)
+    present = xp.where(count > 0, xp.ones_like(pivot), xp.zeros_like(pivot))
+    sums = over_devices(xp.stack([present, present * pivot]))
+    shared = sums[1, ...] / _or_one(sums[0, ...])
+    return shared, over_devices(present * (reach + xp.abs(pivot - shared)))
+
+
+def _statistics(moments: Moments) -> Statistics:
     count, pivot, unit, offset, var = moments
-    return Statistics(
-        _per_feature(features, count),
-        _per_feature(features, pivot + unit * offset),
-        _per_feature(features, unit * unit * var),
-    )
+    if isinstance(count, int):
+        count = _namespace(pivot).full_like(pivot, count)
+    return Statistics(count, pivot + unit * offset, unit * unit * var)
 
 
 def _affine(
@@ -314,18 +419,18 @@ def _affine(
     residual: Array | None,
     activation: str | None,
 ) -> Array:
-    """act((centered − offset) / √var_plus_eps · scale + bias + residual), as one product and sum."""
-    xp = array_namespace(centered)
-    slope = 1.0 / xp.sqrt(var_plus_eps)
-    if scale is not None:
-        slope = slope * _along(features, scale, centered)
-    y = centered * slope
-    if offset is not None and bias is not None:
-        y = y + (_along(features, bias, centered) - offset * slope)
-    elif offset is not None:
-        y = y - offset * slope
-    elif bias is not None:
-        y = y + _along(features, bias, centered)
+    """act((centered − offset) / √var_plus_eps · scale + bias + residual), as one product and sum.
+
+    What is done once for each feature is done in the feature shape, and put along x only then: a
+    fusing compiler would otherwise do it anew for every element.
+    """
+    slope = (1.0 if scale is None else scale) / _namespace(centered).sqrt(var_plus_eps)
+    shift = bias
+    if offset is not None:
+        shift = -(offset * slope) if bias is None else bias - offset * slope
+    y = centered * _along(features, slope, centered)
+    if shift is not None:
+        y = y + _along(features, shift, centered)
     if residual is not None:
         y = y + residual
     return _activate(y, activation)
@@ -345,7 +450,7 @@ def _g_and_x_hat(
     activation: str | None,
 ) -> tuple[Array, Array, Array]:
     """g = dy · act′ and x̂, both 0 at an element that takes no part, and 1 / √(var + eps)."""
-    xp = array_namespace(x)
+    xp = _namespace(x)
     rstd = 1.0 / xp.sqrt(_along(features, var, x) + eps)
     x_hat = (x - _along(features, mean, x)) * rstd
     z = x_hat if scale is None else x_hat * _along(features, scale, x)
@@ -360,47 +465,40 @@ def _g_and_x_hat(
 
 
 def _sigmoid(z: Array) -> Array:
-    return 0.5 + 0.5 * array_namespace(z).tanh(0.5 * z)
+    return 0.5 + 0.5 * _namespace(z).tanh(0.5 * z)
 
 
 def _activate(z: Array, activation: str | None) -> Array:
     if activation == "relu":
-        return array_namespace(z).where(z <= 0, 0.0, z)
+        return _namespace(z).where(z <= 0, 0.0, z)
     if activation == "silu":
-        return z * _sigmoid(z)
+        # z·σ(z), beyond ±80 by its limits: neither it nor its derivative is ∞ · 0 there.
+        xp = _namespace(z)
+        near = xp.clip(z, -80.0, 80.0)
+        return near * _sigmoid(near) + xp.maximum(z - 80.0, xp.zeros_like(z))
     return z
 
 
 def _through_activation(dy: Array, z: Array, activation: str | None) -> Array:
     """dy · act′(z)."""
     if activation == "relu":
-        return array_namespace(z).where(z <= 0, 0.0, dy)
+        return _namespace(z).where(z <= 0, 0.0, dy)
     if activation == "silu":
+        z = _namespace(z).clip(z, -80.0, 80.0)  # beyond, the slope is 0 or 1, not ∞ · 0
         sigmoid = _sigmoid(z)
         return dy * (sigmoid * (1 + z * (1 - sigmoid)))
     return dy
 
 
-def _total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
-    """Σ w·x over `axes`, which stay with length 1.
+_NAMESPACES: dict[type, Any] = {}
 
-    A running float sum of n elements can be off by n roundings. Summing axis by axis, and a long
-    axis as about √n sums of √n elements, keeps that to the sum of the lengths of the sums.
-    """
-    xp = array_namespace(x)
-    if weights is not None:
-        x = xp.where(weights > 0, weights * x, 0.0)
-    for axis in reversed(axes):
-        length = x.shape[axis]
-        block = math.isqrt(length) if length > 1024 else 1
-        if block > 1:
-            whole = length - length % block
-            blocks = (*x.shape[:axis], whole // block, block, *x.shape[axis + 1 :])
-            head = xp.sum(xp.reshape(_part(x, (axis,), slice(whole)), blocks), axis=axis + 1)
-            tail = _part(x, (axis,), slice(whole, None))
-            x = xp.concat([head, tail], axis=axis)
-        x = xp.sum(x, axis=axis, keepdims=True)
-    return x
+
+def _namespace(x: Array) -> Any:
+    """`array_namespace` of x, once for each type: a look-up takes longer than a small operation."""
+    kind = type(x)
+    if kind not in _NAMESPACES:
+        _NAMESPACES[kind] = array_namespace(x)
+    return _NAMESPACES[kind]
 
 
 def _part(x: Array, axes: Axes, part: slice) -> Array:
@@ -409,22 +507,24 @@ def _part(x: Array, axes: Axes, part: slice) -> Array:
 
 
 def _reduced(features: Axes, x: Array) -> Axes:
-    return tuple(axis for axis in range(x.ndim) if axis not in features)
+    return tuple([axis for axis in range(x.ndim) if axis not in features])
 
 
 def _per_feature(features: Axes, reduced: Array) -> Array:
     """`reduced`, whose reduced axes have length 1, without them."""
-    shape = tuple(reduced.shape[axis] for axis in features)
-    return array_namespace(reduced).reshape(reduced, shape)
+    shape = tuple([reduced.shape[axis] for axis in features])
+    return _namespace(reduced).reshape(reduced, shape)
 
 
 def _along(features: Axes, parameter: Array, x: Array) -> Array:
     """`parameter`, of the feature shape, with axes of length 1 where x is reduced."""
-    shape = tuple(x.shape[axis] if axis in features else 1 for axis in range(x.ndim))
-    return array_namespace(x).reshape(parameter, shape)
+    shape = tuple([size if axis in features else 1 for axis, size in enumerate(x.shape)])
+    return _namespace(x).reshape(parameter, shape)
 
 
-def _or_one(count: Array) -> Array:
+def _or_one(count: Array | int) -> Array | int:
     """`count`, with 1 for 0: the divisor of sums that are 0 as well."""
-    xp = array_namespace(count)
-    return xp.where(count > 0, count, xp.ones_like(count))
+    if isinstance(count, int):
+        return count or 1
+    xp = _namespace(count)
+    return xp.where(count == 0, xp.ones_like(count), count)

@@ -4,14 +4,13 @@ This is the only module that imports `batchnorm._cpu`. A native module that was 
 absent; one that is there but cannot be loaded raises ImportError.
 """
 
+import importlib
 import importlib.util
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
-_cpu: ModuleType | None = None
+_cpu: Any = None
 if importlib.util.find_spec("batchnorm._cpu") is not None:
-    from batchnorm import _cpu  # type: ignore[attr-defined,no-redef]
+    _cpu = importlib.import_module("batchnorm._cpu")
 
 
 def native_status() -> str:

@@ -6,7 +6,7 @@ float64.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -95,7 +95,7 @@ def batch_norm(
     [ 2. 40.]
     """
     call = _Call(x, scale, bias, axis, eps, mask, residual, activation)
-    checks.more_than_one_value(call.shape[0] * call.shape[2], call.x.shape)
+    checks.more_than_one_value(call.values, call.x.shape)
     y = call.output(out)
     if call.native:
         statistics = call.new_statistics()
@@ -348,10 +348,10 @@ def batch_norm_gradients(
         if dresidual is not None:
             dresidual[...] = g
     return Gradients(
-        call.finished(dx, None),
+        dx,
         None if call.scale is None else sums[1],
         None if call.bias is None else sums[0],
-        None if residual is None else _summed_to(np.shape(residual), call.finished(dresidual, None)),
+        None if dresidual is None else _summed_to_residual(dresidual, np.asarray(residual)),
     )
 
 
@@ -376,6 +376,7 @@ class _Call:
         self.x = x = _floating("x", x)
         self.features = features = checks.feature_axes(axis, x.shape)
         self.feature_shape = tuple([x.shape[each] for each in features])
+        self.values = x.size // (math.prod(self.feature_shape) or 1)
         self.eps = checks.positive_eps(eps)
         self.activation = checks.activation(activation)
         self.scale = None if scale is None else self.parameter("scale", scale)
@@ -394,7 +395,7 @@ class _Call:
             math.prod(sizes[begin:end]),
             math.prod(sizes[end:]),
         )
-        side_by_side = features == tuple(range(begin, end))
+        side_by_side = len(features) == 1 or features == tuple(range(begin, end))
         self.code = _code(x.dtype)
         self.native = side_by_side and self.code is not None
 
@@ -403,7 +404,7 @@ class _Call:
         array = np.asarray(value)
         checks.floating(name, array.dtype, array.dtype.kind in "biuf" or _is_bfloat16(array.dtype))
         checks.feature_shape(name, array.shape, self.feature_shape, self.x.shape)
-        return np.ascontiguousarray(array, np.float64)
+        return array.astype(np.float64, order="C", copy=False)
 
     def output(self, out: Array | None = None) -> Array:
         """An array for a result: `out`, where the result can be written there directly."""
@@ -522,18 +523,18 @@ def _residual(residual: npt.ArrayLike, x: Array) -> Array:
     return np.broadcast_to(array.astype(x.dtype, copy=False), x.shape)
 
 
-def _summed_to(shape: tuple[int, ...], gradient: Array) -> Array:
-    """The gradient of what was broadcast from `shape`."""
-    leading = gradient.ndim - len(shape)
+def _summed_to_residual(gradient: Array, residual: Array) -> Array:
+    """The gradient of the residual, which was broadcast to the shape of `gradient`."""
+    leading = gradient.ndim - residual.ndim
     axes = tuple(
         axis
         for axis, size in enumerate(gradient.shape)
-        if axis < leading or (shape[axis - leading] == 1 and size != 1)
+        if axis < leading or (residual.shape[axis - leading] == 1 and size != 1)
     )
-    if not axes:
-        return gradient
-    total = gradient.sum(axis=axes, dtype=_wide(gradient.dtype), keepdims=True)
-    return total.reshape(shape).astype(gradient.dtype)
+    if axes:
+        total: Array = gradient.sum(axis=axes, dtype=_wide(gradient.dtype), keepdims=True)
+        gradient = total.reshape(residual.shape)
+    return gradient.astype(residual.dtype, copy=False)
 
 
 def _memory_order(x: Array) -> tuple[int, ...] | None:
@@ -552,5 +553,5 @@ def _address(array: Array | None) -> int:
     return address
 
 
-def _addresses(arrays: Sequence[Array]) -> tuple[int, ...]:
+def _addresses(arrays: Iterable[Array]) -> tuple[int, ...]:
     return tuple(_address(array) for array in arrays)
