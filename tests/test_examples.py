@@ -1,0 +1,188 @@
+"""The example programs, in their short forms."""
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for needed in ("matplotlib", "mlx.core", "rich", "sklearn"):
+    pytest.importorskip(needed)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ROWS = ("batchnorm.mlx.BatchNorm", "mlx.nn.BatchNorm", "no normalization")
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, EXAMPLES / "digits_mlx.py", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def digits_mlx():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module("digits_mlx")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quick")
+    return run("--quick", cwd=folder), folder
+
+
+def train(program, seed=0):
+    options = argparse.Namespace(epochs=1, batch_size=program.digits.TRAIN // 3, seed=seed)
+    return program.train(options, program.digits.load(seed))
+
+
+def test_digits_mlx_prints_a_table_of_three_rows(quick):
+    finished, _ = quick
+    assert finished.returncode == 0, finished.stderr
+    first_losses = []
+    for name in ROWS:
+        row = re.search(
+            rf"^\W*{re.escape(name)}\s+(\d+\.\d+)\s+(\d+\.\d+)\s+(\d+\.\d)%\s+(\d+\.\d+)\s+(\S+)\s*$",
+            finished.stdout,
+            re.MULTILINE,
+        )
+        assert row, f"no row of {name} in\n{finished.stdout}"
+        first, last, accuracy, seconds, normalizing = row.groups()
+        assert 0 < float(last) < float(first) < 4
+        assert 10 <= float(accuracy) <= 100
+        if name == "no normalization":
+            assert normalizing == "–"
+        else:
+            assert float(normalizing) < float(seconds)
+        first_losses.append(float(first))
+    assert first_losses[0] == pytest.approx(first_losses[1], abs=1e-3)
+
+
+def test_digits_mlx_is_exact_where_features_are_shifted(quick):
+    finished, _ = quick
+    error = re.search(r"batchnorm\.mlx\.BatchNorm +outputs off by (\S+),", finished.stdout)
+    assert float(error[1]) < 1e-3
+
+
+def test_digits_mlx_draws_a_picture(quick):
+    from matplotlib.image import imread
+
+    _, folder = quick
+    assert [path.name for path in folder.iterdir()] == ["demo.png"]
+    pixels = imread(folder / "demo.png")
+    assert pixels.shape[0] >= 500
+    assert pixels.shape[1] >= 1000
+    assert len(np.unique(pixels[..., 0])) > 50
+
+
+def test_digits_mlx_helps(tmp_path):
+    finished = run("--help", cwd=tmp_path)
+    assert finished.returncode == 0
+    for option in ("--epochs", "--quick", "--batch-size", "--seed", "--picture"):
+        assert option in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs: must be an integer of at least 1, but got '0'"),
+        (["--batch-size", "1348"], "--batch-size: must be an integer of at least 1 and at most"),
+        (["--seed", "one"], "--seed: must be an integer of at least 0, but got 'one'"),
+        (["--picture", "demo.txt"], "--picture: must end in .png, but got 'demo.txt'"),
+        (["--picture", "no/demo.png"], "--picture: must be in a folder that exists"),
+        (["--quick", "--epochs", "2"], "--epochs: not allowed with argument --quick"),
+        (["--speed", "2"], "unrecognized arguments: --speed 2"),
+    ],
+)
+def test_digits_mlx_refuses_wrong_options(digits_mlx, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["digits_mlx.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        digits_mlx.main()
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_digits_mlx_fails_where_the_network_learned_too_little(
+    digits_mlx, monkeypatch, capsys, tmp_path
+):
+    arguments = ["--epochs", "1", "--batch-size", "300", "--picture", f"{tmp_path}/demo.png"]
+    monkeypatch.setattr(sys, "argv", ["digits_mlx.py", *arguments])
+    assert digits_mlx.main() == 1
+    assert "below 97% held-out accuracy" in capsys.readouterr().err
+
+
+def test_networks_start_from_the_same_weights(digits_mlx):
+    given = digits_mlx.digits.initial_weights(seed=0)
+    ours, others, plain = (
+        dict(digits_mlx.tree_flatten(digits_mlx.Network(normalization, given).parameters()))
+        for normalization in digits_mlx.NORMALIZATIONS.values()
+    )
+    assert plain.keys() == given.keys()
+    assert ours.keys() == others.keys() > given.keys()
+    for name in ours:
+        assert np.array_equal(ours[name], others[name]), name
+    for name in given:
+        assert np.array_equal(ours[name], given[name]), name
+        assert np.array_equal(plain[name], given[name]), name
+
+
+def test_networks_are_trained_from_the_same_weights_on_the_same_batches(digits_mlx, monkeypatch):
+    seen = {}
+
+    class Recorded(digits_mlx.Training):
+        def __init__(self, normalization, weights):
+            super().__init__(normalization, weights)
+            seen[normalization] = [*weights.values()]
+
+        def step(self, images, labels):
+            super().step(images, labels)
+            seen[normalization_of(self)] += [images, labels]
+
+    def normalization_of(training):
+        return type(training.network.normalizations[0])
+
+    monkeypatch.setattr(digits_mlx, "Training", Recorded)
+    trainings = train(digits_mlx)
+    assert seen.keys() == set(digits_mlx.NORMALIZATIONS.values())
+    for ours, others, plain in zip(*seen.values(), strict=True):
+        assert np.array_equal(ours, others)
+        assert np.array_equal(ours, plain)
+    ours, others, _ = (trainings[name].losses for name in ROWS)
+    assert len(ours) == 3
+    assert ours == pytest.approx(others, rel=1e-4)
+
+
+def test_training_is_the_same_for_the_same_seed(digits_mlx):
+    first, again, other = (train(digits_mlx, seed) for seed in (0, 0, 1))
+    for name in ROWS:
+        assert first[name].losses == again[name].losses
+        assert first[name].losses != other[name].losses
+
+
+def test_digits_are_split_and_batched_without_repetition(digits_mlx):
+    digits = digits_mlx.digits
+    data = digits.load(seed=0)
+    assert data.train_images.shape == (digits.TRAIN, 8, 8, 1)
+    assert data.test_images.shape == (digits.TEST, 8, 8, 1)
+    every = np.concatenate([data.train_images, data.test_images]).reshape(-1, 64)
+    original = digits.load_digits().data / 16
+    assert np.array_equal(np.unique(every, axis=0), np.unique(original, axis=0))
+
+    numbered = data._replace(train_labels=np.arange(digits.TRAIN))
+    epochs = [
+        [labels for _, labels in digits.batches(numbered, 64, seed=0, epoch=epoch)]
+        for epoch in (0, 1)
+    ]
+    for epoch in epochs:
+        assert [len(batch) for batch in epoch] == [64] * (digits.TRAIN // 64)
+        assert len(np.unique(np.concatenate(epoch))) == 64 * len(epoch)
+    assert not np.array_equal(epochs[0], epochs[1])
