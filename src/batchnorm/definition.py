@@ -134,6 +134,8 @@ def batch_norm(
     `wide` says that x holds float32 values as float64, which the plain formulas neither overflow
     nor cancel: the fewest operations, for small arrays without weights on one device.
     """
+    if 0 in x.shape and over_devices is None:
+        return x, statistics(x, features=features)
     if wide:
         return _plainly(x, scale, bias, features, eps, residual, activation)
     xp = _namespace(x)
@@ -196,6 +198,8 @@ def normalize(
     activation: str | None = None,
 ) -> Array:
     """y = act((x − mean) / √(var + eps) · scale + bias + residual)."""
+    if 0 in x.shape:
+        return x
     return _affine(
         x - _along(features, mean, x),
         None,
@@ -287,6 +291,9 @@ def total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
     axis as about √n sums of √n elements, keeps that to the sum of the lengths of the sums.
     """
     xp = _namespace(x)
+    if 0 in x.shape:  # MLX 0.32 can hang in a sum of nothing
+        shape = tuple(1 if axis in axes else size for axis, size in enumerate(x.shape))
+        return xp.zeros(shape, dtype=x.dtype)
     if weights is not None:
         x = xp.where(weights > 0, weights * x, 0.0)
     if math.prod([x.shape[axis] for axis in axes]) <= 1024:

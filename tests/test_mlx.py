@@ -1,0 +1,734 @@
+"""What is MLX's own: the layer in the place of mlx.nn.BatchNorm, and MLX's transformations."""
+
+import copy
+import re
+import subprocess
+import sys
+from collections import Counter
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn
+import mlx.optimizers
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+import truth
+from batchnorm.mlx import (
+    BatchNorm,
+    Statistics,
+    batch_norm,
+    batch_statistics,
+    normalize,
+    update_running,
+)
+
+RNG = np.random.default_rng(0)
+SHAPES = [(5, 4), (2, 4, 5), (2, 3, 3, 6)]
+
+
+@pytest.fixture(params=["small", "large"])
+def any_size(request, monkeypatch):
+    """Both ways of computing, with arrays that are small enough for a test."""
+    if request.param == "large":
+        monkeypatch.setattr("batchnorm.mlx._SMALL", 0)
+
+
+def normal(*shape):
+    return mx.array(RNG.normal(size=shape).astype(np.float32))
+
+
+def layer_with_parameters(num_features, **options):
+    layer = BatchNorm(num_features, **options)
+    layer.weight, layer.bias = normal(num_features), normal(num_features)
+    return layer
+
+
+def close(actual, expected, rtol=1e-5, atol=1e-5):
+    if isinstance(actual, mx.array):
+        actual = actual.astype(mx.float32)
+    np.testing.assert_allclose(np.array(actual), np.array(expected), rtol, atol)
+
+
+def operations(*arrays, path):
+    """How often each primitive stands in the graph that computes the arrays."""
+    mx.export_to_dot(str(path), *arrays)
+    return Counter(re.findall(r'\[label ="(\w+)"', path.read_text()))
+
+
+# ---- construction
+
+
+def test_arguments_by_position_and_defaults():
+    layer = BatchNorm(4, 1e-3, 0.2, False, False)
+    assert isinstance(layer, mlx.nn.Module)
+    assert (layer.num_features, layer.eps, layer.momentum) == (4, 1e-3, 0.2)
+    assert layer.parameters() == {}
+    theirs, ours = mlx.nn.BatchNorm(4), BatchNorm(4)
+    assert (ours.eps, ours.momentum) == (theirs.eps, theirs.momentum)
+    assert ours.training
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_parameters(affine, tracked):
+    ours = BatchNorm(3, affine=affine, track_running_stats=tracked)
+    theirs = mlx.nn.BatchNorm(3, affine=affine, track_running_stats=tracked)
+    for of_ours, of_theirs in [
+        (ours.parameters(), theirs.parameters()),
+        (ours.trainable_parameters(), theirs.trainable_parameters()),
+    ]:
+        assert of_ours.keys() == of_theirs.keys()
+        for name, value in of_theirs.items():
+            assert of_ours[name].dtype == value.dtype
+            assert mx.array_equal(of_ours[name], value)
+    assert ours.trainable_parameters().keys() == ({"weight", "bias"} if affine else set())
+
+
+def test_repr():
+    expected = "BatchNorm(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)"
+    assert repr(BatchNorm(4)) == expected
+    assert "affine=False, track_running_stats=False" in repr(BatchNorm(4, 1e-5, 0.1, False, False))
+    assert repr(BatchNorm(4, activation="relu")).endswith("=True, activation='relu')")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"eps": 0}, ValueError, r"\[BatchNorm\] 'eps' must be positive but got 0\."),
+        ({"eps": -1e-30}, ValueError, r"\[BatchNorm\] 'eps' must be positive but got -1e-30\."),
+        ({"eps": float("nan")}, ValueError, r"'eps' must be positive but got nan"),
+        ({"eps": float("inf")}, ValueError, r"'eps' must be positive but got inf"),
+        ({"eps": "1"}, TypeError, r"'eps' must be a positive number but got '1'"),
+        ({"momentum": 1.5}, ValueError, r"momentum must be within \[0, 1\], but got 1.5"),
+        ({"momentum": -0.1}, ValueError, r"momentum must be within \[0, 1\], but got -0.1"),
+        ({"momentum": float("nan")}, ValueError, r"momentum must be within \[0, 1\], but got nan"),
+        ({"num_features": 0}, ValueError, "num_features must be a positive integer, but got 0"),
+        ({"num_features": 2.0}, TypeError, "num_features must be a positive integer, but got 2.0"),
+        ({"activation": "gelu"}, ValueError, "activation must be .*, but got 'gelu'"),
+    ],
+)
+def test_bad_constructor_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        BatchNorm(**{"num_features": 4, **arguments})
+
+
+# ---- training and evaluation
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_training_and_evaluation(shape):
+    layer = layer_with_parameters(shape[-1], momentum=0.3)
+    values = np.prod(shape[:-1])
+    mean, var = np.zeros(shape[-1]), np.ones(shape[-1])
+    for _ in range(3):
+        x = 3 + 2 * normal(*shape)
+        expected = truth.batch_norm(x, layer.weight, layer.bias)
+        close(layer(x), expected.y)
+        mean = 0.7 * mean + 0.3 * expected.mean
+        var = 0.7 * var + 0.3 * expected.var * values / (values - 1)
+        close(layer.running_mean, mean)
+        close(layer.running_var, var)
+    assert layer.eval() is layer
+    assert layer.running_mean.shape == layer.running_var.shape == (shape[-1],)
+    x = normal(*shape)
+    expected = (np.array(x) - mean) / np.sqrt(var + 1e-5) * layer.weight + layer.bias
+    close(layer(x), expected)
+    close(layer.running_mean, mean)
+    close(layer.running_var, var)
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("affine", [True, False])
+def test_against_mlx(affine):
+    ours, theirs = BatchNorm(6, affine=affine), mlx.nn.BatchNorm(6, affine=affine)
+    for _ in range(3):
+        x = 2 + normal(2, 3, 3, 6)
+        close(ours(x), theirs(x))
+    for name, value in theirs.parameters().items():
+        close(ours[name], value)
+    close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_against_torch(shape):
+    kinds = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d}
+    ours, theirs = layer_with_parameters(shape[-1]), kinds[len(shape)](shape[-1])
+    with torch.no_grad():
+        theirs.weight.copy_(torch.from_numpy(np.array(ours.weight)))
+        theirs.bias.copy_(torch.from_numpy(np.array(ours.bias)))
+    for train in (True, False):
+        x = normal(*shape)
+        y = theirs.train(train)(torch.from_numpy(np.array(x)).movedim(-1, 1)).movedim(1, -1)
+        close(ours.train(train)(x), y.detach().numpy())
+        close(ours.running_mean, theirs.running_mean.numpy())
+        close(ours.running_var, theirs.running_var.numpy())
+
+
+def test_output_is_normalized():
+    x = 7 + 5 * normal(2, 3, 3, 4)
+    y = BatchNorm(4)(x)
+    close(y.mean(axis=(0, 1, 2)), np.zeros(4))
+    close(y.var(axis=(0, 1, 2)), np.ones(4), atol=1e-4)
+
+
+def test_untracked_evaluation_uses_the_batch():
+    x = normal(5, 4)
+    layer = BatchNorm(4, track_running_stats=False).eval()
+    close(layer(x), truth.batch_norm(x).y)
+    assert layer(normal(1, 4)).tolist() == [[0.0] * 4]
+
+
+def test_tracking_may_be_switched_later():
+    x = normal(5, 4)
+    layer = BatchNorm(4).eval()
+    assert not np.allclose(layer(x), truth.batch_norm(x).y, atol=1e-2)
+    layer.track_running_stats = False
+    close(layer(x), truth.batch_norm(x).y)
+    layer.train()(x)
+    assert layer.running_mean.tolist() == [0.0] * 4
+
+
+def test_the_example_of_mlx():
+    from batchnorm import mlx as nn
+
+    x = mx.random.normal((5, 4))
+    bn = nn.BatchNorm(num_features=4, affine=True)
+    output = bn(x)
+    assert output.shape == (5, 4)
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_residual_and_activation(training, activation):
+    layer = layer_with_parameters(3, activation=activation).train(training)
+    x, residual = normal(6, 5, 3), normal(5, 3)
+    y = layer(x, residual=residual)
+    z = truth.batch_norm(x, layer.weight, layer.bias, residual=residual).y
+    if not training:
+        z = np.array(x) / np.sqrt(1 + 1e-5) * layer.weight + layer.bias + residual
+    act = {None: lambda z: z, "relu": mlx.nn.relu, "silu": mlx.nn.silu}[activation]
+    close(y, act(mx.array(np.array(z, np.float32))))
+
+
+def test_mask():
+    layer = layer_with_parameters(3, momentum=0.5)
+    x, mask = normal(6, 5, 3), mx.array(RNG.integers(0, 3, size=(6, 5, 1)))
+    expected = truth.batch_norm(x, layer.weight, layer.bias, mask=mask)
+    unbiased = expected.var * expected.count / (expected.count - 1)
+    close(layer(x, mask=mask), expected.y)
+    close(layer.running_mean, 0.5 * expected.mean)
+    close(layer.running_var, 0.5 + 0.5 * unbiased)
+    in_evaluation = layer.eval()(x)
+    assert mx.array_equal(layer(x, mask=mask), in_evaluation)
+
+
+def test_a_mask_of_one_element_leaves_the_statistics():
+    layer = BatchNorm(2)
+    mask = mx.array([[True, False], [False, True], [False, True]])
+    layer(mx.array([[1.0, 2.0], [3.0, 4.0], [5.0, 8.0]]), mask=mask)
+    close(layer.running_mean, [0.0, 0.6])
+    close(layer.running_var, [1.0, 0.9 + 0.1 * 8])
+
+
+def test_negative_weights_make_their_feature_nan():
+    x = normal(8, 2)
+    mask = mx.ones((8, 2)).at[3, 1].add(-1.5)
+    y, statistics = batch_norm(x, mask=mask)
+    assert mx.isnan(y).all(axis=0).tolist() == [False, True]
+    for each in statistics:
+        assert mx.isnan(each).tolist() == [False, True]
+
+
+def test_an_empty_batch_changes_nothing():
+    layer = BatchNorm(3)
+    layer(normal(4, 3))
+    before = layer.running_mean.tolist(), layer.running_var.tolist()
+    y = layer(mx.zeros((0, 5, 3)), residual=mx.zeros((0, 5, 3)), mask=mx.zeros((0, 5, 1)))
+    assert y.shape == layer(mx.zeros((0, 5, 3))).shape == (0, 5, 3)
+    assert (layer.running_mean.tolist(), layer.running_var.tolist()) == before
+    assert layer.eval()(mx.zeros((0, 3))).shape == (0, 3)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_float32_whose_squares_overflow():
+    x = 1e30 * normal(2000, 2)
+    close(BatchNorm(2)(x), truth.batch_norm(x).y)
+    gradient = mx.grad(lambda x: (batch_norm(x)[0] ** 3).sum())(x)
+    expected = truth.batch_norm_gradients(3 * truth.batch_norm(x).y ** 2, x)["x"]
+    close(1e30 * gradient, 1e30 * expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_float16_whose_squares_overflow():
+    layer = BatchNorm(2)
+    x = (300 * normal(1000, 2)).astype(mx.float16)
+    close(layer(x), truth.batch_norm(x).y, atol=1e-4)
+    assert mx.isfinite(layer.running_var).all()
+
+
+# ---- frozen and trained
+
+
+def test_freezing():
+    layer = BatchNorm(3)
+    assert layer.freeze() is layer
+    assert layer.trainable_parameters() == {}
+    layer(1 + normal(4, 3))
+    assert layer.running_mean.tolist() != [0.0] * 3
+    assert layer.unfreeze(keys="bias") is layer
+    assert layer.trainable_parameters().keys() == {"bias"}
+    layer.unfreeze(keys=["running_mean", "running_var"])
+    assert layer.trainable_parameters().keys() == {"bias"}
+    layer.unfreeze(recurse=False)
+    assert layer.trainable_parameters().keys() == {"weight", "bias"}
+    layer.freeze(keys="weight", recurse=False)
+    assert layer.trainable_parameters().keys() == {"bias"}
+    for method in (layer.freeze, layer.unfreeze):
+        with pytest.raises(KeyError, match=r"Module doesn't contain member zzz\."):
+            method(keys="zzz", strict=True)
+
+
+def test_statistics_are_never_trained():
+    model = mlx.nn.Sequential(mlx.nn.Linear(4, 3), BatchNorm(3))
+    for each in (model, copy.deepcopy(model)):
+        each.unfreeze()
+        trained = [name for name, _ in tree_flatten(each.trainable_parameters())]
+        assert sorted(trained) == [
+            "layers.0.bias",
+            "layers.0.weight",
+            "layers.1.bias",
+            "layers.1.weight",
+        ]
+    model.eval()
+    loss = mlx.nn.value_and_grad(model, lambda x: (model(x) ** 2).sum())
+    mlx.optimizers.SGD(0.1, weight_decay=0.5).update(model, loss(normal(5, 4))[1])
+    assert model.layers[1].running_var.tolist() == [1.0] * 3
+    assert model.layers[1].bias.tolist() != [0.0] * 3
+
+
+def test_modes():
+    layer = BatchNorm(3)
+    assert layer.eval() is layer
+    assert not layer.training
+    assert layer.train() is layer
+    assert layer.training
+    assert layer.state is layer
+    assert not layer.train(False).training
+
+
+@pytest.mark.parametrize("file", ["weights.npz", "weights.safetensors"])
+def test_saving_and_loading(tmp_path, file):
+    saved = layer_with_parameters(3)
+    saved(normal(4, 3))
+    saved.save_weights(str(tmp_path / file))
+    loaded = BatchNorm(3)
+    assert loaded.load_weights(str(tmp_path / file)) is loaded
+    for name, value in saved.parameters().items():
+        assert mx.array_equal(loaded[name], value)
+    with pytest.raises(ValueError, match="parameters not in model: \nbias,\nweight"):
+        BatchNorm(3, affine=False).load_weights(str(tmp_path / file))
+    BatchNorm(3, affine=False).save_weights(str(tmp_path / file))
+    with pytest.raises(ValueError, match="Missing 2 parameters: \nbias,\nweight"):
+        BatchNorm(3).load_weights(str(tmp_path / file))
+    theirs = mlx.nn.BatchNorm(3)
+    theirs.update(saved.parameters())
+    x = normal(4, 3)
+    close(saved.eval()(x), theirs.eval()(x))
+
+
+# ---- dtypes
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("weights", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.float64])
+def test_dtype_of_the_layer(training, weights, dtype):
+    layer = layer_with_parameters(3).train(training)
+    layer.set_dtype(weights)
+    x = normal(6, 3).astype(dtype)
+    y = layer(x)
+    assert y.dtype == mx.result_type(dtype, weights)
+    assert layer.weight.dtype == weights
+    assert layer.running_mean.dtype == layer.running_var.dtype == mx.float32
+    expected = truth.batch_norm(x.astype(mx.float32), *map(wide, (layer.weight, layer.bias))).y
+    if training:
+        close(y, expected, rtol={mx.float32: 1e-5}.get(y.dtype, 1e-2), atol=1e-2)
+
+
+def wide(array):
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+def test_dtype_without_weights():
+    layer = BatchNorm(3, affine=False)
+    x = normal(6, 3).astype(mx.bfloat16)
+    assert layer(x).dtype == layer.eval()(x).dtype == mx.bfloat16
+
+
+def test_statistics_of_a_model_stay_float32():
+    model = mlx.nn.Sequential(mlx.nn.Linear(4, 3), BatchNorm(3))
+    model.set_dtype(mx.bfloat16)
+    layer = model.layers[1]
+    assert layer.weight.dtype == mx.bfloat16
+    for _ in range(300):
+        model(1 + normal(5, 4).astype(mx.bfloat16))
+        mx.eval(model.state)
+    assert layer.running_mean.dtype == layer.running_var.dtype == mx.float32
+    layer.momentum = 1e-4  # a step that bfloat16 could not hold
+    before = layer.running_var
+    model(100 * normal(5, 4).astype(mx.bfloat16))
+    assert (layer.running_var != before).all()
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.float64])
+def test_dtype_of_the_functions(dtype):
+    x = normal(6, 3).astype(dtype)
+    y, statistics = batch_norm(x, mx.ones(3), mx.zeros(3, mx.float16), residual=mx.zeros(3))
+    kept = mx.float64 if dtype == mx.float64 else mx.float32
+    assert y.dtype == dtype
+    assert {each.dtype for each in (*statistics, *batch_statistics(x))} == {kept}
+    assert normalize(x, statistics.mean, statistics.var).dtype == dtype
+    mean, var = update_running(mx.zeros(3, dtype), mx.ones(3), statistics, rate=0.1)
+    assert (mean.dtype, var.dtype) == (dtype, mx.float32)
+
+
+# ---- nothing is evaluated, nothing is done twice
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_evaluated(tmp_path, training):
+    layer = BatchNorm(3, activation="silu").train(training)
+    # Logarithms that stand in no formula of ours: once evaluated, they would leave the graph.
+    x, residual, mask = (mx.log1p(mx.ones((4, 3))) for _ in range(3))
+    y = layer(x, residual=residual, mask=mask)
+    count = operations(y, *layer.parameters().values(), path=tmp_path / "graph")
+    assert count["Log1p"] == (3 if training else 2)
+    y, statistics = batch_norm(x, mask=mask, residual=residual)
+    mean, var = update_running(mx.zeros(3), mx.ones(3), statistics, rate=0.1, correction=1)
+    assert operations(y, mean, var, path=tmp_path / "graph")["Log1p"] == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(16, 32), (32, 32)])
+def test_fewer_operations_than_mlx(tmp_path, training, shape):
+    counts = []
+    for cls in (BatchNorm, mlx.nn.BatchNorm):
+        layer = cls(32).train(training)
+        mx.eval(layer.parameters())
+        x = normal(*shape)
+        y = layer(x)
+        counts.append(operations(y, layer.running_mean, layer.running_var, path=tmp_path / "graph"))
+    ours, theirs = counts
+    assert ours["Sum"] == (2 if training else 0)
+    assert ours.total() <= theirs.total() + (0 if training else 2)
+
+
+def test_statistics_are_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("batchnorm.mlx._SMALL", 0)
+    layer = BatchNorm(32)
+    y = layer(normal(16, 32))
+    count = operations(y, layer.running_mean, layer.running_var, path=tmp_path / "graph")
+    assert (count["Sum"], count["Max"], count["Min"]) == (2, 1, 1)
+
+
+# ---- transformations
+
+
+def loss_of(function, dy):
+    return lambda *arguments: (function(*arguments) * dy).sum()
+
+
+def training_function(**options):
+    return lambda *arguments: batch_norm(*arguments, **options)[0]
+
+
+@pytest.mark.usefixtures("any_size")
+def test_value_and_grad_of_a_layer():
+    layer = layer_with_parameters(3)
+    x, dy = normal(4, 5, 3), normal(4, 5, 3)
+    expected = truth.batch_norm_gradients(dy, x, layer.weight, layer.bias)
+    value, gradients = mlx.nn.value_and_grad(layer, loss_of(layer, dy))(x)
+    close(value, (truth.batch_norm(x, layer.weight, layer.bias).y * np.array(dy)).sum(), 1e-4)
+    assert gradients.keys() == {"weight", "bias"}
+    close(gradients["weight"], expected["scale"])
+    close(gradients["bias"], expected["bias"])
+    close(layer.running_mean, 0.1 * truth.batch_norm(x).mean)
+    close(mx.grad(loss_of(layer, dy))(x), expected["x"])
+    close(mx.vjp(lambda x: (layer(x),), [x], [dy])[1][0], expected["x"])
+
+
+@pytest.mark.usefixtures("any_size")
+def test_gradient_of_the_statistics():
+    x, a, b = normal(9, 3), normal(3), normal(3)
+
+    def loss(x):
+        statistics = batch_statistics(x)
+        return (statistics.mean * a + statistics.var * b).sum()
+
+    expected = (np.array(a) + 2 * np.array(b) * (np.array(x) - np.array(x).mean(0))) / 9
+    close(mx.grad(loss)(x), expected)
+
+
+def differences(function, x, v, step=1e-4):
+    """The derivative of function at x along v, by central differences in float64."""
+    return (function(x + step * v) - function(x - step * v)) / (2 * step)
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_derivatives_of_higher_order(activation, masked):
+    # float64 so that differences tell; it takes the way of large arrays, float32 both.
+    x, v, w, dy = (normal(7, 3).astype(mx.float64) for _ in range(4))
+    mask = mx.array(RNG.integers(0, 3, size=(7, 1))) if masked else None
+    scale, bias = normal(3).astype(mx.float64), normal(3).astype(mx.float64)
+    function = training_function(mask=mask, activation=activation)
+    loss = loss_of(lambda x: function(x, scale, bias), dy)
+    first = mx.grad(loss)
+    second = mx.grad(lambda x: (first(x) * v).sum())
+    third = mx.grad(lambda x: (second(x) * w).sum())
+    close(mx.jvp(lambda x: function(x, scale, bias), [x], [v])[1][0],
+          differences(lambda x: function(x, scale, bias), x, v), atol=1e-6)  # fmt: skip
+    close(second(x), differences(first, x, v), atol=1e-6)
+    close(third(x), differences(second, x, w), atol=1e-5)
+    close(mx.jvp(first, [x], [v])[1][0], second(x), atol=1e-6)
+    in_float32 = [each.astype(mx.float32) for each in (x, v, w, dy, scale, bias)]
+    x32, v32, _, dy32, scale32, bias32 = in_float32
+    first32 = mx.grad(loss_of(lambda x: function(x, scale32, bias32), dy32))
+    close(mx.grad(lambda x: (first32(x) * v32).sum())(x32), second(x), 1e-4, 1e-4)
+    close(mx.jvp(first32, [x32], [v32])[1][0], second(x), 1e-4, 1e-4)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_vmap():
+    x, scale, bias = normal(4, 6, 3), normal(3), normal(4, 3)
+    function = training_function(activation="silu")
+    each = [function(x[i], scale, bias[i]) for i in range(4)]
+    close(mx.vmap(function, in_axes=(0, None, 0))(x, scale, bias), mx.stack(each))
+    first = mx.grad(loss_of(function, normal(6, 3)))
+    each = [first(x[i], scale, bias[i]) for i in range(4)]
+    close(mx.vmap(first, in_axes=(0, None, 0))(x, scale, bias), mx.stack(each))
+    along_last = mx.vmap(lambda x: function(x, scale), in_axes=2, out_axes=2)
+    close(along_last(mx.moveaxis(x, 0, 2)), mx.stack([function(x[i], scale) for i in range(4)], 2))
+
+
+@pytest.mark.parametrize("options", [{"training": False}, {"track_running_stats": False}])
+def test_vmap_of_a_layer(options):
+    training = options.pop("training", True)
+    layer = layer_with_parameters(3, **options).train(training)
+    x = normal(4, 6, 3)
+    close(mx.vmap(layer)(x), mx.stack([layer(x[i]) for i in range(4)]))
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("shape", [(5, 4), (32, 40, 4)])
+def test_compile_with_state(shape):
+    x, dy = normal(*shape), normal(*shape)
+    compiled, plain = BatchNorm(4), BatchNorm(4)
+
+    @partial(mx.compile, inputs=compiled.state, outputs=compiled.state)
+    def step(x):
+        return mlx.nn.value_and_grad(compiled, loss_of(compiled, dy))(x)
+
+    for _ in range(2):
+        value, gradients = step(x)
+        expected_value, expected = mlx.nn.value_and_grad(plain, loss_of(plain, dy))(x)
+        close(value, expected_value, rtol=1e-4, atol=1e-3)
+        for name, gradient in expected.items():
+            close(gradients[name], gradient, rtol=1e-4, atol=1e-4)
+    for name, value in plain.parameters().items():
+        close(compiled[name], value)
+    first = mx.compile(mx.grad(loss_of(training_function(), dy)))
+    close(first(x), truth.batch_norm_gradients(dy, x)["x"], rtol=1e-4)
+    second = mx.grad(lambda x: (mx.grad(loss_of(training_function(), dy))(x) ** 2).sum())
+    close(mx.compile(second)(x), second(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_checkpoint():
+    x, scale, bias, dy = normal(6, 3), normal(3), normal(3), normal(6, 3)
+    gradients = mx.grad(loss_of(mx.checkpoint(training_function()), dy), argnums=(0, 1, 2))
+    expected = truth.batch_norm_gradients(dy, x, scale, bias)
+    for gradient, name in zip(gradients(x, scale, bias), ("x", "scale", "bias"), strict=True):
+        close(gradient, expected[name])
+
+
+def test_training_a_model():
+    x = normal(64, 8)
+    y = (x[:, :1] * 2 - x[:, 1:2]) * 3
+    model = mlx.nn.Sequential(
+        mlx.nn.Linear(8, 16), BatchNorm(16, activation="relu"), mlx.nn.Linear(16, 1)
+    )
+    optimizer = mlx.optimizers.Adam(1e-2)
+
+    def loss():
+        return mlx.nn.losses.mse_loss(model(x), y)
+
+    step = mlx.nn.value_and_grad(model, loss)
+    losses = []
+    for _ in range(100):
+        value, gradients = step()
+        optimizer.update(model, gradients)
+        mx.eval(model.parameters(), optimizer.state)
+        losses.append(value.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+# ---- bad input
+
+X = mx.zeros((4, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ([mx.zeros(3)], ValueError, "Expected input tensor to have 2, 3 or 4 dimensions, but got 1"),
+        ([mx.zeros((2,) * 4 + (3,))], ValueError, "2, 3 or 4 dimensions, but got 5"),
+        ([mx.zeros((1, 3))], ValueError, "training requires more than one value per channel"),
+        ([mx.zeros((1, 1, 1, 3))], ValueError, "more than one value per channel"),
+        ([mx.zeros((4, 2))], ValueError, r"num_features=3 channels, .* 2: its shape is \(4, 2\)"),
+        ([mx.zeros((4, 1))], ValueError, r"num_features=3 channels, .* 1: its shape is \(4, 1\)"),
+        ([mx.zeros((4, 3), mx.int32)], TypeError, "x must be .*floating.*int32"),
+        ([mx.zeros((4, 3), mx.complex64)], TypeError, "x must be .*floating.*complex64"),
+        ([np.zeros((4, 3))], TypeError, "x must be an instance of mlx.core.array, but got ndarray"),
+        ([X, mx.zeros((5, 3))], ValueError, r"residual must broadcast to .*\(4, 3\).*\(5, 3\)"),
+        ([X, mx.zeros((4, 3), mx.int8)], TypeError, "residual must be .*floating.*int8"),
+        ([X, 1.0], TypeError, "residual must be an instance of mlx.core.array, but got float"),
+        ([X, None, mx.zeros((2, 4, 3))], ValueError, r"mask must broadcast to .*\(2, 4, 3\)"),
+        ([X, None, mx.zeros((4, 2))], ValueError, r"mask must broadcast to .*\(4, 2\)"),
+        ([X, None, mx.zeros((4, 3), mx.complex64)], TypeError, "mask must be .*complex64"),
+        ([X, None, [True] * 4], TypeError, "mask must be an instance of mlx.core.array"),
+    ],
+)
+def test_bad_calls_change_nothing(arguments, error, message):
+    layer = BatchNorm(3)
+    before = dict(layer)
+    with pytest.raises(error, match=message):
+        layer(*arguments)
+    assert dict(layer).keys() == before.keys()
+    for name, value in before.items():
+        assert layer[name] is value
+
+
+def test_a_mask_is_checked_in_evaluation_too():
+    with pytest.raises(ValueError, match="mask must broadcast"):
+        BatchNorm(3).eval()(X, mask=mx.ones((4, 2)))
+
+
+def test_one_channel_is_not_any_number_of_channels():
+    with pytest.raises(ValueError, match="x must have num_features=1 channels, but it has 3"):
+        BatchNorm(1)(X)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("momentum", 2.0, r"momentum must be within \[0, 1\], but got 2.0"),
+        ("eps", -1.0, "eps must be positive and finite, but got -1.0"),
+        ("activation", "tanh", "activation must be .*'tanh'"),
+        ("weight", mx.ones(2), r"scale must have the feature shape \(3,\) of x"),
+    ],
+)
+def test_attributes_are_checked_where_they_are_used(attribute, value, message):
+    layer = BatchNorm(3)
+    setattr(layer, attribute, value)
+    with pytest.raises(ValueError, match=message):
+        layer(X)
+    assert layer.running_mean.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: batch_norm(X, mx.ones(4)), ValueError, r"scale must have the feature shape \(3,\)"),
+        (lambda: batch_norm(X, mx.ones((1, 3))), ValueError, r"scale must .* shape is \(1, 3\)"),
+        (lambda: batch_norm(X, 2.0), TypeError, "scale must be an instance of mlx.core.array"),
+        (lambda: batch_norm(X, bias=mx.ones(3, mx.int32)), TypeError, "bias must be .*int32"),
+        (lambda: batch_norm(X, axis=2), ValueError, r"axis must be within \[-2, 1\]"),
+        (lambda: batch_norm(X, axis=(0, -2)), ValueError, "axis must not name an axis of x twice"),
+        (lambda: batch_norm(X, axis=0.5), TypeError, "axis must be an integer"),
+        (lambda: batch_norm(X, eps=0), ValueError, "eps must be positive"),
+        (lambda: batch_norm(X, activation="tanh"), ValueError, "activation must be"),
+        (lambda: batch_norm(mx.zeros((1, 3))), ValueError, "more than one value of each feature"),
+        (lambda: batch_norm(X, group="world"), TypeError, "group must be an instance of .*Group"),
+        (lambda: normalize(X, mx.ones(4), mx.ones(3)), ValueError, "mean must have the feature"),
+        (lambda: normalize(X, mx.ones(3), mx.ones(1)), ValueError, "var must have the feature"),
+        (lambda: batch_statistics(X.astype(mx.int32)), TypeError, "x must be .*int32"),
+        (lambda: batch_statistics(X, mask=mx.ones(4)), ValueError, "mask must broadcast"),
+        (
+            lambda: update_running(mx.ones(2), mx.ones(3), batch_statistics(X), rate=0.1),
+            ValueError,
+            r"mean must have the shape \(3,\)",
+        ),
+        (
+            lambda: update_running(mx.ones(3), mx.ones(3), batch_statistics(X), rate=-1),
+            ValueError,
+            "rate must be within",
+        ),
+        (
+            lambda: update_running(
+                mx.ones(3), mx.ones(3), batch_statistics(X), rate=0, correction=2
+            ),
+            ValueError,
+            "correction must be 0",
+        ),
+    ],
+)
+def test_bad_arguments_of_functions(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---- the functions of this door
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("axis", [0, 1, (1, 2), (0, 2)])
+def test_axes(axis):
+    x = 5 + normal(4, 5, 6)
+    expected = truth.batch_norm(x, axis=axis)
+    y, statistics = batch_norm(x, axis=axis)
+    close(y, expected.y)
+    for actual, wanted in zip(statistics, expected[1:], strict=True):
+        close(actual, wanted)
+    close(normalize(x, statistics.mean, statistics.var, axis=axis), expected.y)
+
+
+def test_the_ways_of_computing_agree(monkeypatch):
+    x, scale, bias = 100 + normal(50, 3), normal(3), normal(3)
+    small = batch_norm(x, scale, bias, activation="silu")
+    monkeypatch.setattr("batchnorm.mlx._SMALL", 0)
+    large = batch_norm(x, scale, bias, activation="silu")
+    close(small[0], large[0])
+    for one, other in zip(small[1], large[1], strict=True):
+        close(one, other)
+
+
+def test_a_group_of_one_is_no_group():
+    x = normal(6, 3)
+    alone = mx.distributed.init()
+    assert alone.size() == 1
+    assert mx.array_equal(batch_norm(x, group=alone)[0], batch_norm(x)[0])
+
+
+def test_statistics_merge():
+    x = 3 + normal(30, 2)
+    merged = batch_statistics(x[:4]).merge(batch_statistics(x[4:]))
+    assert isinstance(merged, Statistics)
+    for actual, wanted in zip(merged, truth.batch_norm(x)[1:], strict=True):
+        close(actual, wanted)
+
+
+def test_without_mlx():
+    program = "import sys; sys.modules['mlx'] = None; import batchnorm.mlx"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ImportError: batchnorm.mlx needs MLX: pip install batchnorm[mlx]" in run.stderr
