@@ -1,0 +1,305 @@
+"""The inputs, good and bad, that every door is given: one table each."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Good:
+    """A shape with its feature axes, in words."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: Any
+    mask: str | None = None  # "bool" or "weights", of a feature axis of size "1" or "C"
+    residual: bool = False
+    activation: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        return tuple(sorted(each % len(self.shape) for each in axes))
+
+    def arrays(self, dtype=np.float64, seed=0):
+        """dy, x, scale, bias and the keywords of batch_norm."""
+        random = np.random.default_rng(seed)
+        feature_shape = tuple(self.shape[each] for each in self.features)
+        x = (random.normal(size=self.shape) * 2 + 3).astype(dtype)
+        dy = random.normal(size=self.shape).astype(dtype)
+        scale = random.uniform(0.5, 2, feature_shape).astype(np.float32)
+        bias = random.normal(size=feature_shape).astype(np.float32)
+        keywords = {"axis": self.axis, "eps": 1e-3, "activation": self.activation}
+        if self.mask is not None:
+            shape = tuple(
+                1 if axis in self.features and self.mask.endswith("1") else size
+                for axis, size in enumerate(self.shape)
+            )
+            mask = random.uniform(size=shape) > 0.3
+            if self.mask.startswith("weights"):
+                mask = mask * random.uniform(0.5, 2, shape).astype(np.float32)
+            keywords["mask"] = mask
+        if self.residual:
+            keywords["residual"] = random.normal(size=self.shape).astype(dtype)
+        return dy, x, scale, bias, keywords
+
+
+GOOD = [
+    Good("NC", (12, 5), -1),
+    Good("NLC", (6, 7, 5), 2),
+    Good("NHWC", (4, 5, 3, 6), -1),
+    Good("NCHW", (4, 6, 5, 3), 1),
+    Good("NDHWC", (2, 3, 2, 3, 4), -1),
+    Good("channels first of all", (5, 30), 0),
+    Good("one channel", (50, 1), 1),
+    Good("many channels", (3, 1500), 1),
+    Good("long rows", (2, 3, 1700), 1),
+    Good("many rows", (1500, 3), 1),
+    Good("two feature axes", (4, 3, 5, 2), (1, 2)),
+    Good("feature axes apart", (4, 3, 5, 2), (1, -1)),
+    Good("feature axes in any order", (4, 3, 5, 2), (2, 1)),
+    Good("mask", (8, 7, 5), -1, mask="bool 1"),
+    Good("mask of each feature", (8, 7, 5), -1, mask="bool C"),
+    Good("weights", (8, 5, 7), 1, mask="weights 1"),
+    Good("weights of each feature", (8, 5, 7), 1, mask="weights C"),
+    Good("weights of long rows", (2, 3, 1700), 1, mask="weights 1"),
+    Good("relu", (12, 5), -1, activation="relu"),
+    Good("silu", (4, 6, 5, 3), 1, activation="silu"),
+    Good("residual", (12, 5), -1, residual=True),
+    Good("residual and relu", (4, 6, 5, 3), 1, residual=True, activation="relu"),
+    Good("all at once", (8, 7, 5), -1, mask="weights 1", residual=True, activation="silu"),
+]
+
+
+def _x(*shape, dtype=np.float32):
+    return np.random.default_rng(0).normal(size=shape).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must be refused: function, arguments, the error's type and a piece of it."""
+
+    name: str
+    error: type[Exception]
+    message: str
+    x: Any = None
+    arrays: tuple[Any, ...] = ()
+    keywords: Any = None
+    function: str = "batch_norm"
+    of_values: bool = False  # found only by a door that looks at values
+
+    def __str__(self) -> str:
+        return self.name
+
+    def call(self, door):
+        x = _x(6, 4) if self.x is None else self.x
+        return door.call(self.function, x, *self.arrays, **(self.keywords or {}))
+
+
+BAD = [
+    Bad("rank 0", ValueError, r"axis must be within .* for x of shape \(\)", x=_x()),
+    Bad("rank 1", ValueError, "axis must name at least one .* leave at least one", x=_x(4)),
+    Bad(
+        "integers",
+        TypeError,
+        "x must be an array of real floating-point .*int32",
+        x=np.ones((6, 4), np.int32),
+    ),
+    Bad(
+        "bools",
+        TypeError,
+        "x must be an array of real floating-point .*bool",
+        x=np.ones((6, 4), bool),
+    ),
+    Bad(
+        "complex",
+        TypeError,
+        "x must be an array of real floating-point .*complex64",
+        x=np.ones((6, 4), np.complex64),
+    ),
+    Bad("eps zero", ValueError, "eps must be positive and finite, but got 0", keywords={"eps": 0}),
+    Bad(
+        "eps negative",
+        ValueError,
+        "eps must be positive and finite, but got -1",
+        keywords={"eps": -1e-5},
+    ),
+    Bad(
+        "eps NaN",
+        ValueError,
+        "eps must be positive and finite, but got nan",
+        keywords={"eps": np.nan},
+    ),
+    Bad(
+        "eps infinite",
+        ValueError,
+        "eps must be positive and finite, but got inf",
+        keywords={"eps": np.inf},
+    ),
+    Bad(
+        "eps a string",
+        TypeError,
+        "eps must be a positive number, but got 'x'",
+        keywords={"eps": "x"},
+    ),
+    Bad(
+        "axis out of range",
+        ValueError,
+        r"axis must be within \[-2, 1\] .* got 2",
+        keywords={"axis": 2},
+    ),
+    Bad(
+        "axis negative out of range",
+        ValueError,
+        r"axis must be within \[-2, 1\] .* got -3",
+        keywords={"axis": -3},
+    ),
+    Bad(
+        "axis repeated",
+        ValueError,
+        r"axis must not name an axis of x twice, but got \(1, -1\)",
+        keywords={"axis": (1, -1)},
+    ),
+    Bad(
+        "axis a float",
+        TypeError,
+        "axis must be an integer or a tuple of integers, but got 1.0",
+        keywords={"axis": 1.0},
+    ),
+    Bad(
+        "axis a bool",
+        TypeError,
+        "axis must be an integer or a tuple of integers, but got True",
+        keywords={"axis": True},
+    ),
+    Bad("no axis", ValueError, "axis must name at least one", keywords={"axis": ()}),
+    Bad("every axis", ValueError, "leave at least one to normalize", keywords={"axis": (0, 1)}),
+    Bad(
+        "scale too short",
+        ValueError,
+        r"scale must have the feature shape \(4,\) .* its shape is \(3,\)",
+        arrays=(_x(3),),
+    ),
+    Bad(
+        "scale of one",
+        ValueError,
+        r"scale must have the feature shape \(4,\) .* its shape is \(1,\)",
+        arrays=(_x(1),),
+    ),
+    Bad("scale of rank 2", ValueError, r"scale must have the feature shape", arrays=(_x(1, 4),)),
+    Bad(
+        "bias too long",
+        ValueError,
+        r"bias must have the feature shape \(4,\) .* its shape is \(5,\)",
+        arrays=(None, _x(5)),
+    ),
+    Bad(
+        "scale complex",
+        TypeError,
+        "scale must be an array of real",
+        arrays=(np.ones(4, np.complex64),),
+    ),
+    Bad(
+        "mask does not broadcast",
+        ValueError,
+        r"mask must broadcast to the shape \(6, 4\) of x, but its shape is \(5, 1\)",
+        keywords={"mask": np.ones((5, 1), bool)},
+    ),
+    Bad(
+        "mask of higher rank",
+        ValueError,
+        "mask must broadcast",
+        keywords={"mask": np.ones((1, 6, 4), bool)},
+    ),
+    Bad(
+        "mask complex", TypeError, "mask must be", keywords={"mask": np.ones((6, 1), np.complex64)}
+    ),
+    Bad(
+        "weights negative",
+        ValueError,
+        "mask must hold bools or weights >= 0, but it holds -1",
+        keywords={"mask": -(_x(6, 1) ** 0)},
+        of_values=True,
+    ),
+    Bad(
+        "weights NaN",
+        ValueError,
+        "mask must hold bools or weights >= 0, but it holds nan",
+        keywords={"mask": np.full((6, 1), np.nan)},
+        of_values=True,
+    ),
+    Bad(
+        "residual does not broadcast",
+        ValueError,
+        r"residual must broadcast to the shape \(6, 4\) of x, but its shape is \(6, 3\)",
+        keywords={"residual": _x(6, 3)},
+    ),
+    Bad(
+        "residual integers",
+        TypeError,
+        "residual must be an array of real floating-point",
+        keywords={"residual": np.ones((6, 4), np.int32)},
+    ),
+    Bad(
+        "unknown activation",
+        ValueError,
+        'activation must be None, "relu" or "silu", but got \'gelu\'',
+        keywords={"activation": "gelu"},
+    ),
+    Bad(
+        "activation a function", ValueError, "activation must be None", keywords={"activation": abs}
+    ),
+    Bad(
+        "one value a feature",
+        ValueError,
+        r"needs more than one value of each feature, but x of shape \(1, 4\)",
+        x=_x(1, 4),
+    ),
+    Bad(
+        "mean too short",
+        ValueError,
+        r"mean must have the feature shape \(4,\)",
+        arrays=(_x(3), _x(4)),
+        function="normalize",
+    ),
+    Bad(
+        "var of one",
+        ValueError,
+        r"var must have the feature shape \(4,\)",
+        arrays=(_x(4), _x(1)),
+        function="normalize",
+    ),
+    Bad(
+        "integers, evaluation",
+        TypeError,
+        "x must be an array of real",
+        x=np.ones((6, 4), np.int32),
+        arrays=(_x(4), _x(4)),
+        function="normalize",
+    ),
+    Bad(
+        "integers, statistics",
+        TypeError,
+        "x must be an array of real",
+        x=np.ones((6, 4), np.int32),
+        function="batch_statistics",
+    ),
+    Bad(
+        "axis, statistics",
+        ValueError,
+        "axis must be within",
+        keywords={"axis": 5},
+        function="batch_statistics",
+    ),
+    Bad(
+        "mask, statistics",
+        ValueError,
+        "mask must broadcast",
+        keywords={"mask": np.ones(3, bool)},
+        function="batch_statistics",
+    ),
+]

@@ -1,0 +1,150 @@
+"""The doors under test: one row each. A framework that is missing is an error, not a skip.
+
+Every test of what all doors share takes the `door` fixture and speaks NumPy: a Door turns arrays
+into its framework's and back, and names what differs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import mlx.core as mx
+import numpy as np
+
+import batchnorm.mlx
+import batchnorm.numpy
+
+FLOAT64, FLOAT32, FLOAT16 = np.dtype("float64"), np.dtype("float32"), np.dtype("float16")
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclass
+class Door:
+    """One way into batchnorm.
+
+    Attributes
+    ----------
+    functions : the module or object with batch_norm, normalize, batch_statistics, update_running
+    array, numpy : to the framework's array, and back
+    gradients : (function, dy, arrays) -> the gradients of sum(function(*arrays) * dy)
+    looks_at_values : whether bad values, and not only shapes and dtypes, are found
+    """
+
+    name: str
+    functions: Any
+    array: Callable[[Any], Any]
+    numpy: Callable[[Any], np.ndarray]
+    gradients: Callable[..., list[np.ndarray]]
+    dtypes: tuple[np.dtype, ...] = (FLOAT32, FLOAT16, BFLOAT16)
+    looks_at_values: bool = False
+
+    def batch_norm(self, x, scale=None, bias=None, **keywords):
+        y, statistics = self.call("batch_norm", x, scale, bias, **keywords)
+        return self.numpy(y), type(statistics)(*map(self.numpy, statistics))
+
+    def normalize(self, *arrays, **keywords):
+        return self.numpy(self.call("normalize", *arrays, **keywords))
+
+    def batch_statistics(self, x, **keywords):
+        statistics = self.call("batch_statistics", x, **keywords)
+        return type(statistics)(*map(self.numpy, statistics))
+
+    def call(self, function, *arrays, **keywords):
+        """`function` of this door with NumPy arrays, its result in the framework's arrays."""
+        for name in ("mask", "residual"):
+            if keywords.get(name) is not None:
+                keywords[name] = self.array(keywords[name])
+        arrays = [None if array is None else self.array(array) for array in arrays]
+        return getattr(self.functions, function)(*arrays, **keywords)
+
+    def batch_norm_gradients(self, dy, x, scale, bias, *, residual=None, **keywords):
+        """Gradients of sum(batch_norm(...)[0] * dy), as a dict by the argument's name."""
+        arrays = {"x": x, "scale": scale, "bias": bias, "residual": residual}
+        arrays = {name: value for name, value in arrays.items() if value is not None}
+        if "mask" in keywords and keywords["mask"] is not None:
+            keywords["mask"] = self.array(keywords["mask"])
+        return self.gradients(self, dy, arrays, keywords)
+
+
+def _numpy_gradients(door, dy, arrays, keywords):
+    arguments = {"scale": arrays.get("scale"), "bias": arrays.get("bias"), **keywords}
+    residual = arrays.get("residual")
+    _, statistics = door.functions.batch_norm(arrays["x"], residual=residual, **arguments)
+    gradients = door.functions.batch_norm_gradients(
+        dy, arrays["x"], statistics, residual=residual, **arguments
+    )
+    return {name: getattr(gradients, name) for name in arrays}
+
+
+class _WithoutNative:
+    """batchnorm.numpy as it is where no native module was built."""
+
+    def __getattr__(self, name):
+        function = getattr(batchnorm.numpy, name)
+
+        def without_native(*arguments, **keywords):
+            code = batchnorm.numpy._code
+            batchnorm.numpy._code = lambda dtype: None
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                batchnorm.numpy._code = code
+
+        return without_native
+
+
+def _mlx_array(value):
+    value = np.asarray(value)
+    if value.dtype == BFLOAT16:
+        return mx.array(value.astype(np.float32)).astype(mx.bfloat16)
+    return mx.array(value.astype(np.float32) if value.dtype == np.float64 else value)
+
+
+def _mlx_numpy(array):
+    if array.dtype == mx.bfloat16:
+        return np.array(array.astype(mx.float32)).astype(BFLOAT16)
+    return np.array(array)
+
+
+def _mlx_gradients(door, dy, arrays, keywords):
+    names, dy = list(arrays), door.array(dy)
+
+    def loss(*values):
+        arguments = dict(zip(names, values, strict=True))
+        y, _ = door.functions.batch_norm(**arguments, **keywords)
+        return (y * dy).astype(mx.float32).sum()
+
+    values = [door.array(arrays[name]) for name in names]
+    _, gradients = mx.value_and_grad(loss, argnums=tuple(range(len(names))))(*values)
+    gradients = [gradients] if len(names) == 1 else gradients
+    return {name: door.numpy(g) for name, g in zip(names, gradients, strict=True)}
+
+
+DOORS = [
+    Door(
+        name="numpy",
+        functions=batchnorm.numpy,
+        array=np.asarray,
+        numpy=np.asarray,
+        gradients=_numpy_gradients,
+        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
+        looks_at_values=True,
+    ),
+    Door(
+        name="numpy-without-native",
+        functions=_WithoutNative(),
+        array=np.asarray,
+        numpy=np.asarray,
+        gradients=_numpy_gradients,
+        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
+        looks_at_values=True,
+    ),
+    Door(
+        name="mlx",
+        functions=batchnorm.mlx,
+        array=_mlx_array,
+        numpy=_mlx_numpy,
+        gradients=_mlx_gradients,
+    ),
+]

@@ -1,0 +1,62 @@
+"""The table of conventions against the frameworks that it speaks of."""
+
+import inspect
+
+import flax.linen
+import jax
+import mlx.nn
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from batchnorm.conventions import CONVENTIONS
+
+
+def default(function, name):
+    return inspect.signature(function).parameters[name].default
+
+
+@pytest.mark.parametrize("layer", [mlx.nn.BatchNorm(3), torch.nn.BatchNorm1d(3)], ids=type)
+def test_mlx_and_torch(layer):
+    convention = CONVENTIONS["mlx" if isinstance(layer, mlx.nn.BatchNorm) else "torch"]
+    for name in (convention.scale, convention.bias, convention.mean, convention.var):
+        assert tuple(getattr(layer, name).shape) == (3,)
+    assert default(type(layer), "momentum") == convention.momentum
+    assert default(type(layer), "eps") == convention.eps
+
+
+def test_torch_momentum_and_correction():
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    layer = torch.nn.BatchNorm1d(3)
+    layer(torch.tensor(x))
+    convention = CONVENTIONS["torch"]
+    rate = convention.rate(convention.momentum)
+    np.testing.assert_allclose(layer.running_mean, rate * x.mean(0), rtol=1e-5)
+    variance = x.var(0, ddof=convention.correction)
+    np.testing.assert_allclose(layer.running_var, (1 - rate) + rate * variance, rtol=1e-5)
+
+
+def test_flax():
+    convention = CONVENTIONS["flax"]
+    layer = flax.linen.BatchNorm(use_running_average=False)
+    assert (layer.momentum, layer.epsilon) == (convention.momentum, convention.eps)
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    variables = layer.init(jax.random.key(0), x)
+    assert set(variables["params"]) == {convention.scale, convention.bias}
+    _, state = layer.apply(variables, x, mutable=["batch_stats"])
+    rate = convention.rate(convention.momentum)
+    state = state["batch_stats"]
+    np.testing.assert_allclose(state[convention.mean], rate * x.mean(0), rtol=1e-4)
+    variance = x.var(0, ddof=convention.correction)
+    np.testing.assert_allclose(state[convention.var], (1 - rate) + rate * variance, rtol=1e-5)
+
+
+def test_onnx():
+    convention = CONVENTIONS["onnx"]
+    schema = onnx.defs.get_schema("BatchNormalization")
+    names = [each.name for each in schema.inputs]
+    assert names[1:] == [convention.scale, convention.bias, convention.mean, convention.var]
+    attributes = schema.attributes
+    assert attributes["epsilon"].default_value.f == pytest.approx(convention.eps)
+    assert attributes["momentum"].default_value.f == pytest.approx(convention.momentum)

@@ -1,0 +1,360 @@
+"""What all doors share: each test runs through every door, against a float64 truth.
+
+The tests are functions of a door alone, so that test_the_tests.py can hand them a wrong one.
+"""
+
+import numpy as np
+import pytest
+import truth
+from cases import BAD, GOOD, Bad, Good
+from doors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Door
+
+# What rounding the result to the dtype alone costs, and a little arithmetic.
+RELATIVE = {FLOAT64: 1e-12, FLOAT32: 5e-6, FLOAT16: 2e-3, BFLOAT16: 1.6e-2}
+
+
+def close(got, wanted, dtype, what=""):
+    """|got − wanted| within rounding, relative to the largest value."""
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    assert got.shape == wanted.shape, what
+    scale = np.max(np.abs(wanted), initial=1.0)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=RELATIVE[dtype] * scale, err_msg=what)
+
+
+@pytest.mark.parametrize("case", GOOD, ids=str)
+def test_output_and_statistics(door: Door, case: Good):
+    for dtype in door.dtypes:
+        _, x, scale, bias, keywords = case.arrays(dtype)
+        y, statistics = door.batch_norm(x, scale, bias, **keywords)
+        wanted = truth.batch_norm(x, scale, bias, **keywords)
+        assert y.dtype == dtype
+        close(y, wanted.y, dtype)
+        accuracy = FLOAT64 if dtype == FLOAT64 else FLOAT32
+        close(statistics.mean, wanted.mean, accuracy, "mean")
+        close(statistics.var, wanted.var, accuracy, "var")
+        close(statistics.count, np.broadcast_to(wanted.count, wanted.mean.shape), accuracy, "count")
+
+
+@pytest.mark.parametrize("case", GOOD, ids=str)
+def test_gradients(door: Door, case: Good):
+    for dtype in door.dtypes:
+        dy, x, scale, bias, keywords = case.arrays(dtype)
+        got = door.batch_norm_gradients(dy, x, scale, bias, **keywords)
+        wanted = truth.batch_norm_gradients(dy, x, scale, bias, **keywords)
+        assert set(got) == {"x", "scale", "bias"} | ({"residual"} if case.residual else set())
+        assert got["x"].dtype == dtype
+        for name, gradient in got.items():
+            if case.activation == "relu" and dtype in (FLOAT16, BFLOAT16):
+                # Rounding can put an element on the other side of relu's kink.
+                assert np.mean(np.abs(gradient - wanted[name]) > 0.05) < 0.02, name
+            else:
+                close(gradient, wanted[name], dtype, name)
+
+
+@pytest.mark.parametrize("case", GOOD, ids=str)
+def test_statistics_alone(door: Door, case: Good):
+    for dtype in door.dtypes:
+        _, x, _, _, keywords = case.arrays(dtype)
+        statistics = door.batch_statistics(x, axis=case.axis, mask=keywords.get("mask"))
+        wanted = truth.batch_norm(x, axis=case.axis, mask=keywords.get("mask"))
+        accuracy = FLOAT64 if dtype == FLOAT64 else FLOAT32
+        close(statistics.mean, wanted.mean, accuracy)
+        close(statistics.var, wanted.var, accuracy)
+
+
+@pytest.mark.parametrize("case", [case for case in GOOD if not case.mask], ids=str)
+def test_normalize(door: Door, case: Good):
+    for dtype in door.dtypes:
+        _, x, scale, bias, keywords = case.arrays(dtype)
+        mean, var = scale * 2, scale * 3
+        y = door.normalize(x, mean, var, scale, bias, **keywords)
+        wanted = truth.batch_norm(x, None, None, axis=case.axis)  # for the shapes alone
+        shape = [size if axis in case.features else 1 for axis, size in enumerate(x.shape)]
+        along = [np.float64(each).reshape(shape) for each in (mean, var, scale, bias)]
+        z = (np.float64(x) - along[0]) / np.sqrt(along[1] + 1e-3) * along[2] + along[3]
+        z = z + np.float64(keywords.get("residual", 0))
+        if case.activation == "relu":
+            z = np.maximum(z, 0)
+        if case.activation == "silu":
+            z = z / (1 + np.exp(-z))
+        assert y.dtype == dtype
+        assert y.shape == wanted.y.shape
+        close(y, z, dtype)
+
+
+def test_parameters_may_be_left_out(door: Door):
+    x = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    scale, bias = np.float32([1, 2, 3, 4]), np.float32([4, 3, 2, 1])
+    for arguments in ({}, {"scale": scale}, {"bias": bias}):
+        y, _ = door.batch_norm(x, **arguments)
+        close(y, truth.batch_norm(x, **arguments).y, FLOAT32)
+        gradients = door.batch_norm_gradients(x, x, arguments.get("scale"), arguments.get("bias"))
+        wanted = truth.batch_norm_gradients(x, x, **arguments)
+        assert set(gradients) == {"x", *arguments}
+        for name, gradient in gradients.items():
+            close(gradient, wanted[name], FLOAT32, name)
+
+
+# ---- accuracy: each input breaks a peer (see docs/accuracy.md)
+
+
+def large_mean(values, features=4):
+    """1e4 + 0.01·N(0, 1), with means that lie between two floats."""
+    random = np.random.default_rng(0)
+    means = 1e4 + 3e-4 * np.arange(features)
+    return (means + 0.01 * random.standard_normal((values, features))).astype(np.float32)
+
+
+@pytest.mark.parametrize("layout", ["features last", "features first"])
+def test_large_mean(door: Door, layout: str):
+    x, axis = large_mean(1_000_000), -1
+    if layout == "features first":
+        x, axis = np.ascontiguousarray(x.T)[None], 1
+    y, _ = door.batch_norm(x, axis=axis)
+    wanted = truth.batch_norm(x, axis=axis).y
+    assert abs(y.std(dtype=np.float64) - wanted.std()) < 1e-3
+    assert abs(y.mean(dtype=np.float64)) < 1e-3
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=5e-3)
+
+
+def test_gradients_at_a_large_mean(door: Door):
+    x = large_mean(1000)
+    dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    for direction in (dy, dy + 1, dy + truth.batch_norm(x).y.astype(np.float32)):
+        got = door.batch_norm_gradients(direction, x, None, None)["x"]
+        wanted = truth.batch_norm_gradients(direction, x)["x"]
+        assert np.linalg.norm(got - wanted) <= 1e-2 * np.linalg.norm(wanted)
+
+
+def test_constant_feature(door: Door):
+    for shape in ((1000, 3), (1_000_000, 1)):
+        x = np.full(shape, 1234.567, np.float32)
+        bias = np.float32([0.25] * shape[1])
+        y, _ = door.batch_norm(x, None, bias)
+        np.testing.assert_allclose(y, 0.25, rtol=0, atol=1e-3)
+
+
+def test_float16_far_from_zero(door: Door):
+    x = np.random.default_rng(0).uniform(300, 400, (1_000_000, 2)).astype(np.float16)
+    y, _ = door.batch_norm(x)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y.std(axis=0, dtype=np.float64), 1, atol=2e-3)
+
+
+def test_float16_whose_squares_overflow(door: Door):
+    x = (np.random.default_rng(0).normal(size=(1_000_000, 2)) * 300).astype(np.float16)
+    y, statistics = door.batch_norm(x)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y.std(axis=0, dtype=np.float64), 1, atol=2e-3)
+    np.testing.assert_allclose(statistics.var, 90000, rtol=0.01)
+
+
+def test_float32_whose_squares_overflow(door: Door):
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (1_000_000, 2))
+    x = (signs * 1e30).astype(np.float32)
+    y, _ = door.batch_norm(x)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y.std(axis=0, dtype=np.float64), 1, atol=1e-3)
+    dy = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    got = door.batch_norm_gradients(dy, x, None, None)["x"] * 1e30
+    wanted = truth.batch_norm_gradients(dy, x)["x"] * 1e30
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-3)
+
+
+def test_an_outlier_first(door: Door):
+    """A first element far off is a bad pivot, if one relies on it."""
+    x = np.random.default_rng(0).normal(size=(100_000, 2)).astype(np.float32)
+    x[0] = 1e4
+    y, statistics = door.batch_norm(x)
+    wanted = truth.batch_norm(x)
+    np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-4)
+    close(y, wanted.y, FLOAT32)
+
+
+def test_small_values(door: Door):
+    x = (np.random.default_rng(0).normal(size=(1000, 3)) * 1e-12).astype(np.float32)
+    y, _ = door.batch_norm(x, eps=1e-30)
+    np.testing.assert_allclose(y, truth.batch_norm(x, eps=1e-30).y, rtol=0, atol=1e-4)
+
+
+# ---- values that are not finite, masks, empty batches
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_feature(door: Door, value: float):
+    for shape, axis, index in (
+        ((40, 5), -1, (3, 2)),
+        ((40, 5), -1, (0, 2)),
+        ((3, 5, 300), 1, (1, 2, 7)),
+        ((20, 5, 3), 1, (1, 2, 1)),
+    ):
+        x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        dy = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        clean = door.batch_norm(x, axis=axis)[0]
+        clean_gradient = door.batch_norm_gradients(dy, x, None, None, axis=axis)["x"]
+        x[index] = value
+        y, _ = door.batch_norm(x, axis=axis)
+        gradient = door.batch_norm_gradients(dy, x, None, None, axis=axis)["x"]
+        others = np.arange(5) != 2
+        np.testing.assert_allclose(
+            np.compress(others, y, axis), np.compress(others, clean, axis), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            np.compress(others, gradient, axis),
+            np.compress(others, clean_gradient, axis),
+            atol=1e-5,
+        )
+        assert np.isnan(np.take(y, 2, axis)).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_masked_values_harm_nothing(door: Door, value: float, activation: str | None):
+    for shape, axis in (((30, 4), -1), ((5, 4, 700), 1), ((30, 4, 3), 1)):
+        random = np.random.default_rng(0)
+        x = random.normal(size=shape).astype(np.float32)
+        dy = random.normal(size=shape).astype(np.float32)
+        scale, bias = np.float32([1, 2, 3, 4]), np.float32([0.5, 0, -0.5, 1])
+        keywords = {"axis": axis, "activation": activation}
+        mask = random.uniform(size=shape) > 0.3
+        dy = np.where(mask, dy, 0).astype(np.float32)  # as where padding is left out of the loss
+        wanted = truth.batch_norm(x, scale, bias, mask=mask, **keywords)
+        wanted_gradients = truth.batch_norm_gradients(dy, x, scale, bias, mask=mask, **keywords)
+        spoiled = np.where(mask, x, np.float32(value))
+        y, statistics = door.batch_norm(spoiled, scale, bias, mask=mask, **keywords)
+        close(statistics.mean, wanted.mean, FLOAT32)
+        close(statistics.var, wanted.var, FLOAT32)
+        close(np.where(mask, y, 0), np.where(mask, wanted.y, 0), FLOAT32)
+        gradients = door.batch_norm_gradients(dy, spoiled, scale, bias, mask=mask, **keywords)
+        for name, gradient in gradients.items():
+            assert np.isfinite(gradient).all(), name
+            if name == "x":
+                gradient = np.where(mask, gradient, 0)
+                wanted_gradients["x"] = np.where(mask, wanted_gradients["x"], 0)
+            close(gradient, wanted_gradients[name], FLOAT32, name)
+
+
+def test_masked_values_are_normalized_all_the_same(door: Door):
+    x = np.float32([[1, 1], [3, 3], [8, 8]])
+    mask = np.array([[True], [True], [False]])
+    y, statistics = door.batch_norm(x, mask=mask)
+    np.testing.assert_allclose(statistics.mean, [2, 2])
+    np.testing.assert_allclose(y[2], [6, 6], rtol=1e-4)
+
+
+def test_a_mask_without_any_true_is_finite(door: Door):
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    mask = np.ones((6, 3), bool)
+    mask[:, 1] = False
+    y, statistics = door.batch_norm(x, mask=mask)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose([each[1] for each in statistics], [0, 0, 0], atol=1e-6)
+    gradient = door.batch_norm_gradients(x, x, None, None, mask=mask)["x"]
+    assert np.isfinite(gradient).all()
+
+
+def test_integer_weights_count_as_repeated_elements(door: Door):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(20, 3)).astype(np.float32)
+    weights = random.integers(0, 4, (20, 1))
+    weighted = door.batch_statistics(x, mask=weights.astype(np.float32))
+    repeated = door.batch_statistics(np.repeat(x, weights[:, 0], axis=0))
+    for got, wanted in zip(weighted, repeated, strict=True):
+        close(got, wanted, FLOAT32)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((0, 3), -1), ((2, 3, 0), 1), ((0, 3, 4), 1)])
+def test_empty_batch(door: Door, shape: tuple[int, ...], axis: int):
+    x = np.zeros(shape, np.float32)
+    scale = np.ones(3, np.float32)
+    y, statistics = door.batch_norm(x, scale, scale, axis=axis)
+    assert y.shape == shape
+    for each in statistics:
+        np.testing.assert_array_equal(each, np.zeros(3))
+    gradients = door.batch_norm_gradients(x, x, scale, scale, axis=axis)
+    np.testing.assert_array_equal(gradients["scale"], np.zeros(3))
+    assert door.normalize(x, scale, scale, axis=axis).shape == shape
+
+    mean, var = np.float32([1, 2, 3]), np.float32([4, 5, 6])
+    statistics = door.call("batch_statistics", x, axis=axis)
+    new = door.functions.update_running(
+        door.array(mean), door.array(var), statistics, rate=0.1, correction=1
+    )
+    np.testing.assert_array_equal(door.numpy(new[0]), mean)
+    np.testing.assert_array_equal(door.numpy(new[1]), var)
+
+
+# ---- running statistics and merging
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_update_running(door: Door, correction: int):
+    x = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+    mean, var = np.float32([1, 2, 3]), np.float32([4, 5, 6])
+    new_mean, new_var = door.functions.update_running(
+        door.array(mean),
+        door.array(var),
+        door.call("batch_statistics", x),
+        rate=0.25,
+        correction=correction,
+    )
+    x = np.float64(x)
+    close(door.numpy(new_mean), 0.75 * mean + 0.25 * x.mean(0), FLOAT32)
+    close(door.numpy(new_var), 0.75 * var + 0.25 * x.var(0, ddof=correction), FLOAT32)
+
+
+def test_update_running_leaves_a_feature_with_one_value(door: Door):
+    statistics = door.call("batch_statistics", np.float32([[5.0]]))
+    ones = door.array(np.ones(1, np.float32))
+    mean, var = door.functions.update_running(ones, ones, statistics, rate=0.5, correction=1)
+    assert (door.numpy(mean), door.numpy(var)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"rate": 1.5}, ValueError, r"rate must be within \[0, 1\], but got 1.5"),
+        ({"rate": -0.1}, ValueError, r"rate must be within \[0, 1\], but got -0.1"),
+        ({"rate": float("nan")}, ValueError, r"rate must be within \[0, 1\], but got nan"),
+        ({"rate": "fast"}, TypeError, r"rate must be a number within \[0, 1\], but got 'fast'"),
+        ({"rate": 0.1, "correction": 2}, ValueError, "correction must be 0 .* but got 2"),
+    ],
+)
+def test_update_running_refuses(door: Door, keywords, error, message):
+    statistics = door.call("batch_statistics", np.ones((4, 3), np.float32))
+    running = door.array(np.ones(3, np.float32))
+    with pytest.raises(error, match=message):
+        door.functions.update_running(running, running, statistics, **keywords)
+
+
+def test_update_running_refuses_another_shape(door: Door):
+    statistics = door.call("batch_statistics", np.ones((4, 3), np.float32))
+    right, wrong = (door.array(np.ones(n, np.float32)) for n in (3, 1))
+    with pytest.raises(ValueError, match=r"mean must have the shape \(3,\)"):
+        door.functions.update_running(wrong, right, statistics, rate=0.1)
+    with pytest.raises(ValueError, match=r"var must have the shape \(3,\)"):
+        door.functions.update_running(right, wrong, statistics, rate=0.1)
+
+
+def test_merged_parts_are_the_whole(door: Door):
+    x = (np.random.default_rng(0).normal((0, 100, 1e4), 1, (90, 3))).astype(np.float32)
+    whole = truth.batch_norm(x)
+    merged = door.call("batch_statistics", x[:1])
+    for part in (x[1:1], x[1:8], x[8:80], x[80:]):
+        merged = merged.merge(door.call("batch_statistics", part))
+    np.testing.assert_allclose(door.numpy(merged.count), 90)
+    np.testing.assert_allclose(door.numpy(merged.mean), whole.mean, rtol=1e-6)
+    np.testing.assert_allclose(door.numpy(merged.var), whole.var, rtol=1e-3)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_input_is_refused(door: Door, case: Bad):
+    if case.of_values and not door.looks_at_values:
+        result = case.call(door)
+        assert np.isnan(door.numpy(result[0])).all(), "a lazy door marks what it cannot refuse"
+    else:
+        with pytest.raises(case.error, match=case.message):
+            case.call(door)
