@@ -307,7 +307,7 @@ def batch_norm_gradients(
     >>> y, statistics = batch_norm(x, scale)
     >>> gradients = batch_norm_gradients(dy, x, statistics, scale)
     >>> print(gradients.x.ravel().round(3), gradients.scale.round(3))
-    [ 0.084 -0.118  0.034] [-1.019]
+    [ 0.109 -0.152  0.044] [-1.019]
     """
     call = _Call(x, scale, bias, axis, eps, mask, residual, activation)
     dy = np.asarray(dy)
