@@ -43,6 +43,8 @@ def instance(name: str, value: object, kind: type) -> None:
 def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
     """`axis`, an int or a sequence of them, as a sorted tuple of non-negative feature axes."""
     ndim = len(shape)
+    if type(axis) is int and -ndim <= axis < ndim > 1:  # nearly always
+        return (axis % ndim,)
     features = []
     for each in axis if isinstance(axis, (tuple, list)) else (axis,):
         if not _is_integer(each):

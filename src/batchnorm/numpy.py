@@ -98,8 +98,8 @@ def batch_norm(
     checks.more_than_one_value(call.values, call.x.shape)
     y = call.output(out)
     if call.native:
-        statistics = call.new_statistics()
-        _cpu.batch_norm(*call.native_arguments(), *_addresses(statistics), _address(y))
+        statistics, addresses = call.new_statistics()
+        _cpu.batch_norm(*call.native_arguments(), *addresses, _address(y))
         return call.finished(y, out), statistics
     with np.errstate(all="ignore"):
         y[...], statistics = definition.batch_norm(*call.wide_arrays(), **call.options())
@@ -194,8 +194,8 @@ def batch_statistics(
     """
     call = _Call(x, None, None, axis, 1.0, mask, None, None)
     if call.native:
-        statistics = call.new_statistics()
-        _cpu.statistics(*call.native_arguments(), *_addresses(statistics))
+        statistics, addresses = call.new_statistics()
+        _cpu.statistics(*call.native_arguments(), *addresses)
         return statistics
     with np.errstate(all="ignore"):
         return definition.statistics(
@@ -466,8 +466,11 @@ class _Call:
             weight_channels,
         )
 
-    def new_statistics(self) -> Statistics:
-        return Statistics(*[np.empty(self.feature_shape) for _ in range(3)])
+    def new_statistics(self) -> tuple[Statistics, tuple[int, int, int]]:
+        """Statistics for a kernel to fill in, and their addresses."""
+        memory = np.empty((3, *self.feature_shape))
+        first, size = _address(memory), memory.nbytes // 3
+        return Statistics(*memory), (first, first + size, first + 2 * size)
 
     # ---- for the definition, in float64 or wider
 
