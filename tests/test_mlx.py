@@ -13,9 +13,9 @@ import mlx.optimizers
 import numpy as np
 import pytest
 import torch
+import truth
 from mlx.utils import tree_flatten
 
-import truth
 from batchnorm.mlx import (
     BatchNorm,
     Statistics,
@@ -591,7 +591,11 @@ X = mx.zeros((4, 3))
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ([mx.zeros(3)], ValueError, "Expected input tensor to have 2, 3 or 4 dimensions, but got 1"),
+        (
+            [mx.zeros(3)],
+            ValueError,
+            "Expected input tensor to have 2, 3 or 4 dimensions, but got 1",
+        ),
         ([mx.zeros((2,) * 4 + (3,))], ValueError, "2, 3 or 4 dimensions, but got 5"),
         ([mx.zeros((1, 3))], ValueError, "training requires more than one value per channel"),
         ([mx.zeros((1, 1, 1, 3))], ValueError, "more than one value per channel"),
@@ -649,7 +653,11 @@ def test_attributes_are_checked_where_they_are_used(attribute, value, message):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: batch_norm(X, mx.ones(4)), ValueError, r"scale must have the feature shape \(3,\)"),
+        (
+            lambda: batch_norm(X, mx.ones(4)),
+            ValueError,
+            r"scale must have the feature shape \(3,\)",
+        ),
         (lambda: batch_norm(X, mx.ones((1, 3))), ValueError, r"scale must .* shape is \(1, 3\)"),
         (lambda: batch_norm(X, 2.0), TypeError, "scale must be an instance of mlx.core.array"),
         (lambda: batch_norm(X, bias=mx.ones(3, mx.int32)), TypeError, "bias must be .*int32"),

@@ -116,29 +116,26 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sync")
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-    logs = [folder / f"log{rank}" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / "rank")],
-            env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        # Where one fails, the other waits for it: so look at both.
+    with (folder / "log").open("w") as log:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(folder / "rank")],
+                env={**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+                stdout=log,
+                stderr=log,
+            )
+            for rank in range(2)
+        ]
+        # Where one fails, the other waits for it in vain: look at both.
         deadline = time.monotonic() + 120
         while None in (codes := [each.poll() for each in processes]):
-            assert time.monotonic() < deadline, [log.read_text() for log in logs]
-            if any(codes):
+            if any(codes) or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        assert codes == [0, 0], [log.read_text() for log in logs]
-    finally:
         for each in processes:
             each.kill()
             each.wait()
+    assert codes == [0, 0], (folder / "log").read_text()
     return [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)]
 
 

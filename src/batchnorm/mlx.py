@@ -342,7 +342,11 @@ def batch_statistics(
     if over_devices is not None and 0 in x.shape:
         x, weights, _ = _one_that_does_not_count(x)
     return definition.statistics(
-        x.astype(dtype), features=features, weights=weights, over_devices=over_devices, **_DERIVATIVES
+        x.astype(dtype),
+        features=features,
+        weights=weights,
+        over_devices=over_devices,
+        **_DERIVATIVES,
     )
 
 
