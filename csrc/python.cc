@@ -7,6 +7,9 @@
 
 #include "batch_norm.h"
 #include "parallel.h"
+#ifdef BATCHNORM_XLA
+#include "xla.h"
+#endif
 
 namespace {
 
@@ -160,6 +163,19 @@ PyObject* py_instruction_set(PyObject*, PyObject*) {
   return PyUnicode_FromString(instruction_set());
 }
 
+// {name: capsule}, as jax.ffi.register_ffi_target wants them; empty without an XLA face.
+PyObject* py_xla_handlers(PyObject*, PyObject*) {
+  PyObject* handlers = PyDict_New();
+#ifdef BATCHNORM_XLA
+  for (const XlaHandler* each = xla_handlers; handlers && each->name; ++each) {
+    PyObject* capsule = PyCapsule_New(each->function, "xla._CUSTOM_CALL_TARGET", nullptr);
+    if (!capsule || PyDict_SetItemString(handlers, each->name, capsule) != 0) Py_CLEAR(handlers);
+    Py_XDECREF(capsule);
+  }
+#endif
+  return handlers;
+}
+
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -176,6 +192,7 @@ PyMethodDef methods[] = {
     {"num_threads", py_num_threads, METH_NOARGS, nullptr},
     {"set_num_threads", py_set_num_threads, METH_O, nullptr},
     {"instruction_set", py_instruction_set, METH_NOARGS, nullptr},
+    {"xla_handlers", py_xla_handlers, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

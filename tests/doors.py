@@ -8,10 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
+import batchnorm.jax
 import batchnorm.mlx
 import batchnorm.numpy
 
@@ -121,6 +124,21 @@ def _mlx_gradients(door, dy, arrays, keywords):
     return {name: door.numpy(g) for name, g in zip(names, gradients, strict=True)}
 
 
+def _jax_array(value):
+    value = np.asarray(value)
+    return jnp.asarray(value.astype(np.float32) if value.dtype == np.float64 else value)
+
+
+def _jax_gradients(door, dy, arrays, keywords):
+    def loss(arrays):
+        y, _ = door.functions.batch_norm(**arrays, **keywords)
+        return (y * door.array(dy)).astype(jnp.float32).sum()
+
+    arrays = {name: door.array(value) for name, value in arrays.items()}
+    gradients = jax.jit(jax.grad(loss))(arrays)
+    return {name: door.numpy(gradient) for name, gradient in gradients.items()}
+
+
 DOORS = [
     Door(
         name="numpy",
@@ -146,5 +164,12 @@ DOORS = [
         array=_mlx_array,
         numpy=_mlx_numpy,
         gradients=_mlx_gradients,
+    ),
+    Door(
+        name="jax",
+        functions=batchnorm.jax,
+        array=_jax_array,
+        numpy=np.asarray,
+        gradients=_jax_gradients,
     ),
 ]

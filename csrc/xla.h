@@ -1,0 +1,14 @@
+// The XLA face: the stages as handlers of XLA's foreign function interface on the CPU.
+#pragma once
+
+namespace batchnorm {
+
+struct XlaHandler {
+  const char* name;
+  void* function;  // an XLA_FFI_Handler
+};
+
+// Ends with a null name. What each handler takes and gives is said in xla.cc.
+extern const XlaHandler xla_handlers[];
+
+}  // namespace batchnorm
