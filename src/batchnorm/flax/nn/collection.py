@@ -1,0 +1,198 @@
+"""Collection: values kept outside of the parameters, each under the path of its module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+
+from .scope import Scope, path_of, top_frame, top_scope
+from .tracing import belongs_to, current_trace
+
+Tree = TypeVar("Tree")
+
+
+def _copied(tree: Tree) -> Tree:
+    """Copy the containers and keep the leaves."""
+    copy: Tree = jax.tree.map(lambda leaf: leaf, tree)
+    return copy
+
+
+class Collection:
+    """Values that modules keep from one application to the next, such as running averages.
+
+    A collection maps the paths of modules, "/" and "/block/conv", to what they stored.
+    Paths begin at the module in which the collection was made, or at the outermost one.
+    It is a pytree, so that it may go in and out of `jax.jit` and its like. Modules can
+    only store in a copy made by `mutate`, for the time of its with statement.
+
+    Parameters
+    ----------
+    state
+        What the collection holds, by path. Empty by default.
+
+    Raises
+    ------
+    TypeError
+        `state` is not a dict.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from batchnorm.flax import nn
+    >>> class Square(nn.Module):
+    ...     def apply(self, x, inputs):
+    ...         inputs.store(x)
+    ...         return x * x
+    >>> with nn.Collection().mutate() as inputs:
+    ...     Square.call({}, 3, inputs)
+    9
+    >>> inputs["/"]
+    3
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        if not (state is None or isinstance(state, dict)):
+            raise TypeError(
+                f"state must be a dict from paths to values, got {type(state).__name__}."
+            )
+        self._set_up({} if state is None else state, top_scope())
+
+    def _set_up(self, state: Any, anchor: Scope | None) -> None:
+        self.state = state
+        self._anchor = anchor  # where paths begin
+        self._mutable = False
+        # The rest is for the time of being mutable.
+        self._trace: Any = None  # the transformation in which it became so
+        self._root: Scope | None = None  # the first scope below the anchor that stored
+
+    @classmethod
+    def _with_state(cls, state: Any, anchor: Scope | None) -> Collection:
+        # Unlike __init__ this takes any state: JAX also unflattens with placeholders.
+        collection = object.__new__(cls)
+        collection._set_up(state, anchor)
+        return collection
+
+    def __repr__(self) -> str:
+        return f"Collection({self.state!r})"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return a copy of what is stored, by path."""
+        return _copied(self.state)
+
+    def __getitem__(self, path: str) -> Any:
+        if path not in self.state:
+            raise KeyError(f"Nothing is stored under {path!r}. Paths: {list(self.state)}.")
+        return self.state[path]
+
+    def _frozen_copy(self) -> Collection:
+        return self._with_state(_copied(self.state), self._anchor)
+
+    @contextlib.contextmanager
+    def mutate(self) -> Iterator[Collection]:
+        """Make a copy in which modules can store; after the with statement it is frozen."""
+        collection = self._frozen_copy()
+        collection._trace = current_trace()
+        collection._mutable = True
+        try:
+            yield collection
+        finally:
+            collection._mutable = False
+            # Whoever keeps the collection must not keep the transformation alive.
+            collection._trace = collection._root = None
+
+    def retrieve(self, default: Any = None) -> Any:
+        """Return what the module that runs has stored.
+
+        Parameters
+        ----------
+        default
+            Returned where nothing is stored.
+
+        Raises
+        ------
+        ValueError
+            No module runs, or it lies outside of the one in which the collection was made.
+        """
+        return self._retrieve(top_frame("retrieve").scope, default)
+
+    def store(self, value: Any) -> Any:
+        """Store a value for the module that runs, and return the one it replaces, or None.
+
+        Parameters
+        ----------
+        value
+            Any pytree.
+
+        Raises
+        ------
+        ValueError
+            No module runs, or it lies outside of the one in which the collection was made;
+            the collection is not mutable; the value belongs to a JAX transformation that
+            began after `mutate`; or a second outermost module stores, and one of the two
+            has no name to keep them apart.
+        """
+        return self._store(top_frame("store").scope, value)
+
+    def _retrieve(self, scope: Scope, default: Any) -> Any:
+        return self.state.get(path_of(self._line_to(scope)), default)
+
+    def _store(self, scope: Scope, value: Any) -> Any:
+        if not self._mutable:
+            raise ValueError(
+                "Collection is not mutable. Use the `mutate` method to create a mutable copy,"
+                " or `stateful` with mutable=True, and store inside of its with statement."
+            )
+        if not belongs_to(value, self._trace):
+            raise ValueError(
+                "Stateful operations are not allowed when the Collection is created outside of"
+                " the current Jax transformation. Make it mutable (`mutate`, `stateful`,"
+                " `capture_module_outputs`) inside of the transformed function, and return it"
+                " from there."
+            )
+        line = self._line_to(scope)
+        first, root = self._root or line[0], line[0]
+        if first is not root and None in (first.name, root.name):
+            raise ValueError(
+                "When multiple top-level module calls use a Collection each top-level module"
+                " should have a name. Pass name= to each call, the same one where they share"
+                " state, or make the Collection mutable for each of them anew."
+            )
+        path = path_of(line)
+        replaced = self.state.get(path)
+        self.state[path] = value
+        self._root = first
+        return replaced
+
+    def _line_to(self, scope: Scope) -> list[Scope]:
+        line = scope.line_from(self._anchor)
+        if line is None:
+            raise ValueError(
+                "Trying to capture state outside the scope of this Collection. Most likely due"
+                " to passing around a shared Module: make the Collection where the shared"
+                " module was made, or further out."
+            )
+        if not line:
+            raise ValueError(
+                "State should be stored from within a module. Consider using the value directly"
+                " instead of storing it in a Collection that this module itself has made."
+            )
+        return line
+
+
+def _flatten(collection: Collection) -> tuple[tuple[Any], Scope | None]:
+    if collection._mutable:
+        raise ValueError(
+            "A mutable collection should not be transformed by Jax. Pass the collection it was"
+            " made from, and call `mutate` or `stateful` inside of the transformed function."
+        )
+    return (collection.state,), collection._anchor
+
+
+def _unflatten(anchor: Scope | None, children: tuple[Any]) -> Collection:
+    return Collection._with_state(children[0], anchor)
+
+
+jax.tree_util.register_pytree_node(Collection, _flatten, _unflatten)

@@ -1,0 +1,138 @@
+"""State variables of modules, and the with statement that says where they are kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from .collection import Collection
+from .scope import Scope, context, pushed
+
+
+@contextlib.contextmanager
+def stateful(state: Collection | None = None, mutable: bool = True) -> Iterator[Collection]:
+    """Let modules keep state, for the time of a with statement, in a copy of `state`.
+
+    Of several such statements the innermost counts; each thread has its own. Under
+    `jax.jit` and its like, pass `state` as an argument, enter `stateful` inside of the
+    transformed function, and return the new state.
+
+    Parameters
+    ----------
+    state
+        The state so far; by default there is none.
+    mutable
+        Whether modules may change it: pass False to evaluate.
+
+    Yields
+    ------
+    Collection
+        The copy, which holds the new state after the with statement.
+
+    Raises
+    ------
+    TypeError
+        `state` is not a Collection.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> from batchnorm.flax import nn
+    >>> class Calls(nn.Module):
+    ...     def apply(self):
+    ...         calls = self.state("calls", (), nn.initializers.zeros)
+    ...         if not self.is_initializing():
+    ...             calls.value += 1
+    ...         return calls.value
+    >>> with nn.stateful() as state:
+    ...     _, params = Calls.init(jax.random.PRNGKey(0))
+    >>> @jax.jit
+    ... def step(params, state):
+    ...     with nn.stateful(state) as new_state:
+    ...         Calls.call(params)
+    ...     return new_state
+    >>> float(step(params, step(params, state))["/"]["calls"])
+    2.0
+    """
+    if not (state is None or isinstance(state, Collection)):
+        raise TypeError(
+            f"state must be a Collection or None, got {type(state).__name__}. "
+            "nn.Collection(...) makes one from a dict."
+        )
+    before = Collection() if state is None else state
+    copy = before.mutate() if mutable else contextlib.nullcontext(before._frozen_copy())
+    with copy as after, pushed(context.states, after):
+        yield after
+
+
+def is_stateful() -> bool:
+    """Whether a `stateful` with statement is active in this thread."""
+    return bool(context.states)
+
+
+def get_state() -> Collection:
+    """Return the collection of the innermost `stateful` with statement.
+
+    Raises
+    ------
+    ValueError
+        None is active in this thread.
+    """
+    if not context.states:
+        raise ValueError(
+            "Use the flax.nn.stateful context manager to enable stateful computations:"
+            " `with nn.stateful(state) as new_state:`, or pass a Collection."
+        )
+    return context.states[-1]
+
+
+class ModuleState:
+    """A state variable of a module, as `Module.state` returns it.
+
+    All the variables of one module stand in one dict, under the module's path.
+
+    Attributes
+    ----------
+    name
+        The name of the variable.
+    """
+
+    def __init__(self, collection: Collection, scope: Scope, name: str) -> None:
+        self._collection = collection
+        self._scope = scope
+        self.name = name
+
+    def _variables(self) -> dict[str, Any]:
+        variables = self._collection._retrieve(self._scope, {})
+        if not isinstance(variables, dict):
+            raise ValueError(
+                f"State variable `{self.name}` cannot be kept in this Collection: the module has"
+                f" stored a {type(variables).__name__} there. Use a Collection of its own."
+            )
+        return variables
+
+    def _exists(self) -> bool:
+        return self.name in self._variables()
+
+    @property
+    def value(self) -> Any:
+        """The value in the collection, which assigning replaces.
+
+        Raises
+        ------
+        ValueError
+            On reading, the variable does not exist. On assigning, `Collection.store`
+            refuses the value.
+        """
+        variables = self._variables()
+        if self.name not in variables:
+            raise ValueError(
+                f"No state variable named `{self.name}` exists. Variables of this module: "
+                f"{list(variables)}. `init` under `stateful` makes them."
+            )
+        return variables[self.name]
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._collection._store(self._scope, {**self._variables(), self.name: value})
