@@ -1,8 +1,8 @@
 // The four stages of batch normalization on raw memory.
 //
 //   statistics      m = sum w;  mean = sum w*x / m;  var = sum w*(x - mean)^2 / m
-//   normalize       y = act((x - mean) * rstd * scale + bias + residual),  rstd = 1 / sqrt(var + eps)
-//   gradient_sums   sum g  and  sum g*xhat,  g = dy * act',  xhat = (x - mean) * rstd
+//   normalize       y = act((x - mean) * rstd * scale + bias + residual),  rstd = 1 / sqrt(var +
+//   eps) gradient_sums   sum g  and  sum g*xhat,  g = dy * act',  xhat = (x - mean) * rstd
 //   input_gradient  dx = scale * rstd * (g - w/m * (sum g + xhat * sum g*xhat))
 //
 // (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.) Every tensor like x is contiguous and
@@ -28,7 +28,7 @@ struct Shape {
 // What the stages have in common. Null pointers stand for what is absent.
 struct Problem {
   Shape shape;
-  Dtype dtype;              // of x, y, residual, dy, dx and dresidual
+  Dtype dtype;  // of x, y, residual, dy, dx and dresidual
   Activation activation;
   double eps;
   const void* x;            // [outer, channels, inner]

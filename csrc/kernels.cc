@@ -1,15 +1,15 @@
 // Compiled once for each instruction set; BATCHNORM_LEVEL names the table that this copy defines.
 //
 // Two ways through memory. Where `inner` is long, a channel is a run of consecutive elements
-// (runs). Where it is short, an [inner, channels] slice is one row of a matrix whose columns (lanes)
-// each belong to one channel, and many rows are added up lane by lane (rows). Rows of few lanes are
-// folded: several consecutive ones are seen as one.
+// (runs). Where it is short, an [inner, channels] slice is one row of a matrix whose columns
+// (lanes) each belong to one channel, and many rows are added up lane by lane (rows). Rows of few
+// lanes are folded: several consecutive ones are seen as one.
 //
-// Sums are exact enough for any input, at the speed of float: they are taken of x - pivot, where the
-// pivot of a block of at most kBlock elements a lane is the mean of the block before it, and blocks
-// are merged in double. Were the pivot p far from the mean m of its block, rounding would cost
-// eps * n * (p - m)^2; but p being the mean of a neighbour, the total sum of squares is at least
-// n/2 * (p - m)^2, so that the relative error stays of the order of eps.
+// Sums are exact enough for any input, at the speed of float: they are taken of x - pivot, where
+// the pivot of a block of at most kBlock elements a lane is the mean of the block before it, and
+// blocks are merged in double. Were the pivot p far from the mean m of its block, rounding would
+// cost eps * n * (p - m)^2; but p being the mean of a neighbour, the total sum of squares is at
+// least n/2 * (p - m)^2, so that the relative error stays of the order of eps.
 #include "kernels.h"
 
 #include <algorithm>
@@ -24,7 +24,7 @@ constexpr int kRowsAtOnce = 8;     // rows read side by side: one load and store
 constexpr int kStripLanes = 1024;  // lanes whose sums fit the first-level cache
 constexpr int64_t kShortRow = 128;     // rows of fewer lanes are folded,
 constexpr int64_t kFoldedLanes = 256;  // to about this many
-constexpr int64_t kLongRun = 64;    // from here on, runs are as fast as lanes
+constexpr int64_t kLongRun = 64;       // from here on, runs are as fast as lanes
 
 // The type of the weights of elements of type T.
 template <class T>
@@ -97,8 +97,7 @@ const W* weights_of_row(const Problem& problem, const Strip& strip, int64_t row,
   if (problem.weight_channels == shape.channels) return weights + strip.first + row * strip.stride;
   for (int lane = 0; lane < strip.lanes; ++lane) {
     const int64_t column = strip.column0 + lane;
-    const int64_t o =
-        strip.outer0 + row * strip.fold + column / (shape.channels * shape.inner);
+    const int64_t o = strip.outer0 + row * strip.fold + column / (shape.channels * shape.inner);
     buffer[lane] = weights[o * shape.inner + column % shape.inner];
   }
   return buffer;
@@ -319,9 +318,9 @@ void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T
         add_rows<F>(strip.lanes, row, row + 1, sums.first, sums.second,
                     [&](int64_t, int64_t i, int n, Pack<F>& a, Pack<F>& b) {
                       Pack<F> weight = load<F>(sums.weight + i);
-                      add_weighted<F>(load<F>(x + row * strip.stride + i, n) -
-                                          load<F>(sums.pivot + i),
-                                      load<F>(w + i, n), weight, a, b);
+                      add_weighted<F>(
+                          load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i),
+                          load<F>(w + i, n), weight, a, b);
                       store(sums.weight + i, weight);
                     });
       }
@@ -355,9 +354,8 @@ template <class F, class T>
 void moments(const Problem& problem, const Range& range, Moments* channels) {
   if (sums_by_rows(problem.shape)) {
     StripSums<F, T> sums;
-    for_strips(problem.shape, range, [&](const Strip& strip) {
-      moments_of_strip<F, T>(problem, strip, sums, channels);
-    });
+    for_strips(problem.shape, range,
+               [&](const Strip& strip) { moments_of_strip<F, T>(problem, strip, sums, channels); });
   } else {
     for_runs<T>(problem, range, [&](int64_t c, int64_t first, const Weight<T>* weights, int64_t n) {
       moments_of_run<F>(static_cast<const T*>(problem.x) + first, weights, n, channels[c]);
@@ -396,14 +394,15 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
   const T* residual = static_cast<const T*>(problem.residual);
   T* y = static_cast<T*>(output);
   for_stretches<F, T>(problem, range, channels,
-                   [&](int64_t first, int64_t length, const Weight<T>*, const auto& of) {
-                     for_packs<F>(length, [&](int64_t i, int n) {
-                       Pack<F> z = (load<F>(x + first + i, n) - of.center.at(i)) * of.slope.at(i) +
-                                   of.shift.at(i);
-                       if (residual) z += load<F>(residual + first + i, n);
-                       store<F>(y + first + i, activate<F>(z, problem.activation), n);
-                     });
-                   });
+                      [&](int64_t first, int64_t length, const Weight<T>*, const auto& of) {
+                        for_packs<F>(length, [&](int64_t i, int n) {
+                          Pack<F> z =
+                              (load<F>(x + first + i, n) - of.center.at(i)) * of.slope.at(i) +
+                              of.shift.at(i);
+                          if (residual) z += load<F>(residual + first + i, n);
+                          store<F>(y + first + i, activate<F>(z, problem.activation), n);
+                        });
+                      });
 }
 
 // ---- gradients
@@ -434,22 +433,23 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
                    const void* gradient, GradientSums* sums) {
   const T* dy = static_cast<const T*>(gradient);
   if (!sums_by_rows(problem.shape)) {
-    for_runs<T>(problem, range, [&](int64_t c, int64_t first, const Weight<T>* weights, int64_t length) {
-      const Spreads<One, F> of = spread<F>(channels[c]);
-      constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;
-      for (int64_t start = 0; start < length; start += kBlockElements) {
-        double sum_g, sum_g_xhat;
-        add_run<F>(start, std::min(length, start + kBlockElements), sum_g, sum_g_xhat,
-                   [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) {
-                     Pack<F> g, xhat;
-                     g_and_xhat<F>(problem, dy, first, i, n, weights, of, g, xhat);
-                     a += g;
-                     b += g * xhat;
-                   });
-        sums[c].g += sum_g;
-        sums[c].g_xhat += sum_g_xhat;
-      }
-    });
+    for_runs<T>(problem, range,
+                [&](int64_t c, int64_t first, const Weight<T>* weights, int64_t length) {
+                  const Spreads<One, F> of = spread<F>(channels[c]);
+                  constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;
+                  for (int64_t start = 0; start < length; start += kBlockElements) {
+                    double sum_g, sum_g_xhat;
+                    add_run<F>(start, std::min(length, start + kBlockElements), sum_g, sum_g_xhat,
+                               [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) {
+                                 Pack<F> g, xhat;
+                                 g_and_xhat<F>(problem, dy, first, i, n, weights, of, g, xhat);
+                                 a += g;
+                                 b += g * xhat;
+                               });
+                    sums[c].g += sum_g;
+                    sums[c].g_xhat += sum_g_xhat;
+                  }
+                });
     return;
   }
   Spreads<PerLane, F> of;
@@ -492,18 +492,17 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
   const T* dy = static_cast<const T*>(gradient);
   T* dx = static_cast<T*>(output);
   T* dresidual = static_cast<T*>(residual_output);
-  for_stretches<F, T>(
-      problem, range, channels,
-      [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
-        for_packs<F>(length, [&](int64_t i, int n) {
-          Pack<F> g, xhat;
-          g_and_xhat<F>(problem, dy, first, i, n, weights, of, g, xhat);
-          Pack<F> share = of.mean_g.at(i) + xhat * of.mean_g_xhat.at(i);
-          if (weights) share *= load<F>(weights + i, n);
-          store<F>(dx + first + i, of.slope.at(i) * (g - share), n);
-          if (dresidual) store<F>(dresidual + first + i, g, n);
-        });
-      });
+  for_stretches<F, T>(problem, range, channels,
+                      [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
+                        for_packs<F>(length, [&](int64_t i, int n) {
+                          Pack<F> g, xhat;
+                          g_and_xhat<F>(problem, dy, first, i, n, weights, of, g, xhat);
+                          Pack<F> share = of.mean_g.at(i) + xhat * of.mean_g_xhat.at(i);
+                          if (weights) share *= load<F>(weights + i, n);
+                          store<F>(dx + first + i, of.slope.at(i) * (g - share), n);
+                          if (dresidual) store<F>(dresidual + first + i, g, n);
+                        });
+                      });
 }
 
 // ---- the table of this instruction set

@@ -38,7 +38,7 @@ struct GradientSums {
 // arithmetic type and remainder is what that rounding left out.
 struct Coefficients {
   double center, rstd, remainder;
-  double slope, shift;       // z = (x - center) * slope + shift, before residual and activation
+  double slope, shift;         // z = (x - center) * slope + shift, before residual and activation
   double mean_g, mean_g_xhat;  // the sums over the count, for input_gradient
 };
 

@@ -136,9 +136,8 @@ PyObject* py_input_gradient(PyObject*, PyObject* const* values, Py_ssize_t n) {
   void* dx = arguments.address<void>();
   void* dresidual = arguments.address<void>();
   if (!arguments.ok()) return nullptr;
-  return without_gil([&] {
-    input_gradient(problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual);
-  });
+  return without_gil(
+      [&] { input_gradient(problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual); });
 }
 
 // Of anything with the buffer protocol, whatever its strides.
@@ -199,12 +198,11 @@ PyMethodDef methods[] = {
 // The codes of the enums in batch_norm.h, by the names that Python uses.
 int execute(PyObject* module) {
   const auto code = [](auto value) { return static_cast<int>(value); };
-  PyObject* dtypes = Py_BuildValue(
-      "{s:i,s:i,s:i,s:i}", "float32", code(Dtype::float32), "float64", code(Dtype::float64),
-      "float16", code(Dtype::float16), "bfloat16", code(Dtype::bfloat16));
-  PyObject* activations =
-      Py_BuildValue("{O:i,s:i,s:i}", Py_None, code(Activation::none), "relu",
-                    code(Activation::relu), "silu", code(Activation::silu));
+  PyObject* dtypes = Py_BuildValue("{s:i,s:i,s:i,s:i}", "float32", code(Dtype::float32), "float64",
+                                   code(Dtype::float64), "float16", code(Dtype::float16),
+                                   "bfloat16", code(Dtype::bfloat16));
+  PyObject* activations = Py_BuildValue("{O:i,s:i,s:i}", Py_None, code(Activation::none), "relu",
+                                        code(Activation::relu), "silu", code(Activation::silu));
   int result = -1;
   if (dtypes && activations) {
     result = PyModule_AddObjectRef(module, "DTYPES", dtypes) |
@@ -221,8 +219,15 @@ PyModuleDef_Slot slots[] = {
 };
 
 PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_cpu", "Native kernels; see csrc/batch_norm.h.", 0, methods, slots,
-    nullptr, nullptr, nullptr,
+    PyModuleDef_HEAD_INIT,
+    "_cpu",
+    "Native kernels; see csrc/batch_norm.h.",
+    0,
+    methods,
+    slots,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

@@ -133,7 +133,8 @@ inline void store(Bfloat* to, Pack<float> v) {
   const U u = as<U>(v);
   const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
   const U nan = U(v != v);
-  const auto bits = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Vector<uint16_t, N>);
+  const auto bits =
+      __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Vector<uint16_t, N>);
   std::memcpy(to, &bits, sizeof bits);
 }
 inline void store(Half* to, Pack<float> v) {

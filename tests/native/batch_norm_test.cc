@@ -25,14 +25,13 @@ struct Tensor {
   int64_t size;
   char* bytes;
 
-  Tensor(Dtype d, int64_t n) : dtype(d), size(n), bytes(static_cast<char*>(std::malloc(n * width() + 1) )) {}
+  Tensor(Dtype d, int64_t n)
+      : dtype(d), size(n), bytes(static_cast<char*>(std::malloc(n * width() + 1))) {}
   ~Tensor() { std::free(bytes); }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
 
-  int64_t width() const {
-    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-  }
+  int64_t width() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
   void set(int64_t i, double value) {
     const float f = static_cast<float>(value);
     if (dtype == Dtype::float64) std::memcpy(bytes + 8 * i, &value, 8);
@@ -77,8 +76,8 @@ struct Tensor {
       return f;
     }
     const int exponent = (h >> 10) & 31;
-    const double magnitude = exponent == 0 ? std::ldexp(h & 1023, -24)
-                                           : std::ldexp(1024 + (h & 1023), exponent - 25);
+    const double magnitude =
+        exponent == 0 ? std::ldexp(h & 1023, -24) : std::ldexp(1024 + (h & 1023), exponent - 25);
     return h & 0x8000 ? -magnitude : magnitude;
   }
 };
@@ -132,15 +131,9 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
   std::vector<double> scale(C), bias(C), count(C), mean(C), var(C), sum_g(C), sum_g_xhat(C);
   for (int64_t c = 0; c < C; ++c) scale[c] = 1 + 0.1 * normal(random), bias[c] = normal(random);
 
-  const Problem problem = {shape,
-                           dtype,
-                           activation,
-                           1e-3,
-                           x.bytes,
-                           with_residual ? residual.bytes : nullptr,
-                           scale.data(),
-                           bias.data(),
-                           weight_channels ? weights.bytes : nullptr,
+  const Problem problem = {shape,          dtype,       activation,
+                           1e-3,           x.bytes,     with_residual ? residual.bytes : nullptr,
+                           scale.data(),   bias.data(), weight_channels ? weights.bytes : nullptr,
                            weight_channels};
   statistics(problem, count.data(), mean.data(), var.data());
   normalize(problem, mean.data(), var.data(), y.bytes);
@@ -148,12 +141,11 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
   input_gradient(problem, count.data(), mean.data(), var.data(), sum_g.data(), sum_g_xhat.data(),
                  dy.bytes, dx.bytes, dr.bytes);
 
-  const std::string name = "[" + std::to_string(shape.outer) + ", " + std::to_string(C) + ", " +
-                           std::to_string(shape.inner) + "] dtype " +
-                           std::to_string(static_cast<int>(dtype)) + " activation " +
-                           std::to_string(static_cast<int>(activation)) + " weights " +
-                           std::to_string(weight_channels) + " threads " +
-                           std::to_string(num_threads()) + " ";
+  const std::string name =
+      "[" + std::to_string(shape.outer) + ", " + std::to_string(C) + ", " +
+      std::to_string(shape.inner) + "] dtype " + std::to_string(static_cast<int>(dtype)) +
+      " activation " + std::to_string(static_cast<int>(activation)) + " weights " +
+      std::to_string(weight_channels) + " threads " + std::to_string(num_threads()) + " ";
   const double tolerance = epsilon(dtype);
   const double sum_tolerance = dtype == Dtype::float64 ? 1e-12 : 2e-6;
   for (int64_t c = 0; c < C; ++c) {
@@ -196,7 +188,8 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
       const bool at_kink = activation == Activation::relu && std::fabs(z) < 1e-4;
       expect(name + "y", y.get(i), act(z, activation), tolerance * (1 + std::fabs(z)));
       if (at_kink) return;
-      expect(name + "dx", dx.get(i), scale[c] * rstd * (g - share), tolerance * (2 + std::fabs(xhat)) * rstd);
+      expect(name + "dx", dx.get(i), scale[c] * rstd * (g - share),
+             tolerance * (2 + std::fabs(xhat)) * rstd);
       expect(name + "dresidual", dr.get(i), g, tolerance);
     });
   }
@@ -205,8 +198,8 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
 }  // namespace
 
 int main() {
-  const Shape shapes[] = {{1, 1, 1},   {7, 5, 1},     {3, 2, 4},    {130, 3, 1}, {65, 17, 1},
-                          {9, 130, 1}, {4, 1100, 1},  {3, 4, 49},   {20, 3, 70}, {2, 3, 700},
+  const Shape shapes[] = {{1, 1, 1},    {7, 5, 1},     {3, 2, 4},     {130, 3, 1},   {65, 17, 1},
+                          {9, 130, 1},  {4, 1100, 1},  {3, 4, 49},    {20, 3, 70},   {2, 3, 700},
                           {1, 1, 9999}, {1, 3, 70001}, {4096, 40, 1}, {40, 33, 100}, {0, 3, 2}};
   for (const int threads : {1, 3}) {
     set_num_threads(threads);
@@ -216,8 +209,8 @@ int main() {
           for (const int64_t weight_channels : {int64_t{0}, int64_t{1}, shape.channels}) {
             const bool large = shape.size() > 50000 && (a > 0 || d > 1);
             if (large) continue;
-            check(shape, static_cast<Dtype>(d), static_cast<Activation>(a), weight_channels,
-                  a != 1, 0.5);
+            check(shape, static_cast<Dtype>(d), static_cast<Activation>(a), weight_channels, a != 1,
+                  0.5);
           }
         }
       }
