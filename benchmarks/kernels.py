@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -19,10 +20,7 @@ import batchnorm
 from batchnorm.native import _cpu
 from batchnorm.numpy import _address, _addresses, _Call, batch_norm
 
-SHAPES = {
-    "NHWC (32, 56, 56, 64)": ((32, 56, 56, 64), -1),
-    "NCHW (32, 64, 56, 56)": ((32, 64, 56, 56), 1),
-}
+LAYOUTS = {"NHWC": ((32, 56, 56, 64), -1), "NCHW": ((32, 64, 56, 56), 1)}
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -31,32 +29,48 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def growth_of_memory(function: Callable[[], object]) -> int:
+    """KiB by which the resident memory grows while the function runs, at the most (Linux)."""
+
+    def status(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS
+    before = status("VmRSS")
+    function()
+    return status("VmHWM") - before
+
+
 def stages(x: np.ndarray, axis: int, threads: int, pool: ThreadPoolExecutor) -> dict[str, Callable]:
     """The copy and each kernel, as functions without arguments that allocate nothing like x."""
     random = np.random.default_rng(1)
-    y, dx = np.empty_like(x), np.empty_like(x)
+    y, dx = np.zeros_like(x) + 1, np.zeros_like(x) + 1  # written to: no page is new to a kernel
     dy = random.normal(size=x.shape).astype(x.dtype)
     call = _Call(x, np.ones(x.shape[axis]), np.zeros(x.shape[axis]), axis, 1e-5, None, None, None)
-    _, addresses = call.new_statistics()
+    moments, _ = call.new_statistics()
     sums = np.empty((2, x.shape[axis]))
-    arguments = call.native_arguments()
     parts = list(zip(np.array_split(x, threads), np.array_split(y, threads), strict=True))
 
     def copy() -> None:
         list(pool.map(lambda part: np.copyto(part[1], part[0]), parts))
 
-    def backward() -> None:
-        _cpu.gradient_sums(*arguments, *addresses[1:], _address(dy), *_addresses(sums))
-        _cpu.input_gradient(
-            *arguments, *addresses, *_addresses(sums), _address(dy), _address(dx), 0
-        )
-
     return {
         "copy": copy,
-        "statistics": lambda: _cpu.statistics(*arguments, *addresses),
-        "normalize": lambda: _cpu.normalize(*arguments, *addresses[1:], _address(y)),
-        "forward": lambda: _cpu.batch_norm(*arguments, *addresses, _address(y)),
-        "backward": backward,
+        "statistics": lambda: _cpu.statistics(*call.native_arguments(), *_addresses(moments)),
+        "normalize": lambda: _cpu.normalize(
+            *call.native_arguments(), *_addresses(moments[1:]), _address(y)
+        ),
+        "forward": lambda: _cpu.batch_norm(
+            *call.native_arguments(), *_addresses(moments), _address(y)
+        ),
+        "backward": lambda: _cpu.batch_norm_gradients(
+            *call.native_arguments(),
+            *_addresses(moments),
+            _address(dy),
+            *_addresses(sums),
+            _address(dx),
+            0,
+        ),
     }
 
 
@@ -67,23 +81,27 @@ def main() -> None:
     options = parser.parse_args()
 
     batchnorm.set_num_threads(options.threads)
-    table = Table(title=f"float32, ratio to a copy of x on {options.threads} threads, median")
+    table = Table(
+        title="(32, 56, 56, 64) float32: ratio of times to a copy of x "
+        f"on {options.threads} threads, medians"
+    )
     names = ["statistics", "normalize", "forward", "backward"]
-    for column in ("x", "copy, ms", *names):
-        table.add_column(column, justify="left" if column == "x" else "right")
+    for column in ("layout", "copy, ms", *names, "KiB more"):
+        table.add_column(column, justify="right")
     with ThreadPoolExecutor(options.threads) as pool:
-        for label, (shape, axis) in SHAPES.items():
+        for label, (shape, axis) in LAYOUTS.items():
             x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
             functions = stages(x, axis, options.threads, pool)
-            for function in functions.values():
-                function()
+            extra = growth_of_memory(lambda functions=functions: [f() for f in functions.values()])
             rounds = [
                 {name: seconds(function) for name, function in functions.items()}
                 for _ in range(options.rounds)
             ]
             copy = statistics.median(each["copy"] for each in rounds)
             ratios = [statistics.median(r[name] / r["copy"] for r in rounds) for name in names]
-            table.add_row(label, f"{1e3 * copy:.2f}", *(f"{ratio:.2f}" for ratio in ratios))
+            table.add_row(
+                label, f"{1e3 * copy:.2f}", *(f"{ratio:.2f}" for ratio in ratios), str(extra)
+            )
 
     console = Console()
     console.print(batchnorm.native_status())

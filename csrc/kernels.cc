@@ -157,7 +157,7 @@ void spread(const Shape& shape, const Strip& strip, const Coefficients* channels
   });
 }
 
-// each(first element, length, weights, coefficients, channel or -1) for stretches of consecutive
+// each(first element, length, weights or null, coefficients) for stretches of consecutive
 // elements that cover the range.
 template <class F, class T, class Each>
 void for_stretches(const Problem& problem, const Range& range, const Coefficients* channels,

@@ -112,6 +112,24 @@ PyObject* py_normalize(PyObject*, PyObject* const* values, Py_ssize_t n) {
   return without_gil([&] { normalize(problem, mean, var, y); });
 }
 
+PyObject* py_batch_norm_gradients(PyObject*, PyObject* const* values, Py_ssize_t n) {
+  Arguments arguments(values, n);
+  const Problem problem = arguments.problem();
+  const double* count = arguments.address<double>();
+  const double* mean = arguments.address<double>();
+  const double* var = arguments.address<double>();
+  const void* dy = arguments.address<void>();
+  double* sum_g = arguments.address<double>();
+  double* sum_g_xhat = arguments.address<double>();
+  void* dx = arguments.address<void>();
+  void* dresidual = arguments.address<void>();
+  if (!arguments.ok()) return nullptr;
+  return without_gil([&] {
+    gradient_sums(problem, mean, var, dy, sum_g, sum_g_xhat);
+    input_gradient(problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual);
+  });
+}
+
 PyObject* py_gradient_sums(PyObject*, PyObject* const* values, Py_ssize_t n) {
   Arguments arguments(values, n);
   const Problem problem = arguments.problem();
@@ -183,6 +201,8 @@ PyMethodDef methods[] = {
     {"batch_norm", fast(py_batch_norm), METH_FASTCALL, "(*problem, count, mean, var, y)"},
     {"statistics", fast(py_statistics), METH_FASTCALL, "(*problem, count, mean, var)"},
     {"normalize", fast(py_normalize), METH_FASTCALL, "(*problem, mean, var, y)"},
+    {"batch_norm_gradients", fast(py_batch_norm_gradients), METH_FASTCALL,
+     "(*problem, count, mean, var, dy, sum_g, sum_g_xhat, dx, dresidual)"},
     {"gradient_sums", fast(py_gradient_sums), METH_FASTCALL,
      "(*problem, mean, var, dy, sum_g, sum_g_xhat)"},
     {"input_gradient", fast(py_input_gradient), METH_FASTCALL,

@@ -108,7 +108,7 @@ def activation(value: Any) -> str | None:
 
 
 def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> None:
-    if tuple(shape) != tuple(expected):
+    if shape != expected and tuple(shape) != tuple(expected):
         raise ValueError(
             f"{name} must have the feature shape {tuple(expected)} of x, whose shape is "
             f"{tuple(x_shape)}, but its shape is {tuple(shape)}."

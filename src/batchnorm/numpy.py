@@ -323,14 +323,12 @@ def batch_norm_gradients(
     dx = call.output(None)
     dresidual = None if call.residual is None else call.output(None)
     if call.native:
-        arguments = call.native_arguments()
         dy = call.in_memory_order(dy.astype(call.x.dtype, copy=False))
-        _cpu.gradient_sums(*arguments, *_addresses(statistics[1:]), _address(dy), *_addresses(sums))
-        _cpu.input_gradient(
-            *arguments,
+        _cpu.batch_norm_gradients(
+            *call.native_arguments(),
             *_addresses(statistics),
-            *_addresses(sums),
             _address(dy),
+            *_addresses(sums),
             _address(dx),
             _address(dresidual),
         )
@@ -402,7 +400,8 @@ class _Call:
     def parameter(self, name: str, value: npt.ArrayLike) -> Array:
         """A value of each feature, in float64."""
         array = np.asarray(value)
-        checks.floating(name, array.dtype, array.dtype.kind in "biuf" or _is_bfloat16(array.dtype))
+        dtype = array.dtype
+        checks.floating(name, dtype, dtype.kind in "fbiu" or _is_bfloat16(dtype))
         checks.feature_shape(name, array.shape, self.feature_shape, self.x.shape)
         return array.astype(np.float64, order="C", copy=False)
 
