@@ -132,7 +132,8 @@ def batch_norm(
     cheaper derivative for it. `over_devices` adds an array elementwise over the devices that share
     a batch; its derivative does the same. Every device calls it as often, an empty part or not.
     `wide` says that x holds float32 values as float64, which the plain formulas neither overflow
-    nor cancel: the fewest operations, for small arrays without weights on one device.
+    nor cancel: the fewest operations, for small arrays without weights on one device. The count is
+    a number then.
     """
     if 0 in x.shape and over_devices is None:
         return x, statistics(x, features=features)
@@ -327,7 +328,6 @@ def _plainly(
     centered = x - mean
     var = _per_feature(features, total(centered * centered, axes)) / _or_one(count)
     y = _affine(centered, None, var + eps, scale, bias, features, residual, activation)
-    count = _namespace(var).full_like(var, count)
     return y, Statistics(count, _per_feature(features, mean), var)
 
 

@@ -255,6 +255,9 @@ def batch_norm(
     """
     over_devices = _over_devices(group)
     y, statistics = _batch_norm(x, scale, bias, axis, eps, mask, residual, activation, over_devices)
+    if isinstance(statistics.count, int):
+        count = mx.full(statistics.mean.shape, statistics.count, statistics.mean.dtype)
+        statistics = statistics._replace(count=count)
     if over_devices is None:
         checks.more_than_one_value(x.size // max(statistics.mean.size, 1), x.shape)
     return y.astype(x.dtype), statistics
@@ -408,7 +411,7 @@ def _batch_norm(
     activation: str | None,
     over_devices: OverDevices | None,
 ) -> tuple[mx.array, Statistics]:
-    """`batch_norm`, with y in the dtype of computation."""
+    """`batch_norm`, with y in the dtype of computation, and the count perhaps a number."""
     features = _features(x, axis)
     dtype = _dtype(x)
     # What takes time in a small array is the number of operations, not their width.
@@ -434,7 +437,8 @@ def _batch_norm(
         **_DERIVATIVES,
     )
     if wide:
-        statistics = Statistics(*[each.astype(dtype) for each in statistics])
+        count, mean, var = statistics
+        statistics = Statistics(count, mean.astype(dtype), var.astype(dtype))
     return y[tuple(slice(size) for size in shape)] if x.shape != shape else y, statistics
 
 
