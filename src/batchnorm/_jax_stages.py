@@ -278,12 +278,12 @@ class _Stage:
     def lower_on_cpu(self, ctx: Any, *operands: Any, problem: Problem, tree: Any) -> Sequence[Any]:
         inputs, linear = tree.unflatten(ctx.avals_in)
         servable = (
-            inputs.x.size > 0
+            self.name in _targets()
+            and inputs.x.size > 0
             and inputs.x.dtype.name in _cpu.DTYPES
             and problem.features[-1] - problem.features[0] == len(problem.features) - 1
             and all(each is not None for each in linear)
             and _is_local(ctx.module_context)
-            and _targets()
         )
         lower = mlir.lower_fun(self.in_native if servable else self.in_jnp, multiple_results=True)
         return lower(ctx, *operands, problem=problem, tree=tree)
@@ -393,19 +393,35 @@ input_gradient = _Stage("input_gradient", _input_gradient, "xr", native=True)
 def _statistics_jvp(
     primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
 ) -> tuple[list[Array], list[Any]]:
-    x_dot, *weights_dot = tangents
-    if any(type(each) is not ad.Zero for each in weights_dot):
-        return _Stage.jvp(statistics, primals, tangents, problem=problem, tree=tree)
-    inputs, _ = tree.unflatten(primals)
+    """Of count, offset and var, in the coordinate that the result has."""
+    (inputs, _), (dots, _) = tree.unflatten(primals), tree.unflatten(tangents)
     results = statistics(problem, inputs)
     moments = Moments(*results)
     inputs = inputs._replace(moments=moments)
-    problem = problem._replace(activation=None)
-    _, mean_sum, x_hat_sum = tangent_sums(problem, inputs, ad.instantiate_zeros(x_dot), None)
-    spread = moments.var + (math.sqrt(problem.eps) / moments.unit) ** 2
-    dots = [ad.Zero(jax.typeof(each).to_tangent_aval()) for each in results]
-    dots[3:] = [-jnp.sqrt(spread) * mean_sum, -2 * spread * x_hat_sum]
-    return results, dots
+    tangents = [ad.Zero(jax.typeof(each).to_tangent_aval()) for each in results]
+    if type(dots.x) is not ad.Zero:
+        plain = problem._replace(activation=None)
+        _, mean_sum, x_hat_sum = tangent_sums(plain, inputs, dots.x, None)
+        spread = moments.var + (math.sqrt(problem.eps) / moments.unit) ** 2
+        tangents[3:] = [-jnp.sqrt(spread) * mean_sum, -2 * spread * x_hat_sum]
+    if inputs.weights is not None and type(dots.weights) is not ad.Zero:
+        of_weights = _statistics_by_weights(problem, inputs, inputs.weights, dots.weights)
+        for index, tangent in zip((0, 3, 4), of_weights, strict=True):
+            tangents[index] = ad.add_tangents(tangents[index], tangent)
+    return results, tangents
+
+
+def _statistics_by_weights(
+    problem: Problem, inputs: Inputs, weights: Array, dot: Array
+) -> Sequence[Array]:
+    """Σ ẇ,  Σ ẇ·(u − offset) / m,  Σ ẇ·((u − offset)² − var) / m,  with u = (x − pivot) / unit."""
+    x = inputs.x.astype(wide(inputs.x.dtype))
+    count, pivot, unit, offset, var = (_along(problem, each, x) for each in inputs.moments)
+    inside = weights > 0
+    centered = (jnp.where(inside, x, pivot) - pivot) / unit - offset
+    dot = jnp.broadcast_to(jnp.where(inside, dot, 0), x.shape)
+    share = dot / jnp.where(count == 0, 1, count)
+    return _sums(problem, dot, share * centered, share * (centered * centered - var))
 
 
 ad.primitive_jvps[statistics.primitive] = _statistics_jvp

@@ -1,0 +1,200 @@
+"""nn.BatchNorm: what the original gave, where it was not accurate, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from batchnorm.flax import nn
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "flax_nn"
+CASES = json.loads((GOLDEN / "index.json").read_text())
+KEY = jax.random.PRNGKey(0)
+X = np.random.default_rng(0).normal(3, 2, (8, 5, 4)).astype(np.float32)
+
+
+def close(got, wanted):
+    scale = max(1.0, float(np.max(np.abs(wanted), initial=0)))
+    np.testing.assert_allclose(np.float32(got), wanted, rtol=0, atol=1e-5 * scale)
+
+
+def golden(name: str):
+    """The arrays of a case, and the Network, with one layer "bn", that the original ran."""
+    arguments = dict(CASES[name]["arguments"])
+    if arguments.pop("random_init", False):
+        arguments["scale_init"] = nn.initializers.uniform(2.0)
+        arguments["bias_init"] = nn.initializers.normal(0.5)
+    arguments["dtype"] = jnp.dtype(arguments.get("dtype", "float32"))
+
+    class Network(nn.Module):
+        def apply(self, x, **keywords):
+            return nn.BatchNorm(x, name="bn", **arguments, **keywords)
+
+    return dict(np.load(GOLDEN / f"{name}.npz")), Network
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "steps" in case])
+def test_golden(name: str):
+    wanted, network = golden(name)
+    with nn.stateful() as state:
+        y, params = network.init(jax.random.PRNGKey(CASES[name]["seed"]), wanted["x0"])
+    assert str(y.dtype) == CASES[name]["output_dtype"]
+    for key, value in params.get("bn", {}).items():
+        np.testing.assert_array_equal(value, wanted[f"params['bn']['{key}']"])
+
+    for step in range(CASES[name]["steps"]):
+        with nn.stateful(state) as state:
+            y = network.call(params, wanted[f"x{step}"])
+        close(y, wanted[f"y{step}"])
+        close(state["/bn"]["mean"], wanted[f"mean{step}"])
+        close(state["/bn"]["var"], wanted[f"var{step}"])
+    with nn.stateful(state, mutable=False):
+        close(network.call(params, wanted["x_eval"], use_running_average=True), wanted["y_eval"])
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):
+            with nn.stateful(state):
+                return jnp.sum(network.call(params, x).astype(jnp.float32) * wanted["w"])
+
+        return jax.grad(loss, argnums=(0, 1))(params, x)
+
+    of_params, of_x = gradients(params, wanted["x0"])
+    close(of_x, wanted["grad_x"])
+    for key, value in of_params.get("bn", {}).items():
+        close(value, wanted[f"grad_params['bn']['{key}']"])
+
+
+def test_parameters_are_scale_and_bias():
+    _, params = nn.BatchNorm.init(KEY, X)
+    assert list(params) == ["scale", "bias"]
+    _, params = nn.BatchNorm.init(KEY, X, scale=False)
+    assert list(params) == ["bias"]
+    _, params = nn.BatchNorm.init(KEY, X, scale=False, bias=False)
+    assert not params
+
+
+def test_axes_are_in_the_order_of_the_dimensions():
+    for axis in ((1, 2), (2, 1), [-1, 1]):
+        y, params = nn.BatchNorm.init(KEY, X, axis=axis)
+        assert params["scale"].shape == (5, 4)
+        close(y, (X - X.mean(0)) / np.sqrt(X.var(0) + 1e-5))
+
+
+def test_state_exists_where_it_is_asked_for():
+    _, params = nn.BatchNorm.init(KEY, X)
+    nn.BatchNorm.call(params, X)
+    given = nn.Collection()
+    with nn.stateful() as state, given.mutate() as given:
+        nn.BatchNorm.init(KEY, X, batch_stats=given)
+    assert not state.as_dict()
+    np.testing.assert_array_equal(given["/"]["mean"], np.zeros(4))
+    np.testing.assert_array_equal(given["/"]["var"], np.ones(4))
+    with given.mutate() as given:
+        nn.BatchNorm.call(params, X, batch_stats=given, momentum=0.75)
+    close(given["/"]["mean"], 0.25 * X.mean((0, 1)))
+    close(given["/"]["var"], 0.75 + 0.25 * X.var((0, 1)))
+    y = nn.BatchNorm.call(params, X, batch_stats=given, use_running_average=True)
+    close(y, (X - given["/"]["mean"]) / np.sqrt(given["/"]["var"] + 1e-5))
+
+
+def test_initialization_may_have_one_value_and_no_devices():
+    y, params = nn.BatchNorm.init(KEY, X[0, :1], axis_name="nowhere")
+    np.testing.assert_array_equal(y, np.zeros((1, 4)))
+    y = nn.BatchNorm.call(params, X[0, :1])
+    np.testing.assert_array_equal(y, np.zeros((1, 4)))
+
+
+def test_by_shape_and_under_jit():
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init_by_shape(KEY, [((8, 5, 4), jnp.float32)])
+    assert params["scale"].shape == (4,)
+
+    @jax.jit
+    def step(params, state, x):
+        with nn.stateful(state) as new_state:
+            y = nn.BatchNorm.call(params, x)
+        return y, new_state
+
+    y, new_state = step(params, state, X)
+    close(y, (X - X.mean((0, 1))) / np.sqrt(X.var((0, 1)) + 1e-5))
+    close(new_state["/"]["mean"], 0.01 * X.mean((0, 1)))
+    assert "batchnorm_normalize" in step.lower(params, state, X).as_text()
+
+
+def test_output_dtype():
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+        y, params = nn.BatchNorm.init(KEY, X.astype(dtype), dtype=dtype)
+        assert y.dtype == dtype
+        assert params["scale"].dtype == jnp.float32
+        whole, _ = nn.BatchNorm.init(KEY, X.astype(dtype))
+        assert whole.dtype == jnp.float32
+        np.testing.assert_array_equal(np.float32(y), np.float32(whole.astype(dtype)))
+    y, _ = nn.BatchNorm.init(KEY, np.arange(12).reshape(6, 2))
+    close(y.mean(0), np.zeros(2))
+
+
+def test_accurate_where_the_original_was_not():
+    random = np.random.default_rng(0)
+    x = (1e4 + 0.01 * random.standard_normal((1000, 8))).astype(np.float32)
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init(KEY, x)
+    with nn.stateful(state) as state:
+        y = nn.BatchNorm.call(params, x, momentum=0.0)
+    wide = np.float64(x)
+    np.testing.assert_allclose(
+        y, (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5), rtol=0, atol=1e-3
+    )
+    np.testing.assert_allclose(state["/"]["var"], wide.var(0), rtol=1e-3)
+
+
+def test_an_empty_batch_changes_nothing():
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init(KEY, X)
+    with nn.stateful(state) as new_state:
+        assert nn.BatchNorm.call(params, X[:0]).shape == (0, 5, 4)
+    np.testing.assert_array_equal(new_state["/"]["mean"], np.zeros(4))
+    np.testing.assert_array_equal(new_state["/"]["var"], np.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"use_running_average": True}, ValueError, "^when use_running_averages is True"),
+        ({"axis": 3}, ValueError, r"axis must be within \[-3, 2\]"),
+        ({"axis": (1, -2)}, ValueError, "axis must not name an axis of x twice"),
+        ({"axis": 1.0}, TypeError, "axis must be an integer"),
+        ({"x": X.astype(np.complex64)}, ValueError, "x must hold real numbers"),
+        ({"epsilon": 0.0}, ValueError, "eps must be positive"),
+        ({"axis_name": "i"}, ValueError, "axis_name must name axes that are mapped"),
+        ({"axis_index_groups": [[0]]}, ValueError, "axis_index_groups needs an axis_name"),
+    ],
+)
+def test_refused(keywords, error, message):
+    _, params = nn.BatchNorm.init(KEY, X)
+    with pytest.raises(error, match=message):
+        nn.BatchNorm.call(params, **{"x": X, **keywords})
+
+
+@pytest.mark.parametrize(
+    ("momentum", "error", "message"),
+    [
+        (1.5, ValueError, r"momentum must be within \[0, 1\], but got 1.5"),
+        ("slow", TypeError, r"momentum must be a number within \[0, 1\], but got 'slow'"),
+    ],
+)
+def test_momentum_is_refused(momentum, error, message):
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init(KEY, X)
+    with nn.stateful(state), pytest.raises(error, match=message):
+        nn.BatchNorm.call(params, X, momentum=momentum)
+
+
+def test_state_of_an_inner_transformation_is_refused():
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init(KEY, X)
+    with nn.stateful(state), pytest.raises(ValueError, match="transform"):
+        jax.vmap(lambda x: nn.BatchNorm.call(params, x))(X)

@@ -1,0 +1,389 @@
+"""What the JAX door has beyond the other doors: transformations, lowering, and native calls."""
+
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Good
+from jax import export
+from jax.test_util import check_grads
+
+from batchnorm.jax import batch_norm, batch_statistics, normalize, update_running
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+def run_in_python(program: str, **keywords) -> str:
+    """What `program` prints, in a process of its own that must succeed, with warnings as errors."""
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **keywords)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def plain(x, scale, bias, residual, mask, axis, eps, activation):
+    """y, mean and var by the formulas as they are written, for JAX to differentiate in float64."""
+    features = [each % x.ndim for each in (axis if isinstance(axis, tuple) else (axis,))]
+    reduced = tuple(each for each in range(x.ndim) if each not in features)
+    along = [size if each in features else 1 for each, size in enumerate(x.shape)]
+    w = jnp.broadcast_to(jnp.float64(1.0 if mask is None else mask), x.shape)
+    m = w.sum(reduced, keepdims=True)
+    mean = (w * x).sum(reduced, keepdims=True) / m
+    var = (w * (x - mean) ** 2).sum(reduced, keepdims=True) / m
+    z = (x - mean) / jnp.sqrt(var + eps) * scale.reshape(along) + bias.reshape(along)
+    z = z if residual is None else z + residual
+    y = {None: z, "relu": jnp.where(z > 0, z, 0), "silu": z / (1 + jnp.exp(-z))}[activation]
+    return y, mean.reshape(scale.shape), var.reshape(scale.shape)
+
+
+CASES = [
+    Good("NHWC", (2, 2, 2, 3), -1),
+    Good("features apart, mask and relu", (3, 2, 3, 2), (1, 3), mask="bool 1", activation="relu"),
+    Good("all at once", (5, 2, 3), 1, mask="weights C", residual=True, activation="silu"),
+]
+
+
+class Losses:
+    """The same loss of a dict of arrays twice, by batchnorm and by plain formulas."""
+
+    def __init__(self, case: Good) -> None:
+        dy, x, scale, bias, keywords = case.arrays(np.float64)
+        residual = keywords.pop("residual", None)
+        arrays = {"x": x, "scale": scale, "bias": bias, "residual": residual}
+        if case.mask and case.mask.startswith("weights"):
+            arrays["mask"] = np.float64(keywords.pop("mask")) + 0.1
+        self.arrays = {
+            name: jnp.asarray(array, jnp.float64)
+            for name, array in arrays.items()
+            if array is not None
+        }
+        random = np.random.default_rng(1)
+        draw = partial(jax.tree.map, lambda array: random.normal(size=array.shape))
+        self.directions = draw(self.arrays), draw(self.arrays)
+        self.batch = jax.tree.map(lambda array: jnp.stack([array, 2 * array + 0.1]), self.arrays)
+        self.dy, self.keywords = dy, keywords
+
+    def ours(self, arrays):
+        y, statistics = batch_norm(**arrays, **self.keywords)
+        return self.loss(y, statistics.mean, statistics.var)
+
+    def plain(self, arrays):
+        return self.loss(*plain(**{"residual": None, "mask": None, **arrays, **self.keywords}))
+
+    def loss(self, y, mean, var):
+        return (y**3 * self.dy).sum() + (mean * jnp.sin(var)).sum()
+
+
+def inner(one, other):
+    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: (a * b).sum(), one, other)))
+
+
+# Each of a function, its argument, two directions there, and a batch of arguments.
+FIRST_ORDER = {
+    "grad": lambda f, a, t, u, b: jax.grad(f)(a),
+    "jvp": lambda f, a, t, u, b: jax.jvp(f, (a,), (t,)),
+    "vjp": lambda f, a, t, u, b: jax.vjp(f, a)[1](1.0),
+    "linearize": lambda f, a, t, u, b: jax.linearize(f, a)[1](t),
+    "jacfwd": lambda f, a, t, u, b: jax.jacfwd(f)(a),
+    "jacrev": lambda f, a, t, u, b: jax.jacrev(f)(a),
+    "remat": lambda f, a, t, u, b: jax.grad(jax.checkpoint(f))(a),
+    "vmap": lambda f, a, t, u, b: jax.vmap(f)(b),
+    "vmap of grad": lambda f, a, t, u, b: jax.vmap(jax.grad(f))(b),
+    "grad of vmap": lambda f, a, t, u, b: jax.grad(lambda b: jax.vmap(f)(b).sum())(b),
+    "nested vmap": lambda f, a, t, u, b: jax.vmap(jax.vmap(jax.grad(f)))(
+        jax.tree.map(lambda array: jnp.stack([array, array + 1, 3 * array]), b)
+    ),
+    "vmap along another axis": lambda f, a, t, u, b: jax.vmap(
+        lambda x: jax.grad(f)({**a, "x": x})["x"], in_axes=1, out_axes=2
+    )(jnp.stack([a["x"], 2 * a["x"]], 1)),
+    "vmap over scale and bias alone": lambda f, a, t, u, b: jax.vmap(
+        lambda scale, bias: jax.grad(f)({**a, "scale": scale, "bias": bias})
+    )(b["scale"], b["bias"]),
+}
+
+
+def forward_forward(f, a, t, u, b=None):
+    return jax.jvp(lambda a: jax.jvp(f, (a,), (t,))[1], (a,), (u,))[1]
+
+
+HIGHER_ORDER = {
+    "forward over forward": forward_forward,
+    "forward over reverse": lambda f, a, t, u, b: jax.jvp(jax.grad(f), (a,), (t,))[1],
+    "reverse over forward": lambda f, a, t, u, b: jax.grad(lambda a: jax.jvp(f, (a,), (t,))[1])(a),
+    "reverse over reverse": lambda f, a, t, u, b: jax.grad(lambda a: inner(jax.grad(f)(a), t))(a),
+    "third order": lambda f, a, t, u, b: jax.grad(lambda a: forward_forward(f, a, t, u))(a),
+    "third order, reverse": lambda f, a, t, u, b: jax.grad(
+        lambda a: inner(jax.grad(lambda a: inner(jax.grad(f)(a), t))(a), u)
+    )(a),
+    "hessian": lambda f, a, t, u, b: jax.hessian(lambda x: f({**a, "x": x}))(a["x"]),
+    "vmap of second order": lambda f, a, t, u, b: jax.vmap(
+        lambda a: jax.jvp(jax.grad(f), (a,), (t,))[1]
+    )(b),
+}
+
+
+def assert_exact(got, wanted):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("transforms", [FIRST_ORDER, HIGHER_ORDER], ids=["first", "higher"])
+def test_derivatives_are_exact(case: Good, transforms):
+    with enable_x64(True):
+        losses = Losses(case)
+
+        def transformed(f):
+            at = losses.arrays, *losses.directions, losses.batch
+            return jax.jit(lambda at: {name: t(f, *at) for name, t in transforms.items()})(at)
+
+        got, wanted = transformed(losses.ours), transformed(losses.plain)
+        for name in transforms:
+            assert_exact(got[name], wanted[name])
+
+
+def test_derivatives_without_jit():
+    with enable_x64(True):
+        losses = Losses(CASES[0])
+        at = losses.arrays, *losses.directions, losses.batch
+        for name in ("grad", "jvp", "linearize", "vmap of grad"):
+            assert_exact(*(FIRST_ORDER[name](f, *at) for f in (losses.ours, losses.plain)))
+        with jax.disable_jit():
+            assert_exact(
+                jax.grad(losses.ours)(losses.arrays), jax.grad(losses.plain)(losses.arrays)
+            )
+
+
+def test_derivatives_are_those_of_finite_differences():
+    with enable_x64(True):
+        losses = Losses(CASES[2])
+        check_grads(jax.jit(losses.ours), (losses.arrays,), order=2, atol=1e-4, rtol=1e-4)
+
+
+def test_evaluation_has_derivatives():
+    with enable_x64(True):
+        random = np.random.default_rng(0)
+        x, parameters = random.normal(size=(6, 3)), random.uniform(0.5, 2, (4, 3))
+
+        def ours(x, p):
+            return (normalize(x, *p) ** 3).sum()
+
+        def wanted(x, p):
+            return (((x - p[0]) / jnp.sqrt(p[1] + 1e-5) * p[2] + p[3]) ** 3).sum()
+
+        for transform in (jax.grad, jax.hessian):
+            assert_exact(*(jax.jit(transform(f, (0, 1)))(x, parameters) for f in (ours, wanted)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_narrow_dtypes_stay(dtype):
+    x = jnp.arange(24.0).reshape(2, 4, 3).astype(dtype)
+    scale = jnp.ones(3, dtype)
+
+    def loss(x, scale):
+        y, statistics = batch_norm(x, scale)
+        assert y.dtype == dtype
+        assert statistics.mean.dtype == jnp.float32
+        return (y.astype(jnp.float32) ** 3).sum()
+
+    gradients = jax.jit(jax.grad(loss, (0, 1)))(x, scale)
+    assert [each.dtype for each in gradients] == [dtype, dtype]
+    wanted = jax.grad(loss, (0, 1))(x, scale)
+    for got, other in zip(gradients, wanted, strict=True):
+        np.testing.assert_array_equal(np.float32(got), np.float32(other))
+
+
+# ---- control flow, donation, lowering
+
+X = np.random.default_rng(0).normal(size=(8, 5, 4)).astype(np.float32)
+
+
+def train(x, mean):
+    y, statistics = batch_norm(x, activation="relu")
+    return y, update_running(mean, mean, statistics, rate=0.1)[0]
+
+
+def test_scan_cond_and_while():
+    def by_scan(x):
+        return jax.lax.scan(lambda x, _: train(x, jnp.zeros(4)), x, length=3)[0]
+
+    def by_while(x):
+        return jax.lax.while_loop(
+            lambda state: state[0] < 3,
+            lambda state: (state[0] + 1, train(state[1], jnp.zeros(4))[0]),
+            (0, x),
+        )[1]
+
+    def by_cond(x):
+        for _ in range(3):
+            x = jax.lax.cond(x[0, 0, 0] < 9, lambda x: train(x, jnp.zeros(4))[0], jnp.sin, x)
+        return x
+
+    def by_hand(x):
+        for _ in range(3):
+            x = train(x, jnp.zeros(4))[0]
+        return x
+
+    for function in (by_scan, by_while, by_cond):
+        np.testing.assert_allclose(jax.jit(function)(X), by_hand(X), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda x: (by_hand(x) ** 3).sum())(X)
+    for function in (by_scan, by_cond):
+        got = jax.jit(jax.grad(lambda x, f=function: (f(x) ** 3).sum()))(X)
+        np.testing.assert_allclose(got, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_donated_arguments():
+    wanted = train(X, jnp.zeros(4))
+    got = jax.jit(train, donate_argnums=(0, 1))(jnp.asarray(X), jnp.zeros(4))
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_compiled_ahead_of_time():
+    compiled = jax.jit(train).lower(X, jnp.zeros(4)).compile()
+    assert "batchnorm_normalize" in compiled.as_text()
+    np.testing.assert_array_equal(compiled(X, jnp.zeros(4))[0], train(X, jnp.zeros(4))[0])
+
+
+def test_exported_programs_need_no_batchnorm():
+    step = jax.jit(jax.grad(lambda x: (train(x, jnp.zeros(4))[0] ** 3).sum()))
+    exported = export.export(step, platforms=["cpu", "cuda"])(X)
+    assert "batchnorm_" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(X), step(X), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_native():
+    def kernels(function, *arrays, platform="cpu"):
+        lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,))
+        names = ("statistics", "normalize", "gradient_sums", "input_gradient")
+        return [name for name in names if f"batchnorm_{name}_" in lowered.as_text()]
+
+    def loss(x, **keywords):
+        return (batch_norm(x, **keywords)[0] ** 3).sum()
+
+    assert kernels(loss, X) == ["statistics", "normalize"]
+    everything = ["statistics", "normalize", "gradient_sums", "input_gradient"]
+    for keywords in ({}, {"axis": 1}, {"axis": (1, 2)}, {"mask": X > 0}, {"residual": X}):
+        assert kernels(jax.grad(partial(loss, **keywords)), X) == everything
+    assert kernels(jax.grad(loss), X.astype(jnp.bfloat16)) == everything
+    assert kernels(jax.vmap(jax.grad(loss)), X) == everything
+    assert kernels(batch_statistics, X) == ["statistics"]
+    assert kernels(lambda x: normalize(x, x[0, 0], x[0, 0]), X) == ["normalize"]
+    assert kernels(partial(loss, axis=(0, 2)), X) == [], "no kernel for features apart"
+    assert kernels(jax.grad(loss), X, platform="cuda") == []
+
+
+def test_scale_and_bias_alone_need_one_pass():
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda s: (batch_norm(X, s)[0] ** 3).sum()))(jnp.ones(4)))
+    assert "batch_norm_gradient_sums" in jaxpr
+    assert "batch_norm_input_gradient" not in jaxpr
+
+
+def test_many_calls_at_once():
+    run_in_python(
+        """
+        import jax, jax.numpy as jnp, numpy as np
+        from batchnorm.jax import batch_norm
+
+        @jax.jit
+        def independent(arrays):
+            return [jax.grad(lambda x: (batch_norm(x)[0] ** 3).sum())(x) for x in arrays]
+
+        arrays = list(np.random.default_rng(0).normal(size=(12, 20_000, 32)).astype("float32"))
+        wanted = independent(arrays)
+        for _ in range(20):
+            for one, other in zip(independent(arrays), wanted):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        """
+    )
+
+
+def test_a_jaxlib_that_refuses_the_kernels():
+    printed = run_in_python(
+        """
+        import warnings
+        import jax, jax.numpy as jnp, numpy as np
+        from batchnorm.jax import batch_norm
+
+        def refuse(*arguments, **keywords):
+            raise RuntimeError("another version")
+
+        jax.ffi.register_ffi_target = refuse
+        x = np.random.default_rng(0).normal(3, 2, (50, 4)).astype("float32")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y, _ = batch_norm(x)
+            batch_norm(x[:, :3])
+        np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), atol=1e-4)
+        assert jax.jit(jnp.sin)(0.0) == 0
+        print(*(warning.message for warning in caught))
+        """
+    )
+    assert printed.count("This jaxlib does not take batchnorm's native kernels") == 1
+    assert "another version" in printed
+
+
+def test_no_tracer_leaks():
+    with jax.checking_leaks():
+        jax.jit(jax.grad(lambda x: (train(x, jnp.zeros(4))[0] ** 3).sum()))(X)
+        jax.vmap(jax.grad(lambda x: (train(x, jnp.zeros(4))[0] ** 3).sum()))(X)
+
+
+# ---- numbers and arguments
+
+
+def test_a_wrong_weight_spoils_its_feature_alone():
+    weights = jnp.ones((8, 5, 4)).at[0, 0, 1].set(-1).at[0, 0, 2].set(jnp.nan)
+    y, statistics = jax.jit(lambda w: batch_norm(X, mask=w))(weights)
+    gradient = jax.grad(lambda x: (batch_norm(x, mask=weights)[0] ** 3).sum())(X)
+    for each in (y, gradient, statistics.var, statistics.count):
+        bad = np.isnan(each).reshape(-1, 4)
+        np.testing.assert_array_equal(bad, np.broadcast_to([False, True, True, False], bad.shape))
+
+
+def test_float64_without_x64_is_float32():
+    y, statistics = batch_norm(np.float64(X))
+    assert y.dtype == statistics.mean.dtype == jnp.float32
+    np.testing.assert_array_equal(y, batch_norm(X)[0])
+
+
+def test_state_goes_in_and_comes_out():
+    mean, var = jnp.zeros(4), jnp.ones(4)
+    new_mean, new_var = update_running(mean, var, batch_statistics(X), rate=0.5)
+    np.testing.assert_allclose(new_mean, 0.5 * X.mean((0, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new_var, 0.5 + 0.5 * X.var((0, 1)), rtol=1e-5)
+    assert (mean == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"axis_name": "j"}, ValueError, "axis_name must name axes that are mapped.* 'j'"),
+        ({"axis_index_groups": [[0, 1]]}, ValueError, "axis_index_groups needs an axis_name"),
+        (
+            {"axis_name": "i", "axis_index_groups": [[0, 1], [2]]},
+            ValueError,
+            "must hold each index of axis_name='i', of size 4, exactly once",
+        ),
+        ({"axis_name": "i", "axis_index_groups": [[0, 1], [1, 2, 3]]}, ValueError, "exactly once"),
+        ({"axis_name": "i", "axis_index_groups": [[0, 1, 2], [3]]}, ValueError, "of one size"),
+        ({"axis_name": "i", "axis_index_groups": [0, 1]}, TypeError, "sequence of sequences"),
+    ],
+)
+def test_mapped_axes_are_checked(keywords, error, message):
+    for function in (batch_norm, batch_statistics):
+        with pytest.raises(error, match=message):
+            jax.vmap(lambda x, f=function: f(x, **keywords), axis_name="i")(X[:4])
+
+
+def test_one_value_on_each_device_will_do():
+    y, statistics = jax.vmap(lambda x: batch_norm(x, axis_name="i"), axis_name="i")(X[:, :1])
+    np.testing.assert_allclose(y, batch_norm(X[:, :1])[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(statistics.count, np.full((8, 4), 8))
+    with pytest.raises(ValueError, match="more than one value"):
+        batch_norm(X[:1, 0])

@@ -1,0 +1,339 @@
+"""The JAX door on several devices, and in several processes.
+
+Each test runs one of the functions named `in_...` below in a process of its own, since JAX fixes
+the number of devices when it starts.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from batchnorm.flax import nn
+from batchnorm.jax import batch_norm, batch_statistics
+
+DEVICES = 4
+GROUPS = [[0, 2], [1, 3]]
+GOLDEN = Path(__file__).parent / "golden" / "flax_nn"
+
+
+def start(function: str, *arguments: str, devices: int = DEVICES) -> subprocess.Popen:
+    program = f"import sys, test_jax_devices as tests; tests.{function}(*sys.argv[1:])"
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program, *arguments],
+        env={
+            **os.environ,
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
+class Problem:
+    """A batch on four devices, which have from 0 to all of their elements; and the whole batch."""
+
+    def __init__(self, masked: bool, activation: str | None) -> None:
+        random = np.random.default_rng(0)
+        shift = random.normal(size=(DEVICES, 1, 1, 1)) * 5
+        self.x, self.dy, self.dx = (
+            random.normal(size=(DEVICES, 6, 3, 5)).astype(np.float32) for _ in range(3)
+        )
+        self.x += shift.astype(np.float32)
+        here = np.array([0.9, 0.2, 0.5, 0.0])[:, None, None, None]
+        self.mask = random.uniform(size=(DEVICES, 6, 3, 1)) < (here if masked else 2)
+        self.scale = random.uniform(0.5, 2, 5).astype(np.float32)
+        self.bias = random.normal(size=5).astype(np.float32)
+        self.masked, self.activation = masked, activation
+        self.arrays = (self.x, self.mask, self.dy, self.dx)
+
+    def derivatives(self, scale, bias, x, mask, dy, dx, **sync):
+        """y and its statistics; the gradients of a loss; tangents of y and of the gradients."""
+
+        def loss(scale, bias, x):
+            y, statistics = batch_norm(
+                x,
+                scale,
+                bias,
+                mask=mask if self.masked else None,
+                activation=self.activation,
+                **sync,
+            )
+            return (y * dy + y * jnp.sin(y)).sum(), (y, statistics)
+
+        gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+        gradients, (y, statistics) = gradient(scale, bias, x)
+        y_dot = jax.jvp(lambda x: loss(scale, bias, x)[1][0], (x,), (dx,))[1]
+        second = jax.jvp(lambda x: gradient(scale, bias, x)[0], (x,), (dx,))[1]
+        return {
+            "like x": (y, gradients[2], y_dot, second[2]),
+            "sums": (gradients[:2], second[:2]),
+            "statistics": tuple(statistics),
+        }
+
+    def on_one_device(self, groups):
+        """The same of each group's joined batch, put back where it came from."""
+        results = [None] * DEVICES
+        sums = []
+        for group in groups or [range(DEVICES)]:
+            group = list(group)
+            joined = [array[group].reshape(-1, *array.shape[2:]) for array in self.arrays]
+            of_group = self.derivatives(self.scale, self.bias, *joined)
+            sums.append(of_group["sums"])
+            parts = [each.reshape(len(group), 6, 3, 5) for each in of_group["like x"]]
+            for place, device in enumerate(group):
+                results[device] = [part[place] for part in parts], of_group["statistics"]
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *results)
+        total = jax.tree.map(lambda *arrays: sum(arrays), *sums)
+        return {"like x": stacked[0], "sums": total, "statistics": stacked[1]}
+
+
+def close(got, wanted, tolerance=1e-5):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        scale = max(1.0, float(jnp.max(jnp.abs(other))))
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
+
+
+def by_pmap(function, scale, bias, arrays):
+    results = jax.pmap(partial(function, scale, bias), axis_name="i")(*arrays)
+    return {**results, "sums": jax.tree.map(lambda each: each.sum(0), results["sums"])}
+
+
+def by_vmap(function, scale, bias, arrays):
+    results = jax.jit(jax.vmap(partial(function, scale, bias), axis_name="i"))(*arrays)
+    return {**results, "sums": jax.tree.map(lambda each: each.sum(0), results["sums"])}
+
+
+def by_shard_map(function, scale, bias, arrays, *, check_vma, groups):
+    def on_a_device(scale, bias, *arrays):
+        results = function(scale, bias, *(array[0] for array in arrays))
+        results["like x"] = jax.tree.map(lambda each: each[None], results["like x"])
+        if groups is not None:
+            results["statistics"] = jax.tree.map(lambda each: each[None], results["statistics"])
+        if not check_vma:  # with it, gradients of what all devices share are summed already
+            results["sums"] = jax.lax.psum(results["sums"], "i")
+        return results
+
+    # Without groups the statistics are the same on all devices, and check_vma knows it.
+    specs = {"like x": P("i"), "sums": P(), "statistics": P() if groups is None else P("i")}
+    mapped = jax.shard_map(
+        on_a_device,
+        mesh=Mesh(np.array(jax.devices()), "i"),
+        in_specs=(P(), P(), *[P("i")] * len(arrays)),
+        out_specs=specs,
+        check_vma=check_vma,
+    )
+    results = jax.jit(mapped)(scale, bias, *arrays)
+    if groups is None:
+        results["statistics"] = jax.tree.map(
+            lambda each: jnp.broadcast_to(each, (DEVICES, *each.shape)), results["statistics"]
+        )
+    return results
+
+
+def in_mapped_functions(masked: str, activation: str) -> None:
+    problem = Problem(masked == "masked", None if activation == "None" else activation)
+    for groups in (None, GROUPS):
+        wanted = problem.on_one_device(groups)
+        function = partial(problem.derivatives, axis_name="i", axis_index_groups=groups)
+        ways = [
+            by_pmap,
+            partial(by_shard_map, check_vma=True, groups=groups),
+            partial(by_shard_map, check_vma=False, groups=groups),
+        ]
+        for way in ways if groups else [*ways, by_vmap]:
+            got = way(function, problem.scale, problem.bias, problem.arrays)
+            close(got, wanted)
+
+
+@pytest.mark.parametrize("activation", ["None", "silu"])
+@pytest.mark.parametrize("masked", ["masked", "whole"])
+def test_mapped_functions(masked: str, activation: str):
+    finish(start("in_mapped_functions", masked, activation))
+
+
+def in_accuracy() -> None:
+    """Devices with far apart and with large means, without x64."""
+    random = np.random.default_rng(0)
+    for mean, std, tolerance in ((1e4, 0.01, 1e-2), (0, 1e30, 1e-3), (1234.567, 0, 1e-3)):
+        x = (mean + std * random.standard_normal((DEVICES, 1000, 3))).astype(np.float32)
+        y, _ = jax.pmap(lambda x: batch_norm(x, axis_name="i"), axis_name="i")(x)
+        wide = np.float64(x).reshape(-1, 3)
+        wanted = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
+        np.testing.assert_allclose(np.float64(y).reshape(-1, 3), wanted, rtol=0, atol=tolerance)
+    x = random.standard_normal((DEVICES, 1000, 3)).astype(np.float32)
+    x += np.float32([0, 1e3, -1e5, 1])[:, None, None]
+    weights = np.ones((DEVICES, 1000, 1), bool)
+    weights[2, 1:] = False  # one element is far from all the others
+    statistics = jax.pmap(lambda x, w: batch_statistics(x, mask=w, axis_name="i"), axis_name="i")(
+        x, weights
+    )
+    counted = np.float64(x)[np.broadcast_to(weights, x.shape)].reshape(-1, 3)
+    np.testing.assert_array_equal(statistics.count, np.full((DEVICES, 3), 3001))
+    np.testing.assert_allclose(statistics.mean[0], counted.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.var[0], counted.var(0), rtol=1e-6)
+
+
+def test_accuracy():
+    finish(start("in_accuracy"))
+
+
+def floats_sent(text: str, collective: str) -> list[int]:
+    """How many values each such collective of a compiled program has."""
+    results = re.findall(rf" = (\(.*?\)|\S+) {collective}(?:-start)?\(", text)
+    return [
+        sum(
+            int(np.prod([int(size) for size in shape.split(",") if size]))
+            for shape in re.findall(r"\w+\[([\d,]*)\]", result)
+        )
+        for result in results
+    ]
+
+
+def in_communication() -> None:
+    """The collectives of a step are those that the module's docstring tells."""
+    x = np.random.default_rng(0).normal(size=(8, 4, 6)).astype(np.float32)
+    for devices in (2, 4):
+        mesh = Mesh(np.array(jax.devices()[:devices]), "i")
+        for forward in (True, False):
+
+            def step(x, forward=forward):
+                def loss(x):
+                    return (batch_norm(x, axis_name="i")[0] ** 3).sum()
+
+                return loss(x)[None] if forward else jax.grad(loss)(x)
+
+            mapped = jax.shard_map(step, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
+            text = jax.jit(mapped).lower(x).compile().as_text()
+            assert floats_sent(text, "all-reduce") == [3 * 6, 3 * 6] + ([] if forward else [2 * 6])
+            for other in ("all-gather", "all-to-all", "collective-permute"):
+                assert not floats_sent(text, other)
+
+
+def test_communication():
+    finish(start("in_communication"))
+
+
+def in_sharded_jit() -> None:
+    """Statistics of the whole batch, and no device is sent the part of another."""
+    mesh = Mesh(np.array(jax.devices()), "i")
+    random = np.random.default_rng(0)
+    for shape, axis in (((8, 6, 6, 5), -1), ((8, 5, 6, 6), 1), ((20_000, 5), -1)):
+        x = (random.normal(size=shape) + 3).astype(np.float32)
+        dy = random.normal(size=shape).astype(np.float32)
+        mask = random.uniform(size=(shape[0], *[1] * (len(shape) - 1))) < 0.7
+        scale = random.uniform(0.5, 2, 5).astype(np.float32)
+        for masked in (False, True):
+
+            def step(x, dy, mask, scale, axis=axis, masked=masked):
+                def loss(x, scale):
+                    y, statistics = batch_norm(x, scale, axis=axis, mask=mask if masked else None)
+                    return (y * dy).sum(), (y, statistics)
+
+                return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, scale)
+
+            wanted = jax.jit(step)(x, dy, mask, scale)
+            sharded = [jax.device_put(each, NamedSharding(mesh, P("i"))) for each in (x, dy, mask)]
+            compiled = jax.jit(step).lower(*sharded, scale).compile()
+            text = compiled.as_text()
+            sent = [
+                each
+                for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+                for each in floats_sent(text, collective)
+            ]
+            assert sent
+            assert max(sent) <= x.size // 50, "sums are sent, and no part of x"
+            got = compiled(*sharded, scale)
+            assert got[0][0].sharding.is_equivalent_to(sharded[0].sharding, len(shape))
+            close(got, wanted)
+
+
+def test_sharded_jit():
+    finish(start("in_sharded_jit"))
+
+
+def in_golden() -> None:
+    index = json.loads((GOLDEN / "index.json").read_text())
+    for name in ("pmap_all", "pmap_groups"):
+        wanted = dict(np.load(GOLDEN / f"{name}.npz"))
+        layer = nn.BatchNorm.partial(
+            axis_name="i",
+            axis_index_groups=index[name]["axis_index_groups"],
+            **index[name]["arguments"],
+        )
+        with nn.stateful() as state:
+            _, params = layer.init(jax.random.PRNGKey(0), wanted["x"][0])
+
+        def step(x, layer=layer, params=params, state=state):
+            with nn.stateful(state) as new_state:
+                y = layer.call(params, x)
+            return y, new_state
+
+        y, state = jax.pmap(step, axis_name="i")(wanted["x"])
+        close(y, wanted["y"])
+        close(state["/"]["mean"], wanted["mean"])
+        close(state["/"]["var"], wanted["var"])
+
+
+def test_golden():
+    finish(start("in_golden"))
+
+
+def in_one_of_two_processes(rank: str, port: str) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(rank))
+    problem = Problem(True, "silu")
+    wanted = problem.on_one_device(None)
+    mesh = Mesh(np.array(jax.devices()), "i")
+    assert mesh.size == DEVICES
+    assert len(jax.local_devices()) == 2
+
+    def everywhere(array):
+        sharding = NamedSharding(mesh, P("i"))
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    got = by_shard_map(
+        partial(problem.derivatives, axis_name="i"),
+        problem.scale,
+        problem.bias,
+        [everywhere(array) for array in problem.arrays],
+        check_vma=True,
+        groups=None,
+    )
+    close(got["sums"], wanted["sums"])
+    for one, other in zip(got["like x"], wanted["like x"], strict=True):
+        for shard in one.addressable_shards:
+            close(shard.data, np.asarray(other)[shard.index])
+    jax.distributed.shutdown()
+
+
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [start("in_one_of_two_processes", rank, port, devices=2) for rank in "01"]
+    finish(*ranks)
