@@ -208,7 +208,7 @@ class _Stage:
 
     def __call__(self, problem: Problem, inputs: Inputs, *linear: Array | None) -> list[Array]:
         operands, tree = jax.tree.flatten((inputs, linear))
-        return self.primitive.bind(*_varying_alike(operands), problem=problem, tree=tree)
+        return self.primitive.bind(*varying_alike(operands), problem=problem, tree=tree)
 
     def types(self, *operands: Any, problem: Problem, tree: Any) -> list[Any]:
         x, residual = operands[0], tree.unflatten(operands)[0].residual
@@ -323,7 +323,7 @@ def _evaluate(primitive: Primitive, *operands: Array, **parameters: Any) -> list
         return _jitted(primitive, *operands, **parameters)
 
 
-def _varying_alike(arrays: Sequence[Array]) -> Sequence[Array]:
+def varying_alike(arrays: Sequence[Array]) -> Sequence[Array]:
     """In shard_map with check_vma: as varying over all the axes over which any of them varies."""
     axes = [_varying_axes(array) for array in arrays]
     union = frozenset().union(*axes)

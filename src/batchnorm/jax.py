@@ -335,7 +335,7 @@ def _normalized_jvp(
     if x_dot is not None or residual_dot is not None:
         x_dot = jnp.zeros_like(inputs.x) if x_dot is None else x_dot
         partial, *own_sums = stages.tangent_sums(problem, inputs, x_dot, residual_dot)
-        sums = devices.sum(*own_sums)
+        sums = devices.sum(*own_sums, like=inputs.x)
         shift = sums[0] if shift is None else shift + sums[0]
         slope = sums[1] if slope is None else slope + sums[1]
     zero = jnp.zeros_like(moments.var)
@@ -363,19 +363,26 @@ class _Devices(NamedTuple):
         size: int = jax.lax.psum(1, self.axis_name) if self.groups is None else len(self.groups[0])
         return size
 
-    def sum(self, *arrays: jax.Array) -> Sequence[jax.Array]:
-        """The sum of each array over the devices, by one collective."""
+    def sum(self, *arrays: jax.Array, like: jax.Array | None = None) -> Sequence[jax.Array]:
+        """The sum of each array over the devices, by one collective.
+
+        It is as varying as `like`, so that its transpose, too, is one collective.
+        """
         if self.axis_name is None:
             return arrays
         stacked = jnp.stack(arrays)
         if self.groups is None:
-            return list(jax.lax.psum(stacked, self.axis_name))
-        groups = [list(group) for group in self.groups]
-        try:
-            return list(jax.lax.psum(stacked, self.axis_name, axis_index_groups=groups))
-        except NotImplementedError:  # in shard_map with check_vma
-            gathered = jax.lax.all_gather(stacked, self.axis_name, axis_index_groups=groups)
-            return list(gathered.sum(0))
+            total = jax.lax.psum(stacked, self.axis_name)
+        else:
+            groups = [list(group) for group in self.groups]
+            try:
+                total = jax.lax.psum(stacked, self.axis_name, axis_index_groups=groups)
+            except NotImplementedError:  # in shard_map with check_vma
+                gathered = jax.lax.all_gather(stacked, self.axis_name, axis_index_groups=groups)
+                total = gathered.sum(0)
+        if like is not None:
+            total, _ = stages.varying_alike([total, like])
+        return list(total)
 
     def pooled(self, moments: Moments, elements: int) -> Moments:
         """The moments of all devices' elements, of which there are up to `elements` on each.
