@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-for needed in ("matplotlib", "mlx.core", "rich", "sklearn"):
-    pytest.importorskip(needed)
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROWS = ("batchnorm.mlx.BatchNorm", "mlx.nn.BatchNorm", "no normalization")
 

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import definition
 from .definition import Axes, Moments
@@ -216,7 +217,7 @@ class _Stage:
         feature = {
             "shape": tuple(shape),
             "dtype": wide(x.dtype),
-            "sharding": x.sharding.update(spec=[None] * len(shape)),
+            "sharding": NamedSharding(x.sharding.mesh, PartitionSpec(*[None] * len(shape))),
         }
         return [
             x.update(weak_type=False, **(feature if each == "f" else {}))
