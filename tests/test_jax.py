@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Good
+import truth
+from cases import GOOD, Good
 from jax import export
 from jax.test_util import check_grads
 
+from batchnorm import _jax_stages
 from batchnorm.jax import batch_norm, batch_statistics, normalize, update_running
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -332,6 +334,58 @@ def test_no_tracer_leaks():
     with jax.checking_leaks():
         jax.jit(jax.grad(lambda x: (train(x, jnp.zeros(4))[0] ** 3).sum()))(X)
         jax.vmap(jax.grad(lambda x: (train(x, jnp.zeros(4))[0] ** 3).sum()))(X)
+
+
+# ---- without native kernels
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is lowered from here on is lowered to jnp."""
+    monkeypatch.setattr(_jax_stages, "_targets", dict)
+
+
+ACCURATE = {
+    "large mean": (lambda n: 1e4 + 0.01 * n, np.float32, 5e-3),
+    "constant": (lambda n: 1234.567 + 0 * n, np.float32, 1e-3),
+    "huge": (lambda n: 1e30 * n, np.float32, 1e-3),
+    "float16 far from 0": (lambda n: 350 + 20 * n, np.float16, 3e-3),
+    "float16 large": (lambda n: 300 * n, np.float16, 3e-3),
+}
+
+
+@pytest.mark.usefixtures("without_native")
+@pytest.mark.parametrize("name", ACCURATE)
+def test_accurate_without_native(name: str):
+    make, dtype, tolerance = ACCURATE[name]
+    x = make(np.random.default_rng(0).standard_normal((200_000, 3))).astype(dtype)
+    step = jax.jit(lambda x: batch_norm(x))
+    assert "batchnorm_" not in step.lower(x).as_text()
+    y, _ = step(x)
+    np.testing.assert_allclose(np.float64(y), truth.batch_norm(x).y, rtol=0, atol=tolerance)
+
+
+@pytest.mark.usefixtures("without_native")
+@pytest.mark.parametrize("case", GOOD[:4] + GOOD[11:14] + GOOD[-2:], ids=str)
+def test_right_without_native(case: Good):
+    dy, x, scale, bias, keywords = case.arrays(np.float32)
+    residual = keywords.pop("residual", None)
+
+    @jax.jit
+    def step(x, scale, bias, residual):
+        def function(*arrays):
+            return batch_norm(*arrays[:3], residual=arrays[3], **keywords)[0]
+
+        y, backward = jax.vjp(function, x, scale, bias, residual)
+        return y, backward(dy)
+
+    y, gradients = step(x, scale, bias, residual)
+    keywords["residual"] = residual
+    np.testing.assert_allclose(y, truth.batch_norm(x, scale, bias, **keywords).y, atol=1e-5)
+    wanted = truth.batch_norm_gradients(dy, x, scale, bias, **keywords)
+    for name, gradient in zip(("x", "scale", "bias", "residual"), gradients, strict=True):
+        if gradient is not None:
+            np.testing.assert_allclose(gradient, wanted[name], rtol=1e-5, atol=2e-5, err_msg=name)
 
 
 # ---- numbers and arguments
