@@ -19,8 +19,8 @@ $(VENV)/%: $(SOURCES) | $(IN_VENV)python
 	$(IN_VENV)pip install --quiet '.[$*]'
 	@touch $@
 
-demo: $(VENV)/demo ## Train a network on handwritten digits three ways; writes demo.png.
-	$(IN_VENV)python examples/digits_mlx.py --picture demo.png
+demo: $(VENV)/demo ## Train a network on handwritten digits in MLX and in JAX; writes demo.png.
+	$(IN_VENV)python examples/demo.py --picture demo.png
 
 test: $(VENV)/test ## Run every test, with native kernels required.
 	$(IN_VENV)python -m pytest

@@ -1,20 +1,24 @@
 """What the digits examples share, so that every framework trains the same network on the same data.
 
 scikit-learn's handwritten digits, the initial weights of a small convolutional network and the
-order of its batches, in NumPy and for the same seed always the same; and the options.
+order of its batches, in NumPy and for the same seed always the same; the loop over the batches; and
+the options.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sklearn.datasets import load_digits
 
 TRAIN, TEST = 1347, 450
 CLASSES = 10
 CHANNELS = (16, 32, 64)  # of the outputs of the three convolutions
+# A faster descent blows up what frameworks round differently until the losses part.
+LEARNING_RATE, MOMENTUM = 0.03, 0.9
 
 
 class Digits(NamedTuple):
@@ -67,7 +71,50 @@ def batches(
         yield data.train_images[chosen], data.train_labels[chosen]
 
 
-def command_line(description: str, epilog: str) -> argparse.ArgumentParser:
+class Training(Protocol):
+    """A network, what trains it, and how that went: a loss and a time for each step."""
+
+    losses: list[float]
+    seconds: list[float]
+    accuracy: float  # on the held-out digits, as of the last test
+
+    def step(self, images: np.ndarray, labels: np.ndarray) -> None: ...
+
+    def test(self, data: Digits) -> None: ...
+
+
+def train(trainings: dict[str, Training], data: Digits, options: argparse.Namespace) -> None:
+    columns = (
+        TextColumn("{task.description:27}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("accuracy {task.fields[accuracy]}"),
+    )
+    epochs = 1 if options.quick else options.epochs
+    steps = epochs * (TRAIN // options.batch_size)
+    with Progress(*columns) as progress:
+        tasks = {
+            name: progress.add_task(name, total=steps, loss="", accuracy="") for name in trainings
+        }
+        for epoch in range(epochs):
+            # Step by step in turn, so that what else the machine does slows all of them alike.
+            for images, labels in batches(data, options.batch_size, options.seed, epoch):
+                for name, training in trainings.items():
+                    training.step(images, labels)
+                    progress.update(tasks[name], advance=1, loss=f"{training.losses[-1]:.4f}")
+            for name, training in trainings.items():
+                training.test(data)
+                progress.update(tasks[name], accuracy=f"{training.accuracy:.1%}")
+
+
+def main(description: str, trainings: Callable[[int], dict[str, Training]]) -> None:
+    """Run a program that trains what `trainings` makes for a seed, and does nothing else."""
+    options = command_line(description).parse_args()
+    train(trainings(options.seed), load(options.seed), options)
+
+
+def command_line(description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, epilog=epilog)
     length = parser.add_mutually_exclusive_group()
     length.add_argument(

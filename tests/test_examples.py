@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ROWS = ("batchnorm.mlx.BatchNorm", "mlx.nn.BatchNorm", "no normalization")
+IN_MLX = ("batchnorm.mlx.BatchNorm", "mlx.nn.BatchNorm", "no normalization")
+IN_JAX = "batchnorm.flax.nn.BatchNorm"
 
 
-def run(*arguments, cwd):
+def run(program, *arguments, cwd):
     return subprocess.run(
-        [sys.executable, EXAMPLES / "digits_mlx.py", *arguments],
+        [sys.executable, EXAMPLES / program, *arguments],
         cwd=cwd,
         capture_output=True,
         encoding="utf-8",
@@ -25,28 +26,41 @@ def run(*arguments, cwd):
 
 
 @pytest.fixture(scope="module")
-def digits_mlx():
+def demo():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
-        yield importlib.import_module("digits_mlx")
+        yield importlib.import_module("demo")
+
+
+@pytest.fixture(scope="module")
+def digits(demo):
+    return demo.digits
+
+
+@pytest.fixture(scope="module")
+def digits_mlx(demo):
+    return demo.digits_mlx
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quick")
-    return run("--quick", cwd=folder), folder
+    return run("demo.py", "--quick", cwd=folder), folder
 
 
-def train(program, seed=0):
-    options = argparse.Namespace(epochs=1, batch_size=program.digits.TRAIN // 3, seed=seed)
-    return program.train(options, program.digits.load(seed))
+def train(program, seed=0, batch_size=449):
+    digits = program.digits
+    trainings = program.trainings(seed)
+    options = argparse.Namespace(quick=True, batch_size=batch_size, seed=seed)
+    digits.train(trainings, digits.load(seed), options)
+    return trainings
 
 
-def test_digits_mlx_prints_a_table_of_three_rows(quick):
+def test_demo_prints_a_table_of_four_rows(quick):
     finished, _ = quick
     assert finished.returncode == 0, finished.stderr
     first_losses = []
-    for name in ROWS:
+    for name in (*IN_MLX, IN_JAX):
         row = re.search(
             rf"^\W*{re.escape(name)}\s+(\d+\.\d+)\s+(\d+\.\d+)\s+(\d+\.\d)%\s+(\d+\.\d+)\s+(\S+)\s*$",
             finished.stdout,
@@ -56,21 +70,23 @@ def test_digits_mlx_prints_a_table_of_three_rows(quick):
         first, last, accuracy, seconds, normalizing = row.groups()
         assert 0 < float(last) < float(first) < 4
         assert 10 <= float(accuracy) <= 100
-        if name == "no normalization":
+        if name in ("no normalization", IN_JAX):
             assert normalizing == "–"
         else:
             assert float(normalizing) < float(seconds)
         first_losses.append(float(first))
-    assert first_losses[0] == pytest.approx(first_losses[1], abs=1e-3)
+    ours, others, _, in_jax = first_losses
+    assert ours == pytest.approx(others, abs=1e-3)
+    assert ours == pytest.approx(in_jax, abs=1e-3)
 
 
-def test_digits_mlx_is_exact_where_features_are_shifted(quick):
+def test_demo_is_exact_where_features_are_shifted(quick):
     finished, _ = quick
     error = re.search(r"batchnorm\.mlx\.BatchNorm +outputs off by (\S+),", finished.stdout)
     assert float(error[1]) < 1e-3
 
 
-def test_digits_mlx_draws_a_picture(quick):
+def test_demo_draws_a_picture(quick):
     from matplotlib.image import imread
 
     _, folder = quick
@@ -81,8 +97,17 @@ def test_digits_mlx_draws_a_picture(quick):
     assert len(np.unique(pixels[..., 0])) > 50
 
 
-def test_digits_mlx_helps(tmp_path):
-    finished = run("--help", cwd=tmp_path)
+@pytest.mark.parametrize("program", ["digits_mlx.py", "digits_jax.py"])
+def test_digits_of_one_framework_run_alone(program, tmp_path):
+    finished = run(program, "--quick", "--batch-size", "300", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for name in IN_MLX if program == "digits_mlx.py" else [IN_JAX]:
+        assert re.search(rf"{re.escape(name)} .* 4/4 loss \d.* accuracy \d", finished.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_helps(tmp_path):
+    finished = run("demo.py", "--help", cwd=tmp_path)
     assert finished.returncode == 0
     for option in ("--epochs", "--quick", "--batch-size", "--seed", "--picture"):
         assert option in finished.stdout
@@ -100,27 +125,34 @@ def test_digits_mlx_helps(tmp_path):
         (["--speed", "2"], "unrecognized arguments: --speed 2"),
     ],
 )
-def test_digits_mlx_refuses_wrong_options(digits_mlx, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["digits_mlx.py", *arguments])
+def test_demo_refuses_wrong_options(demo, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
     with pytest.raises(SystemExit) as exit_:
-        digits_mlx.main()
+        demo.main()
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_digits_mlx_fails_where_the_network_learned_too_little(
-    digits_mlx, monkeypatch, capsys, tmp_path
-):
+def test_demo_fails_where_a_network_learned_too_little(demo, monkeypatch, capsys, tmp_path):
     arguments = ["--epochs", "1", "--batch-size", "300", "--picture", f"{tmp_path}/demo.png"]
-    monkeypatch.setattr(sys, "argv", ["digits_mlx.py", *arguments])
-    assert digits_mlx.main() == 1
-    assert "below 97% held-out accuracy" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    assert demo.main() == 1
+    assert f"{IN_MLX[0]} and {IN_JAX}: below 97% held-out accuracy" in capsys.readouterr().err
 
 
-def test_networks_start_from_the_same_weights(digits_mlx):
-    given = digits_mlx.digits.initial_weights(seed=0)
+def test_losses_in_mlx_and_in_jax_lie_on_each_other(demo, digits_mlx):
+    ours = train(digits_mlx, batch_size=64)[IN_MLX[0]]
+    in_jax = train(demo.digits_jax, batch_size=64)[IN_JAX]
+    assert len(ours.losses) == 21
+    assert ours.losses[-1] < ours.losses[0] / 1.5
+    assert in_jax.losses == pytest.approx(ours.losses, rel=0, abs=1e-3)
+    assert in_jax.accuracy == pytest.approx(ours.accuracy, abs=0.05)
+
+
+def test_networks_start_from_the_same_weights(demo, digits, digits_mlx):
+    given = digits.initial_weights(seed=0)
     ours, others, plain = (
-        dict(digits_mlx.tree_flatten(digits_mlx.Network(normalization, given).parameters()))
+        dict(demo.tree_flatten(digits_mlx.Network(normalization, given).parameters()))
         for normalization in digits_mlx.NORMALIZATIONS.values()
     )
     assert plain.keys() == given.keys()
@@ -153,20 +185,19 @@ def test_networks_are_trained_from_the_same_weights_on_the_same_batches(digits_m
     for ours, others, plain in zip(*seen.values(), strict=True):
         assert np.array_equal(ours, others)
         assert np.array_equal(ours, plain)
-    ours, others, _ = (trainings[name].losses for name in ROWS)
+    ours, others, _ = (trainings[name].losses for name in IN_MLX)
     assert len(ours) == 3
     assert ours == pytest.approx(others, rel=1e-4)
 
 
 def test_training_is_the_same_for_the_same_seed(digits_mlx):
     first, again, other = (train(digits_mlx, seed) for seed in (0, 0, 1))
-    for name in ROWS:
+    for name in IN_MLX:
         assert first[name].losses == again[name].losses
         assert first[name].losses != other[name].losses
 
 
-def test_digits_are_split_and_batched_without_repetition(digits_mlx):
-    digits = digits_mlx.digits
+def test_digits_are_split_and_batched_without_repetition(digits):
     data = digits.load(seed=0)
     assert data.train_images.shape == (digits.TRAIN, 8, 8, 1)
     assert data.test_images.shape == (digits.TEST, 8, 8, 1)
