@@ -67,7 +67,16 @@ def stateful(state: Collection | None = None, mutable: bool = True) -> Iterator[
 
 
 def is_stateful() -> bool:
-    """Whether a `stateful` with statement is active in this thread."""
+    """Whether a `stateful` with statement is active in this thread.
+
+    Examples
+    --------
+    >>> from batchnorm.flax import nn
+    >>> with nn.stateful():
+    ...     inside = nn.is_stateful()
+    >>> inside, nn.is_stateful()
+    (True, False)
+    """
     return bool(context.states)
 
 
@@ -78,6 +87,13 @@ def get_state() -> Collection:
     ------
     ValueError
         None is active in this thread.
+
+    Examples
+    --------
+    >>> from batchnorm.flax import nn
+    >>> with nn.stateful() as state:
+    ...     nn.get_state() is state
+    True
     """
     if not context.states:
         raise ValueError(
@@ -96,6 +112,20 @@ class ModuleState:
     ----------
     name
         The name of the variable.
+
+    Examples
+    --------
+    >>> from batchnorm.flax import nn
+    >>> class Last(nn.Module):
+    ...     def apply(self, x):
+    ...         last = self.state("x")
+    ...         last.value = x
+    ...         return last.name, last.value
+    >>> with nn.stateful() as state:
+    ...     Last.call({}, 3)
+    ('x', 3)
+    >>> state["/"]
+    {'x': 3}
     """
 
     def __init__(self, collection: Collection, scope: Scope, name: str) -> None:
