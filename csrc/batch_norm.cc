@@ -163,13 +163,38 @@ void input_gradient(const Problem& problem, const double* count, const double* m
                     const void* dy, void* dx, void* dresidual) {
   std::vector<Coefficients> channels = coefficients_of(problem, mean, var);
   for (int64_t c = 0; c < problem.shape.channels; ++c) {
-    if (!(count[c] > 0)) continue;
+    if (!count || !(count[c] > 0)) continue;
     channels[c].mean_g = sum_g[c] / count[c];
     channels[c].mean_g_xhat = sum_g_xhat[c] / count[c];
   }
   for_ranges(problem.shape, [&](int, const Range& range) {
     kernels().input_gradient(problem, range, channels.data(), dy, dx, dresidual);
   });
+}
+
+namespace {
+
+template <class T>
+void move(double rate, double value, T* running) {
+  *running = static_cast<T>((1 - rate) * *running + rate * value);
+}
+
+}  // namespace
+
+void update_running(int64_t channels, const double* count, const double* mean, const double* var,
+                    double rate, double correction, Dtype dtype, void* running_mean,
+                    void* running_var) {
+  for (int64_t c = 0; c < channels; ++c) {
+    if (!(count[c] > correction)) continue;
+    const double unbiased = var[c] * (count[c] / (count[c] - correction));
+    if (dtype == Dtype::float64) {
+      move(rate, mean[c], static_cast<double*>(running_mean) + c);
+      move(rate, unbiased, static_cast<double*>(running_var) + c);
+    } else {
+      move(rate, mean[c], static_cast<float*>(running_mean) + c);
+      move(rate, unbiased, static_cast<float*>(running_var) + c);
+    }
+  }
 }
 
 }  // namespace batchnorm

@@ -50,11 +50,19 @@ void normalize(const Problem& problem, const double* mean, const double* var, vo
 void gradient_sums(const Problem& problem, const double* mean, const double* var, const void* dy,
                    double* sum_g, double* sum_g_xhat);
 
-// count, mean, var, sum_g, sum_g_xhat: in, [channels].  dy: in, like x.
+// count, mean, var, sum_g, sum_g_xhat: in, [channels].  dy: in, like x.  A null count stands for a
+// mean and a variance that do not depend on x: running statistics.
 // dx: out, like x.  dresidual: out, like x, receives g; or null.
 void input_gradient(const Problem& problem, const double* count, const double* mean,
                     const double* var, const double* sum_g, const double* sum_g_xhat,
                     const void* dy, void* dx, void* dresidual);
+
+// The step that follows, of a running mean and variance of that dtype, float32 or float64:
+// running = (1 - rate) * running + rate * new, the new variance multiplied by
+// count / (count - correction). A channel of no more than `correction` elements stays as it was.
+void update_running(int64_t channels, const double* count, const double* mean, const double* var,
+                    double rate, double correction, Dtype dtype, void* running_mean,
+                    void* running_var);
 
 // The widest instruction set that both this build and this processor have.
 const char* instruction_set();

@@ -158,6 +158,22 @@ PyObject* py_input_gradient(PyObject*, PyObject* const* values, Py_ssize_t n) {
       [&] { input_gradient(problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual); });
 }
 
+PyObject* py_update_running(PyObject*, PyObject* const* values, Py_ssize_t n) {
+  Arguments arguments(values, n);
+  const int64_t channels = arguments.integer();
+  const double* count = arguments.address<double>();
+  const double* mean = arguments.address<double>();
+  const double* var = arguments.address<double>();
+  const double rate = arguments.real();
+  const double correction = arguments.real();
+  const Dtype dtype = static_cast<Dtype>(arguments.integer());
+  void* running_mean = arguments.address<void>();
+  void* running_var = arguments.address<void>();
+  if (!arguments.ok()) return nullptr;
+  update_running(channels, count, mean, var, rate, correction, dtype, running_mean, running_var);
+  Py_RETURN_NONE;
+}
+
 // Of anything with the buffer protocol, whatever its strides.
 PyObject* py_address(PyObject*, PyObject* object) {
   Py_buffer view;
@@ -207,6 +223,8 @@ PyMethodDef methods[] = {
      "(*problem, mean, var, dy, sum_g, sum_g_xhat)"},
     {"input_gradient", fast(py_input_gradient), METH_FASTCALL,
      "(*problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual)"},
+    {"update_running", fast(py_update_running), METH_FASTCALL,
+     "(channels, count, mean, var, rate, correction, dtype, running_mean, running_var)"},
     {"address", py_address, METH_O, "The address of a buffer's first element."},
     {"num_threads", py_num_threads, METH_NOARGS, nullptr},
     {"set_num_threads", py_set_num_threads, METH_O, nullptr},

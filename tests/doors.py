@@ -6,17 +6,22 @@ into its framework's and back, and names what differs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
+import torch
 
 import batchnorm.jax
 import batchnorm.mlx
 import batchnorm.numpy
+import batchnorm.torch
+from batchnorm.torch import _stages as torch_stages
 
 FLOAT64, FLOAT32, FLOAT16 = np.dtype("float64"), np.dtype("float32"), np.dtype("float16")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -139,6 +144,38 @@ def _jax_gradients(door, dy, arrays, keywords):
     return {name: door.numpy(gradient) for name, gradient in gradients.items()}
 
 
+def _torch_array(value):
+    value = np.array(value)  # a copy: PyTorch warns of read-only memory
+    if value.dtype == BFLOAT16:
+        return torch.from_numpy(value.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(value)
+
+
+def _torch_numpy(tensor):
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().view(torch.uint16).numpy().view(BFLOAT16)
+    return tensor.detach().numpy()
+
+
+def _torch_gradients(door, dy, arrays, keywords):
+    if arrays["x"].dtype == FLOAT64:  # A gradient is no wider than its parameter.
+        arrays = {name: value.astype(FLOAT64) for name, value in arrays.items()}
+    arrays = {name: door.array(value).requires_grad_() for name, value in arrays.items()}
+    y, _ = door.functions.batch_norm(**arrays, **keywords)
+    gradients = torch.autograd.grad(y, list(arrays.values()), door.array(dy))
+    return {name: door.numpy(g) for name, g in zip(arrays, gradients, strict=True)}
+
+
+def _torch_without_native(function):
+    """As it is on other devices than the CPU."""
+
+    def without_native(*arguments, **keywords):
+        with patch.object(torch_stages, "_CODES", {}):
+            return function(*arguments, **keywords)
+
+    return without_native
+
+
 DOORS = [
     Door(
         name="numpy",
@@ -171,5 +208,26 @@ DOORS = [
         array=_jax_array,
         numpy=np.asarray,
         gradients=_jax_gradients,
+    ),
+    Door(
+        name="torch",
+        functions=batchnorm.torch,
+        array=_torch_array,
+        numpy=_torch_numpy,
+        gradients=_torch_gradients,
+        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
+    ),
+    Door(
+        name="torch-without-native",
+        functions=SimpleNamespace(
+            **{
+                name: _torch_without_native(getattr(batchnorm.torch, name))
+                for name in ("batch_norm", "normalize", "batch_statistics", "update_running")
+            }
+        ),
+        array=_torch_array,
+        numpy=_torch_numpy,
+        gradients=_torch_without_native(_torch_gradients),
+        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
     ),
 ]

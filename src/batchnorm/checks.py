@@ -122,9 +122,24 @@ def same_shape(name: str, shape: Shape, x_shape: Shape) -> None:
         )
 
 
+def same_device(name: str, device: object, x_device: object, x: str = "x") -> None:
+    if device != x_device:
+        raise ValueError(
+            f"{name} must be on the device {x_device} of {x}, but it is on {device}. "
+            "Move one of them."
+        )
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if not any(value is each or value == each for each in allowed):
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}."
+        )
+
+
 def broadcasts(name: str, shape: Shape, x_shape: Shape) -> None:
     aligned = zip(reversed(tuple(shape)), reversed(tuple(x_shape)), strict=False)
-    if len(shape) > len(x_shape) or any(size not in (1, of_x) for size, of_x in aligned):
+    if len(shape) > len(x_shape) or any(size != 1 and size != of_x for size, of_x in aligned):
         raise ValueError(
             f"{name} must broadcast to the shape {tuple(x_shape)} of x, "
             f"but its shape is {tuple(shape)}."
@@ -225,3 +240,26 @@ def mlx_rank(x_shape: Shape) -> None:
 def mlx_values(values: int) -> None:
     if values == 1:
         raise ValueError("BatchNorm training requires more than one value per channel.")
+
+
+# The messages of torch.nn itself.
+
+
+def torch_values(values: int, x_shape: Shape) -> None:
+    if values == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x_shape}"
+        )
+
+
+def torch_running(present: bool) -> None:
+    if not present:
+        raise ValueError("Expected running_mean and running_var to be defined when training=False")
+
+
+def torch_dtype(name: str, dtype: object, x_dtype: object, fits: bool) -> None:
+    if not fits:
+        raise TypeError(
+            f"{name} must have the dtype {x_dtype} of input (or torch.float32, for a torch.float16 "
+            f"or torch.bfloat16 input), but its dtype is {dtype}. Convert one of them."
+        )

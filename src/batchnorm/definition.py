@@ -29,6 +29,9 @@ Constant = Callable[[Array], Array]
 SumOfSquares = Callable[[Array, Axes], Array]
 OverDevices = Callable[[Array], Array]
 
+# Lengths of sums in `total`: one of up to _SHORT elements is taken at once, a longer one in blocks.
+_SHORT, _BLOCK = 1024, 256
+
 
 class Statistics(NamedTuple):
     """Count, mean and population variance of each feature.
@@ -258,12 +261,13 @@ def input_gradient(
     share = 1.0 / _along(features, _or_one(count), x)
     if weights is not None:
         share = weights * share
+        x_hat = _namespace(x).where(weights > 0, x_hat, 0.0)  # and not ∞ · 0
     slope = rstd if scale is None else rstd * _along(features, scale, x)
     return slope * (g - share * (sum_g + x_hat * sum_g_x_hat)), g
 
 
 def update_running(
-    mean: Array, var: Array, statistics: Statistics, *, rate: float, correction: int
+    mean: Array, var: Array, statistics: Statistics, *, rate: float | Array, correction: int
 ) -> tuple[Array, Array]:
     """(1 − rate)·old + rate·new, the new variance multiplied by m / (m − correction).
 
@@ -289,7 +293,7 @@ def total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
     """Σ w·x over `axes`, which stay with length 1.
 
     A running float sum of n elements can be off by n roundings. Summing axis by axis, and a long
-    axis as about √n sums of √n elements, keeps that to the sum of the lengths of the sums.
+    axis in blocks, then the blocks' sums, keeps that to the sum of the lengths of the sums.
     """
     xp = _namespace(x)
     if 0 in x.shape:  # MLX 0.32 can hang in a sum of nothing
@@ -297,14 +301,12 @@ def total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
         return xp.zeros(shape, dtype=x.dtype)
     if weights is not None:
         x = xp.where(weights > 0, weights * x, 0.0)
-    if math.prod([x.shape[axis] for axis in axes]) <= 1024:
+    if math.prod([x.shape[axis] for axis in axes]) <= _SHORT:
         return xp.sum(x, axis=axes, keepdims=True)
     for axis in reversed(axes):
-        length = x.shape[axis]
-        block = math.isqrt(length) if length > 1024 else 1
-        if block > 1:
-            whole = length - length % block
-            blocks = (*x.shape[:axis], whole // block, block, *x.shape[axis + 1 :])
+        while x.shape[axis] > _SHORT:
+            whole = x.shape[axis] // _BLOCK * _BLOCK
+            blocks = (*x.shape[:axis], whole // _BLOCK, _BLOCK, *x.shape[axis + 1 :])
             head = xp.sum(xp.reshape(_part(x, (axis,), slice(whole)), blocks), axis=axis + 1)
             tail = _part(x, (axis,), slice(whole, None))
             x = xp.concat([head, tail], axis=axis)
@@ -389,9 +391,11 @@ def _pivot(x: Array, axes: Axes, weights: Array | None, count: Array | int) -> A
     if weights is not None:
         rough = total(x, axes, weights) / _or_one(count)
         return rough + total(x - rough, axes, weights) / _or_one(count)
-    longest = max(axes, key=lambda axis: x.shape[axis])
+    longest = axes[0]
+    for axis in axes:  # and not max(), which torch.compile does not trace
+        longest = axis if x.shape[axis] > x.shape[longest] else longest
     part = _part(x, (longest,), slice(-(-x.shape[longest] // 64)))
-    count = math.prod(part.shape[axis] for axis in axes)
+    count = math.prod([part.shape[axis] for axis in axes])
     if count == 1:
         return part
     first = _part(x, axes, slice(1))
@@ -465,9 +469,9 @@ def _g_and_x_hat(
     z = z if residual is None else z + residual
     g = _through_activation(dy, z, activation)
     if weights is not None:
-        valid = xp.logical_or(weights > 0, xp.isfinite(x))
-        x_hat = xp.where(valid, x_hat, 0.0)
-        g = xp.where(valid, g, 0.0)
+        inside = weights > 0
+        x_hat = xp.where(xp.logical_or(inside, xp.isfinite(x_hat)), x_hat, 0.0)
+        g = xp.where(xp.logical_or(inside, xp.isfinite(x)), g, 0.0)
     return g, x_hat, rstd
 
 

@@ -1,0 +1,44 @@
+"""Batch normalization of PyTorch tensors: torch.nn's layers, and the functions of every door.
+
+On the CPU, dense float32, float64, float16 and bfloat16 tensors are normalized, and their gradients
+computed, by the native kernels. On other devices, under torch.compile and torch.export, in the
+transformations of torch.func and in derivatives of second order, the same formulas are ATen
+operations.
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("batchnorm.torch needs PyTorch: pip install batchnorm[torch]") from error
+
+from ..definition import Statistics
+from . import functional
+from .conversion import convert, revert
+from .functions import batch_norm, batch_statistics, normalize, update_running
+from .layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+    SyncBatchNorm,
+)
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "Statistics",
+    "SyncBatchNorm",
+    "batch_norm",
+    "batch_statistics",
+    "convert",
+    "functional",
+    "normalize",
+    "revert",
+    "update_running",
+]

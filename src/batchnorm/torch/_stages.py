@@ -1,0 +1,547 @@
+"""The stages on tensors, native on the CPU and the definition's elsewhere, and their derivatives.
+
+Autograd sees one function with a backward pass of its own, `_BatchNorm`. Whatever else looks into a
+computation sees the definition's plain ATen operations, which have derivatives of every order:
+torch.compile, torch.export, torch.func, forward-mode derivatives, tracing, subclasses of Tensor;
+and autograd, where the backward pass is itself differentiated.
+
+The statistics of a batch are one tensor of shape (3, *feature shape): mean, var and count. Given
+ones, which normalize without being the batch's own, have no count: (2, *feature shape).
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .. import definition
+from ..definition import Statistics
+from ..native import _cpu
+from ._sync import Sync
+
+__all__ = ["Inputs", "Problem", "batch_norm", "batch_statistics", "move_running", "wide"]
+
+# torch.compile can't look into what this finds out, but can into the dict that keeps it.
+for _kind in (Tensor, torch.nn.Parameter):
+    definition._namespace(_kind(torch.empty(0)))
+
+
+class Problem(NamedTuple):
+    """What is not a tensor. Without `sync`, the batch is that of this process."""
+
+    features: tuple[int, ...]
+    eps: float
+    activation: str | None = None
+    sync: Sync | None = None
+
+
+class Inputs(NamedTuple):
+    """scale and bias are of the feature shape, residual like x; weights broadcast, in wide(x)."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def batch_norm(
+    problem: Problem, inputs: Inputs, given: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """y and the statistics that normalized it: the batch's own, or a given mean and variance."""
+    weights = inputs.weights
+    if _is_watched(inputs.x) or (weights is not None and weights.requires_grad):
+        return _by_definition(problem, inputs, given)
+    mean, var = given or (None, None)
+    if torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (*inputs, mean, var)
+    ):
+        y, statistics = _BatchNorm.apply(problem, *inputs, mean, var)
+        return y, statistics
+    return _forward(problem, inputs, given)
+
+
+def batch_statistics(problem: Problem, inputs: Inputs) -> Tensor:
+    if _is_watched(inputs.x) or (torch.is_grad_enabled() and inputs.x.requires_grad):
+        return batch_norm(problem, inputs)[1]
+    statistics = _stages(problem, inputs).statistics()
+    return statistics if problem.sync is None else problem.sync.pooled(statistics)
+
+
+def move_running(
+    running_mean: Tensor, running_var: Tensor, statistics: Tensor, rate: float | Tensor
+) -> None:
+    """Move running statistics in place towards those of a batch, the variance with correction 1."""
+    tensors = (running_mean, running_var, statistics)
+    if (
+        _cpu is not None
+        and type(rate) is float
+        and not _is_watched(*tensors)
+        and all(map(_is_in_native_memory, tensors))
+    ):
+        _cpu.update_running(
+            statistics.shape[1:].numel(),
+            *_addresses(statistics),
+            rate,
+            1.0,
+            _CODES[running_mean.dtype],
+            running_mean.data_ptr(),
+            running_var.data_ptr(),
+        )
+        torch.autograd.graph.increment_version((running_mean, running_var))
+        return
+    mean, var, count = statistics.detach()
+    dtype = mean.dtype
+    new_mean, new_var = definition.update_running(
+        running_mean.to(dtype),
+        running_var.to(dtype),
+        Statistics(count, mean, var),
+        rate=rate,
+        correction=1,
+    )
+    running_mean.copy_(new_mean)
+    running_var.copy_(new_var)
+
+
+def _is_watched(*tensors: Tensor) -> bool:
+    """Whether anything but autograd looks at the operations on these tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or any(type(each) not in (Tensor, torch.nn.Parameter) for each in tensors)
+    )
+
+
+# ---- plain ATen operations
+
+
+def _by_definition(
+    problem: Problem, inputs: Inputs, given: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    dtype, shape = inputs.x.dtype, inputs.x.shape
+    features, eps, activation, sync = problem
+    if sync is not None and 0 in shape:
+        inputs = _one_that_does_not_count(inputs)
+    x, scale, bias, residual, weights = (
+        None if each is None else each.to(wide(dtype)) for each in inputs
+    )
+    options: Any = {
+        "features": features,
+        "eps": eps,
+        "residual": residual,
+        "activation": activation,
+    }
+    if given is not None:
+        mean, var = (each.to(wide(dtype)) for each in given)
+        y = definition.normalize(x, mean, var, scale, bias, **options)
+        return y.to(dtype), torch.stack((mean, var))
+    y, (count, mean, var) = definition.batch_norm(
+        x,
+        scale,
+        bias,
+        weights=weights,
+        constant=Tensor.detach,
+        over_devices=None if sync is None else sync.differentiable_sum,
+        **options,
+    )
+    y = y if y.shape == shape else y[tuple(slice(size) for size in shape)]
+    return y.to(dtype), torch.stack((mean, var, count))
+
+
+def _one_that_does_not_count(inputs: Inputs) -> Inputs:
+    """For an empty part of a batch: one element of each feature, its weight 0.
+
+    With it, x has a part in every sum over the processes, forward and backward.
+    """
+    x = inputs.x
+    padding = [each for size in reversed(x.shape) for each in (0, int(size == 0))]
+    weights = x.new_zeros([1] * x.ndim)
+    return inputs._replace(x=F.pad(x, padding), residual=None, weights=weights)
+
+
+# ---- for autograd
+
+
+def _forward(
+    problem: Problem, inputs: Inputs, given: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    stages = _stages(problem, inputs)
+    if given is not None:
+        statistics = torch.stack(given).to(_statistics_dtype(inputs.x))
+    elif problem.sync is None:
+        return stages.batch_norm()
+    else:
+        statistics = problem.sync.pooled(stages.statistics())
+    return stages.normalize(statistics), statistics
+
+
+class _BatchNorm(torch.autograd.Function):
+    """`_forward` with a derivative; what it keeps for that is x, and nothing else of its size.
+
+    (Unless there are an activation and a residual: the activation's slope depends on both.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, *tensors: Any) -> tuple[Tensor, Tensor]:
+        x, scale, bias, residual, weights, mean, var = tensors
+        inputs = Inputs(x, scale, bias, residual, weights)
+        y, statistics = _forward(problem, inputs, None if mean is None else (mean, var))
+        ctx.set_materialize_grads(False)
+        ctx.problem = problem
+        ctx.has_residual = inputs.residual is not None
+        if problem.activation is None:
+            inputs = inputs._replace(residual=None)
+        if not any(ctx.needs_input_grad[6:]):
+            # Running statistics may have moved on when the backward pass comes.
+            mean = var = None
+        ctx.save_for_backward(*inputs, mean, var, statistics)
+        return y, statistics
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dstatistics: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *values, mean, _, statistics = ctx.saved_tensors
+        inputs = Inputs(*values)
+        if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
+            return None, *_differentiable_gradients(ctx, dy, dstatistics)
+        if dy is None:
+            return (None,) * 8
+        problem: Problem = ctx.problem
+        stages = _stages(problem, inputs, dy)
+        sync = problem.sync if _is_of_batch(statistics) else None
+        if sync is None:
+            sums, dx, g = stages.gradients(statistics, dy, ctx.has_residual)
+        else:
+            sums = stages.gradient_sums(statistics, dy)
+            dx, g = stages.input_gradient(statistics, sync.sum(sums), dy, ctx.has_residual)
+        dbias = None if inputs.bias is None else sums[0].to(inputs.bias.dtype)
+        dscale = None if inputs.scale is None else sums[1].to(inputs.scale.dtype)
+        return None, dx, dscale, dbias, g, None, None, None
+
+
+def _differentiable_gradients(
+    ctx: Any, dy: Tensor | None, dstatistics: Tensor | None
+) -> list[Tensor | None]:
+    """The backward pass by operations that autograd can differentiate again."""
+    *tensors, statistics = ctx.saved_tensors
+    with torch.enable_grad():
+        # Each of its own, so that a tensor that came twice has two gradients.
+        tensors = [None if each is None else each.view_as(each) for each in tensors]
+        inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
+        given = None if _is_of_batch(statistics) else tuple(statistics[:2])
+        outputs = _by_definition(ctx.problem, inputs, given if mean is None else (mean, var))
+    pairs = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(outputs, (dy, dstatistics), strict=True)
+        if cotangent is not None and output.requires_grad
+    ]
+    moving = [each for each in tensors if each is not None and each.requires_grad]
+    found: Iterator[Tensor | None] = iter(())
+    if pairs and moving:
+        outputs, cotangents = zip(*pairs, strict=True)
+        create_graph = torch.is_grad_enabled()
+        found = iter(
+            torch.autograd.grad(
+                outputs, moving, cotangents, create_graph=create_graph, allow_unused=True
+            )
+        )
+    gradients = [
+        next(found, None) if each is not None and each.requires_grad else None for each in tensors
+    ]
+    if ctx.has_residual and inputs.residual is None:
+        gradients[3] = dy
+    return gradients
+
+
+def _is_of_batch(statistics: Tensor) -> bool:
+    return statistics.shape[0] == 3
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    """Wide enough for a mean that is not rounded, where the device has that."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _stages(problem: Problem, inputs: Inputs, dy: Tensor | None = None) -> "_Native | _Definition":
+    x = inputs.x
+    watched = dy is not None and (_is_watched(x, dy) or not _has_memory(dy))
+    if x.device.type == "cpu" and x.dtype in _CODES and not watched:
+        layout = _layout(x.shape, x.stride(), problem.features)
+        if layout is None:  # x has gaps; or feature axes that are apart
+            x = x.clone()
+            layout = _layout(x.shape, x.stride(), problem.features)
+        if layout is not None:
+            return _Native(problem, inputs._replace(x=x), layout)
+    return _Definition(problem, inputs)
+
+
+class _Definition:
+    """The stages in `batchnorm.definition`'s words.
+
+    x is moved to the coordinate (x - pivot) / unit, about its mean and in units of its standard
+    deviation: a float32 pivot subtracts exactly, and what it lacks of the mean is subtracted after.
+    """
+
+    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+        self.problem, self.dtype = problem, inputs.x.dtype
+        dtype = wide(self.dtype)
+        tensors: Any = (None if each is None else each.to(dtype) for each in inputs)
+        self.inputs = Inputs(*tensors)
+        self.statistics_dtype = _statistics_dtype(inputs.x)
+
+    def batch_norm(self) -> tuple[Tensor, Tensor]:
+        statistics = self.statistics()
+        return self.normalize(statistics), statistics
+
+    def statistics(self) -> Tensor:
+        count, pivot, unit, offset, var = (
+            each.to(self.statistics_dtype)
+            for each in definition.moments(
+                self.inputs.x,
+                features=self.problem.features,
+                weights=self.inputs.weights,
+                constant=Tensor.detach,
+            )
+        )
+        return torch.stack((pivot + unit * offset, unit * unit * var, count))
+
+    def normalize(self, statistics: Tensor) -> Tensor:
+        u, mean, var, _ = self.standard(statistics)
+        options = self.options()
+        del options["weights"]
+        y: Tensor = definition.normalize(
+            u, mean, var, self.inputs.scale, self.inputs.bias, **options
+        )
+        return y.to(self.dtype)
+
+    def gradients(
+        self, statistics: Tensor, dy: Tensor, with_g: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        sums = self.gradient_sums(statistics, dy)
+        return sums, *self.input_gradient(statistics, sums, dy, with_g)
+
+    def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
+        u, mean, var, _ = self.standard(statistics)
+        sums = definition.gradient_sums(
+            dy.to(u.dtype), u, mean, var, self.inputs.scale, self.inputs.bias, **self.options()
+        )
+        return torch.stack(sums).to(self.statistics_dtype)
+
+    def input_gradient(
+        self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        u, mean, var, unit = self.standard(statistics)
+        count = statistics[2].to(u.dtype) if _is_of_batch(statistics) else torch.ones_like(mean)
+        sums = sums.to(u.dtype) if _is_of_batch(statistics) else torch.zeros_like(statistics)
+        du, g = definition.input_gradient(
+            dy.to(u.dtype),
+            u,
+            Statistics(count, mean, var),
+            tuple(sums.to(u.dtype)),
+            self.inputs.scale,
+            self.inputs.bias,
+            **self.options(),
+        )
+        return (du / unit).to(self.dtype), g.to(self.dtype) if with_g else None
+
+    def standard(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u, its mean, and its variance plus eps, of the feature shape; and the unit along x."""
+        x, features = self.inputs.x, self.problem.features
+        mean, var = statistics[0], statistics[1] + self.problem.eps
+        pivot, unit = mean.to(x.dtype), var.sqrt().to(x.dtype)
+        along = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
+        u = (x - pivot.reshape(along)) / unit.reshape(along)
+        return (
+            u,
+            ((mean - pivot) / unit).to(x.dtype),
+            (var / unit.to(var.dtype) ** 2).to(x.dtype),
+            unit.reshape(along),
+        )
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "features": self.problem.features,
+            "eps": 0.0,  # it is part of the variance of u
+            "weights": self.inputs.weights,
+            "residual": self.inputs.residual,
+            "activation": self.problem.activation,
+        }
+
+
+class _Native:
+    """The stages as kernels on memory, the arguments of which csrc/batch_norm.h explains."""
+
+    def __init__(self, problem: Problem, inputs: Inputs, layout: "_Layout") -> None:
+        x, scale, bias, residual, weights = inputs
+        self.x, self.order = x.resolve_neg(), layout.order
+        self.feature_shape = [x.shape[each] for each in problem.features]
+        weight_channels = 0
+        if weights is not None:
+            per_feature = any(weights.shape[each] != 1 for each in problem.features)
+            weight_channels = layout.channels if per_feature else 1
+            shape = [
+                1 if axis in problem.features and not per_feature else size
+                for axis, size in enumerate(x.shape)
+            ]
+            weights = self.in_order(weights.expand(shape))
+        if residual is not None:
+            residual = self.in_order(residual)
+        scale, bias = (
+            None if each is None else each.to(torch.float64).contiguous() for each in (scale, bias)
+        )
+        self.held = (residual, scale, bias, weights)  # as long as their addresses are in use
+        self.arguments = (
+            layout.outer,
+            layout.channels,
+            layout.inner,
+            _CODES[x.dtype],
+            _cpu.ACTIVATIONS[problem.activation],
+            problem.eps,
+            self.x.data_ptr(),
+            _address(residual),
+            _address(scale),
+            _address(bias),
+            _address(weights),
+            weight_channels,
+        )
+
+    def in_order(self, tensor: Tensor) -> Tensor:
+        """The tensor, its elements in the order in memory that those of x have."""
+        if self.order is not None:
+            tensor = tensor.permute(self.order)
+        return tensor.contiguous().resolve_neg()
+
+    def batch_norm(self) -> tuple[Tensor, Tensor]:
+        y, statistics = torch.empty_like(self.x), self.per_feature(3)
+        _cpu.batch_norm(*self.arguments, *_addresses(statistics), y.data_ptr())
+        return y, statistics
+
+    def statistics(self) -> Tensor:
+        statistics = self.per_feature(3)
+        _cpu.statistics(*self.arguments, *_addresses(statistics))
+        return statistics
+
+    def normalize(self, statistics: Tensor) -> Tensor:
+        y = torch.empty_like(self.x)
+        _, mean, var = _addresses(statistics)
+        _cpu.normalize(*self.arguments, mean, var, y.data_ptr())
+        return y
+
+    def gradients(
+        self, statistics: Tensor, dy: Tensor, with_g: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        dy, dx, sums = self.in_order(dy), torch.empty_like(self.x), self.per_feature(2)
+        g = torch.empty_like(self.x) if with_g else None
+        _cpu.batch_norm_gradients(
+            *self.arguments,
+            *_addresses(statistics),
+            dy.data_ptr(),
+            *_addresses(sums)[1:],
+            dx.data_ptr(),
+            _address(g),
+        )
+        return sums, dx, g
+
+    def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
+        dy, sums = self.in_order(dy), self.per_feature(2)
+        _, mean, var = _addresses(statistics)
+        _cpu.gradient_sums(*self.arguments, mean, var, dy.data_ptr(), *_addresses(sums)[1:])
+        return sums
+
+    def input_gradient(
+        self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        dy, dx = self.in_order(dy), torch.empty_like(self.x)
+        g = torch.empty_like(self.x) if with_g else None
+        _cpu.input_gradient(
+            *self.arguments,
+            *_addresses(statistics),
+            *_addresses(sums)[1:],
+            dy.data_ptr(),
+            dx.data_ptr(),
+            _address(g),
+        )
+        return dx, g
+
+    def per_feature(self, number: int) -> Tensor:
+        return torch.empty(number, *self.feature_shape, dtype=torch.float64)
+
+
+_CODES = {} if _cpu is None else {getattr(torch, name): code for name, code in _cpu.DTYPES.items()}
+
+
+def _has_memory(dy: Tensor) -> bool:
+    """Autograd may hand on zeros that are none in memory, and batches of autograd's own vmap."""
+    is_batch = torch._C._functorch.is_legacy_batchedtensor(dy)
+    return not is_batch and not dy._is_zerotensor()
+
+
+class _Layout(NamedTuple):
+    """x in memory; `order`: its axes from the outermost to the innermost, None for C order."""
+
+    outer: int
+    channels: int
+    inner: int
+    order: tuple[int, ...] | None
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    shape: tuple[int, ...], strides: tuple[int, ...], features: tuple[int, ...]
+) -> _Layout | None:
+    """None if x has gaps or overlaps, or its feature axes do not lie side by side, in order."""
+    in_order = tuple(range(len(shape)))
+    by_stride = tuple(sorted(in_order, key=lambda axis: -strides[axis]))
+    for order in (in_order, by_stride):
+        step = 1
+        for axis in reversed(order):
+            if shape[axis] > 1 and strides[axis] != step:
+                break
+            step *= shape[axis]
+        else:
+            break
+    else:
+        return None
+    axes = [axis for axis in order if shape[axis] != 1]
+    begin = next((i for i, axis in enumerate(axes) if axis in features), 0)
+    wanted = [axis for axis in features if shape[axis] != 1]
+    end = begin + len(wanted)
+    if axes[begin:end] != wanted:
+        return None
+    outer, channels, inner = (
+        math.prod(shape[axis] for axis in part) for part in (axes[:begin], wanted, axes[end:])
+    )
+    return _Layout(outer, channels, inner, None if order == in_order else order)
+
+
+def _address(tensor: Tensor | None) -> int:
+    """Where the first element is; 0 for no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(rows: Tensor) -> tuple[int, int, int]:
+    """Of count (0 if there is none), mean and var: of the rows 2, 0 and 1."""
+    first, size = rows.data_ptr(), 8 * rows.shape[1:].numel()
+    return first + 2 * size if rows.shape[0] == 3 else 0, first, first + size
+
+
+def _is_in_native_memory(statistics: Tensor) -> bool:
+    return (
+        statistics.device.type == "cpu"
+        and statistics.dtype in (torch.float32, torch.float64)
+        and statistics.is_contiguous()
+    )

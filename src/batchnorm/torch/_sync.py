@@ -1,0 +1,103 @@
+"""Sums over the processes of a group, and the statistics of what they hold together.
+
+A step of training has two collectives: forward, each process gathers 3 float64 numbers of each
+feature from every process, and backward it takes part in one sum of 2.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+Group = Any  # torch.distributed.ProcessGroup, where PyTorch is built with it
+
+
+class Sync:
+    """The processes that share statistics; `name` says for whom, in an error."""
+
+    def __init__(self, group: Group, name: Callable[[], str]) -> None:
+        self.group, self.name = group, name
+
+    def pooled(self, statistics: Tensor) -> Tensor:
+        """The statistics of all the processes' elements: the formula of Chan, Golub & LeVeque.
+
+        (1979; for many sets at once.) Every process computes the same from the same numbers.
+        """
+        parts = statistics.new_empty((dist.get_world_size(self.group), *statistics.shape))
+        self._take_part(dist.all_gather, list(parts), statistics.contiguous())
+        means, variances, counts = parts.unbind(1)
+        count = counts.sum(0)
+        shares = counts / torch.where(count == 0, 1.0, count)
+        mean = (shares * means).sum(0)
+        var = (shares * (variances + (means - mean) ** 2)).sum(0)
+        return torch.stack((mean, var, count))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        self._take_part(dist.all_reduce, total)
+        return total
+
+    def differentiable_sum(self, tensor: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which can't look into `_Sum`
+            return funcol.all_reduce(tensor, "sum", self.group)
+        total: Tensor = _Sum.apply(tensor, self)
+        return total
+
+    def _take_part(self, collective: Callable[..., Any], *tensors: Any) -> None:
+        try:
+            collective(*tensors, group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.name()} could not add up its statistics with the other processes: one of "
+                "them has failed, or has not come to this layer. Every process of the group must "
+                f"call it equally often, with an empty batch if it has no data. ({error})"
+            ) from error
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; linear, and its own transpose."""
+
+    @staticmethod
+    def forward(tensor: Tensor, sync: Sync) -> Tensor:
+        return sync.sum(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Sync], output: Tensor) -> None:
+        ctx.sync = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.sync.differentiable_sum(gradient), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        total: Tensor = ctx.sync.differentiable_sum(tangent)
+        return total
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, None], tensor: Tensor, sync: Sync
+    ) -> tuple[Tensor, int | None]:
+        return sync.differentiable_sum(tensor), in_dims[0]
+
+
+def group_of(sync: Any) -> Group | None:
+    """The process group that a `sync` argument means; None where there is nobody to share with."""
+    if sync is None or sync is False:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if sync is True else sync
+    if not isinstance(group, dist.ProcessGroup):
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"sync must be a process group that this process is in, but rank {dist.get_rank()} "
+                "is not. Use the group that it was given in torch.distributed.new_group."
+            )
+        raise TypeError(
+            f"sync must be True, False, None or a torch.distributed.ProcessGroup, but got {sync!r}."
+        )
+    return group if dist.get_world_size(group) > 1 else None

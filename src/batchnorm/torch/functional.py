@@ -1,0 +1,71 @@
+"""`torch.nn.functional.batch_norm`, with its signature."""
+
+from torch import Tensor
+
+from .. import checks
+from ..conventions import CONVENTIONS
+from . import _stages
+from .functions import check_parameter, checked, values_of
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalize the channels, axis 1, of input; in training, move the running statistics in place.
+
+    Parameters
+    ----------
+    input : tensor of shape (N, C, ...)
+    running_mean, running_var : tensor of shape (C,)
+        May be None in training.
+    weight, bias : tensor of shape (C,), optional
+    training : bool
+        Whether to normalize by the statistics of the input.
+    momentum : float within [0, 1]
+        The weight of the new value in the running statistics.
+    eps : float
+
+    Returns
+    -------
+    tensor, of the shape, dtype and memory format of input
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is out of range, or of a wrong type or shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import functional
+    >>> mean, var = torch.zeros(2), torch.ones(2)
+    >>> x = torch.tensor([[1.0, 20.0], [3.0, 60.0]])
+    >>> print(functional.batch_norm(x, mean, var, training=True).round(decimals=3))
+    tensor([[-1., -1.],
+            [ 1.,  1.]])
+    >>> print(mean)
+    tensor([0.2000, 4.0000])
+    """
+    problem, inputs = checked(input, weight, bias, 1, eps, None, None, None)
+    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
+        if value is not None:
+            check_parameter(name, value, input, problem.features)
+    running = None
+    if running_mean is not None and running_var is not None:
+        running = running_mean, running_var
+    if not training:
+        checks.torch_running(running is not None)
+        return _stages.batch_norm(problem, inputs, running)[0]
+    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
+    checks.torch_values(values_of(problem, inputs), input.shape)
+    y, statistics = _stages.batch_norm(problem, inputs)
+    if running is not None:
+        _stages.move_running(*running, statistics, rate)
+    return y

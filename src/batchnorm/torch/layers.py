@@ -1,0 +1,406 @@
+"""The layers of torch.nn, with its constructors, its state_dict keys and its messages."""
+
+import gc
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks
+from ..conventions import CONVENTIONS
+from . import _stages
+from ._stages import Inputs, Problem
+from ._sync import Group, Sync, group_of
+from .functions import residual_like, values_of, weights_of
+
+NormalizeBy = Literal["batch", "running"]
+
+_CONVENTION = CONVENTIONS["torch"]
+FREEZING = ("normalize_by", "update_running")
+
+
+class _Layer(torch.nn.modules.batchnorm._BatchNorm):
+    """What the layers have in common; each is an instance of a class of torch.nn as well.
+
+    Attributes
+    ----------
+    activation : None, "relu" or "silu"
+    skip_nonfinite : bool
+    normalize_by, update_running
+        What `freeze` was given; None where training and evaluation decide.
+    """
+
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    num_batches_skipped: Any
+    activation: str | None = None
+    skip_nonfinite: bool = False
+    normalize_by: NormalizeBy | None = None
+    update_running: bool | None = None
+    # With momentum=None: of how many elements the running statistics are, (num_features,). None
+    # until that is needed, and after loading a state_dict, which in torch.nn does not hold it.
+    _elements_tracked: Tensor | None = None
+    # What `convert` has made a SyncBatchNorm of; None where the class says it.
+    _converted_from: type | None = None
+
+    def __init__(
+        self,
+        *arguments: Any,
+        activation: str | None = None,
+        skip_nonfinite: bool = False,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self.activation = checks.activation(activation)
+        self.skip_nonfinite = skip_nonfinite
+        if skip_nonfinite:
+            skipped = torch.tensor(0, device=keywords.get("device"))
+            self.register_buffer("num_batches_skipped", skipped, persistent=False)
+
+    def forward(
+        self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalize the input: in training by the batch, else by the running statistics.
+
+        Parameters
+        ----------
+        input : tensor, its channels in axis 1
+        residual : tensor that broadcasts to input, optional
+            Added before the activation.
+        mask : tensor that broadcasts to input, optional
+            Which elements count in the statistics, as bools or weights >= 0; in the shape
+            (N, 1, H, W), say.
+
+        Returns
+        -------
+        tensor, of the shape, dtype and memory format of input
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the input, residual or mask does not fit the layer, or one does not fit the other.
+        RuntimeError
+            If the running statistics can't be updated inside a transformation of torch.func; or
+            if another process of a `SyncBatchNorm` does not take part.
+        """
+        self._check_input_dim(input)
+        problem, inputs = self._checked(input, residual, mask)
+        moves = self.training and self.track_running_stats
+        moves = moves if self.update_running is None else self.update_running
+        # An empty batch says nothing; one that checkpointing computes again, nothing new.
+        is_empty = input.numel() == 0 and problem.sync is None
+        moves = moves and not is_empty and not _is_in_backward_pass()
+        if self._normalizes_by_running():
+            running = self.running_mean, self.running_var
+            if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+                return self._exported(inputs)
+            y = _stages.batch_norm(problem, inputs, running)[0]
+            if moves:
+                self._move_running(_stages.batch_statistics(problem, inputs), mask, problem.sync)
+            return y
+        if torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"{type(self).__name__} can be exported to ONNX in evaluation mode only: call "
+                "eval() on the model first."
+            )
+        if problem.sync is None:
+            checks.torch_values(values_of(problem, inputs), input.shape)
+        y, statistics = _stages.batch_norm(problem, inputs)
+        if moves:
+            self._move_running(statistics, mask, problem.sync)
+        return y
+
+    def freeze(
+        self, *, normalize_by: NormalizeBy | None = "running", update_running: bool | None = False
+    ) -> Self:
+        """Decide what statistics do from now on, whatever train() and eval() say.
+
+        It lasts until `unfreeze`, also in copies and in models that load this one's state_dict.
+        Whether weight and bias are trained is another matter: that is their requires_grad.
+
+        Parameters
+        ----------
+        normalize_by : "running", "batch" or None
+            Which statistics normalize; None: in training the batch's, else the running ones.
+        update_running : bool or None
+            Whether a batch moves the running statistics; None: in training.
+
+        Returns
+        -------
+        The layer itself
+
+        Raises
+        ------
+        ValueError
+            If an argument is none of these, or if the layer keeps no running statistics.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from batchnorm.torch import BatchNorm1d
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), BatchNorm1d(3).freeze()).train()
+        >>> y = model(torch.randn(8, 4))
+        >>> model[1].running_mean
+        tensor([0., 0., 0.])
+        """
+        checks.one_of("normalize_by", normalize_by, ("running", "batch", None))
+        checks.one_of("update_running", update_running, (True, False, None))
+        if self.running_mean is None and (normalize_by == "running" or update_running):
+            raise ValueError(
+                f"freeze(normalize_by={normalize_by!r}, update_running={update_running!r}) needs "
+                "running statistics, but the layer was made with track_running_stats=False."
+            )
+        self.normalize_by, self.update_running = normalize_by, update_running
+        return self
+
+    def unfreeze(self) -> Self:
+        """Let train() and eval() decide again, as in a new layer."""
+        self.normalize_by = self.update_running = None
+        return self
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        self._elements_tracked = None
+        if self.skip_nonfinite:
+            self.num_batches_skipped.zero_()
+
+    def extra_repr(self) -> str:
+        added = {
+            "activation": self.activation,
+            "skip_nonfinite": self.skip_nonfinite or None,
+            "normalize_by": self.normalize_by,
+            "update_running": self.update_running,
+        }
+        return super().extra_repr() + "".join(
+            f", {name}={value}" for name, value in added.items() if value is not None
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
+        metadata.update(
+            {name: value for name in FREEZING if (value := getattr(self, name)) is not None}
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+        self._elements_tracked = None
+        for name in FREEZING:
+            if name in local_metadata:
+                setattr(self, name, local_metadata[name])
+
+    def _checked(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> tuple[Problem, Inputs]:
+        dtype, device, shape = input.dtype, input.device, input.shape
+        checks.floating("input", dtype, dtype.is_floating_point)
+        checks.number_of_channels(shape[1], self.num_features, shape)
+        weight, bias = self.weight, self.bias
+        for name, each in (("weight", weight), ("bias", bias), ("running_mean", self.running_mean)):
+            if each is not None:
+                checks.same_device(name, each.device, device, "input")
+                # Frozen in float32, layers serve inputs of half the width.
+                halved = each.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+                checks.torch_dtype(name, each.dtype, dtype, each.dtype == dtype or halved)
+        if residual is not None:
+            residual = residual_like(input, residual)
+        weights = None if mask is None else weights_of(input, mask)
+        problem = Problem((1,), checks.positive_eps(self.eps), self.activation, self._sync())
+        return problem, Inputs(input, weight, bias, residual, weights)
+
+    def _normalizes_by_running(self) -> bool:
+        if self.normalize_by is not None:
+            return self.normalize_by == "running"
+        return not self.training and self.running_mean is not None
+
+    def _sync(self) -> Sync | None:
+        return None
+
+    def _exported(self, inputs: Inputs) -> Tensor:
+        """As the operators that an exporter knows."""
+        y = F.batch_norm(
+            inputs.x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+        y = y if inputs.residual is None else y + inputs.residual
+        return y if self.activation is None else getattr(F, self.activation)(y)
+
+    @torch.no_grad()
+    def _move_running(self, statistics: Tensor, mask: Tensor | None, sync: Sync | None) -> None:
+        statistics = statistics.detach()
+        tracked: Tensor | int = 1
+        if self.skip_nonfinite:
+            # Without a count they change nothing.
+            finite = statistics.isfinite().all()
+            statistics = torch.where(finite, statistics, 0.0)
+            self.num_batches_skipped += ~finite
+        if self.skip_nonfinite or mask is not None or sync is not None:
+            tracked = (statistics[2] > 0).any()
+        rate: float | Tensor
+        if self.momentum is None:
+            count = statistics[2]
+            before = self._elements_tracked
+            before = self.num_batches_tracked * count if before is None else before.to(count)
+            self._elements_tracked = before + count
+            rate = count / torch.where(self._elements_tracked == 0, 1.0, self._elements_tracked)
+        else:
+            rate = _CONVENTION.rate(checks.fraction("momentum", self.momentum))
+        try:
+            _stages.move_running(self.running_mean, self.running_var, statistics, rate)
+            self.num_batches_tracked += tracked
+        except RuntimeError as error:
+            if not torch._C._are_functorch_transforms_active():
+                raise
+            raise RuntimeError(
+                f"{type(self).__name__} can't update its running statistics inside of torch.func's "
+                "vmap, grad and the like, which have no side effects. Give the transformed "
+                "function the buffers as an argument (torch.func.functional_call; for ensembles, "
+                "torch.func.stack_module_state); or freeze(normalize_by='batch'); or use "
+                "batchnorm.torch.batch_norm and update_running."
+            ) from error
+
+
+class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d`: batch normalization of (N, C) or (N, C, L).
+
+    Its state_dict is torch.nn's, and so are its defaults and what it computes, up to rounding.
+    An empty batch leaves everything as it is.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
+        As in torch.nn. With ``momentum=None``, batches weigh by how many elements they have.
+    activation : None, "relu" or "silu", keyword only
+        Applied to the output, in the same pass over memory.
+    skip_nonfinite : bool, keyword only
+        Let a batch with NaN or infinity leave the running statistics as they are, to the bit; the
+        buffer `num_batches_skipped` counts such batches.
+
+    Raises
+    ------
+    ValueError
+        If activation is none of the three.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import BatchNorm1d
+    >>> layer = BatchNorm1d(2, activation="relu")
+    >>> print(layer(torch.tensor([[1.0, 20.0], [3.0, 60.0]])).detach().round(decimals=3))
+    tensor([[0., 0.],
+            [1., 1.]])
+    >>> print(layer.running_mean)
+    tensor([0.2000, 4.0000])
+    """
+
+
+class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`: batch normalization of (N, C, H, W); see `BatchNorm1d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import BatchNorm2d
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> block = BatchNorm2d(3, activation="relu")
+    >>> y = block(x, residual=x, mask=torch.ones(2, 1, 8, 8))
+    """
+
+
+class BatchNorm3d(_Layer, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`: batch normalization of (N, C, D, H, W); see `BatchNorm1d`."""
+
+
+class SyncBatchNorm(_Layer):
+    """`torch.nn.SyncBatchNorm`: the batch is that of all processes of a group; any device.
+
+    It is no instance of torch.nn.SyncBatchNorm, all instances of which DistributedDataParallel
+    refuses on a CPU; but one of their base, as all layers are.
+
+    It normalizes (N, C, ...) as one process would normalize all the processes' batches joined,
+    exactly, however many elements each has, none included; and so are its gradients those of the
+    sum of the processes' losses, to any order. Forward, a training step gathers 3 float64 numbers
+    of each channel from each process; backward, it adds up 2. In evaluation, with one process and
+    without torch.distributed there is nothing to share, and it works like the other layers.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias
+        As in torch.nn.
+    activation, skip_nonfinite
+        As in `BatchNorm1d`.
+
+    Raises
+    ------
+    RuntimeError
+        In a call or a backward pass, if another process of the group does not take part: after the
+        group's timeout, as far as its backend tells, naming this layer and its step.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import SyncBatchNorm
+    >>> y = SyncBatchNorm(3)(torch.randn(4, 3))
+    """
+
+    _check_input_dim = torch.nn.SyncBatchNorm._check_input_dim
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Group | None = None,
+        *arguments: Any,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, *arguments, **keywords
+        )
+        self.process_group = process_group
+
+    def _sync(self) -> Sync | None:
+        if not self.training and self.normalize_by is None and self.update_running is None:
+            return None
+        group = group_of(self.process_group or True)
+        return None if group is None else Sync(group, self._whereabouts)
+
+    def _whereabouts(self) -> str:
+        """Which layer of which model this is; looked for only where an error must say it."""
+        paths = [
+            path
+            for each in gc.get_objects()
+            if issubclass(type(each), torch.nn.Module) and each is not self
+            for path, module in each.named_modules()
+            if module is self
+        ]
+        path = max(paths, key=len, default="")
+        at = f" {path!r}" if path else ""
+        return f"{type(self).__name__}{at} (after {int(self.num_batches_tracked)} batches)"
+
+
+class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d, BatchNorm1d):
+    """`torch.nn.LazyBatchNorm1d`: a `BatchNorm1d` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d, BatchNorm2d):
+    """`torch.nn.LazyBatchNorm2d`: a `BatchNorm2d` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d, BatchNorm3d):
+    """`torch.nn.LazyBatchNorm3d`: a `BatchNorm3d` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm3d
+
+
+def _is_in_backward_pass() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
