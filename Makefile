@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 IN_VENV := $(VENV)/bin/
+OLDEST := .venv-oldest-jax
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format sanitize bench clean
@@ -19,11 +20,22 @@ $(VENV)/%: $(SOURCES) | $(IN_VENV)python
 	$(IN_VENV)pip install --quiet '.[$*]'
 	@touch $@
 
+# The oldest JAX that pyproject.toml allows, where it has a wheel, and a Flax that goes with it; all
+# else it takes from .venv.
+PRINT_SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(OLDEST)/ready: Makefile pyproject.toml | $(IN_VENV)python
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet "jax==0.6.2; python_version < '3.14'" flax
+	$(IN_VENV)python $(PRINT_SITE) > "$$($(OLDEST)/bin/python $(PRINT_SITE))/all_else.pth"
+	@touch $@
+
 demo: $(VENV)/demo ## Train a network on handwritten digits in MLX and in JAX; writes demo.png.
 	$(IN_VENV)python examples/demo.py --picture demo.png
 
-test: $(VENV)/test ## Run every test, with native kernels required.
+test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its oldest version, too.
 	$(IN_VENV)python -m pytest
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -k "jax or flax_nn" \
+	  tests/test_doors.py tests/test_jax.py tests/test_jax_devices.py tests/flax_nn
 
 lint: $(VENV)/dev ## Check formatting, types and style.
 	$(IN_VENV)ruff format --check .
@@ -50,4 +62,4 @@ bench: $(VENV)/bench ## Time the kernels and the doors beside their peers.
 	$(IN_VENV)python benchmarks/mlx_layers.py
 
 clean: ## Remove what the other targets made.
-	rm -rf $(VENV) build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png
+	rm -rf $(VENV) $(OLDEST) build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png
