@@ -289,7 +289,10 @@ def test_what_is_native():
     everything = ["statistics", "normalize", "gradient_sums", "input_gradient"]
     for keywords in ({}, {"axis": 1}, {"axis": (1, 2)}, {"mask": X > 0}, {"residual": X}):
         assert kernels(jax.grad(partial(loss, **keywords)), X) == everything
-    assert kernels(jax.grad(loss), X.astype(jnp.bfloat16)) == everything
+    for dtype in (jnp.bfloat16, jnp.float16):
+        assert kernels(jax.grad(loss), X.astype(dtype)) == everything
+    with enable_x64(True):
+        assert kernels(jax.grad(loss), np.float64(X)) == everything
     assert kernels(jax.vmap(jax.grad(loss)), X) == everything
     assert kernels(batch_statistics, X) == ["statistics"]
     assert kernels(lambda x: normalize(x, x[0, 0], x[0, 0]), X) == ["normalize"]
@@ -450,6 +453,16 @@ def test_mapped_axes_are_checked(keywords, error, message):
     for function in (batch_norm, batch_statistics):
         with pytest.raises(error, match=message):
             jax.vmap(lambda x, f=function: f(x, **keywords), axis_name="i")(X[:4])
+
+
+def test_statistics_over_two_mapped_axes():
+    def normalized(x):
+        return batch_norm(x, axis_name=("i", "j"))
+
+    y, statistics = jax.vmap(jax.vmap(normalized, axis_name="j"), axis_name="i")(X[..., None, :])
+    wanted = truth.batch_norm(X)
+    np.testing.assert_allclose(y[:, :, 0], wanted.y, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(statistics.var[2, 3], wanted.var, rtol=1e-5)
 
 
 def test_one_value_on_each_device_will_do():

@@ -1,5 +1,6 @@
 """nn.BatchNorm: what the original gave, where it was not accurate, and what it refuses."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def test_golden(name: str):
     with nn.stateful() as state:
         y, params = network.init(jax.random.PRNGKey(CASES[name]["seed"]), wanted["x0"])
     assert str(y.dtype) == CASES[name]["output_dtype"]
-    for key, value in params.get("bn", {}).items():
-        np.testing.assert_array_equal(value, wanted[f"params['bn']['{key}']"])
+    drawn = {f"params['bn']['{key}']": value for key, value in params.get("bn", {}).items()}
+    assert drawn.keys() == {key for key in wanted if key.startswith("params")}
+    for key, value in drawn.items():
+        np.testing.assert_array_equal(value, wanted[key])
 
     for step in range(CASES[name]["steps"]):
         with nn.stateful(state) as state:
@@ -66,6 +69,26 @@ def test_golden(name: str):
     close(of_x, wanted["grad_x"])
     for key, value in of_params.get("bn", {}).items():
         close(value, wanted[f"grad_params['bn']['{key}']"])
+
+
+def test_the_arguments_are_those_of_the_original():
+    arguments = inspect.signature(nn.BatchNorm.apply).parameters
+    assert {name: each.default for name, each in list(arguments.items())[2:]} == {
+        "batch_stats": None,
+        "use_running_average": False,
+        "axis": -1,
+        "momentum": 0.99,
+        "epsilon": 1e-5,
+        "dtype": jnp.float32,
+        "bias": True,
+        "scale": True,
+        "bias_init": nn.initializers.zeros,
+        "scale_init": nn.initializers.ones,
+        "axis_name": None,
+        "axis_index_groups": None,
+    }
+    assert list(arguments)[:4] == ["self", "x", "batch_stats", "use_running_average"]
+    assert list(arguments)[-2:] == ["axis_name", "axis_index_groups"]
 
 
 def test_parameters_are_scale_and_bias():
@@ -135,6 +158,19 @@ def test_output_dtype():
         np.testing.assert_array_equal(np.float32(y), np.float32(whole.astype(dtype)))
     y, _ = nn.BatchNorm.init(KEY, np.arange(12).reshape(6, 2))
     close(y.mean(0), np.zeros(2))
+
+
+def test_float64_is_computed_in_float64():
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with enable_x64(True):
+        x = np.random.default_rng(0).normal(3, 2, (8, 4))
+        with nn.stateful() as state:
+            _, params = nn.BatchNorm.init(KEY, x)
+        with nn.stateful(state):
+            y = nn.BatchNorm.call(params, x, dtype=jnp.float64)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), atol=1e-12)
+        np.testing.assert_array_equal(nn.BatchNorm.call(params, x), np.float32(y))
 
 
 def test_accurate_where_the_original_was_not():

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
 from small_modules import Bias, Dense, Sum
 
 from batchnorm.flax import nn
@@ -312,22 +311,9 @@ def test_a_state_variable_splits_the_key_of_its_module():
 
 
 def test_parameters_outputs_and_state_of_a_network_equal_those_of_the_original():
-    class BatchNorm(nn.Module):
-        def apply(self, x, momentum=0.9):
-            shape = x.shape[-1:]
-            mean = self.state("mean", shape, nn.initializers.zeros)
-            var = self.state("var", shape, nn.initializers.ones)
-            batch_mean, batch_var = x.mean(0), x.var(0)
-            if not self.is_initializing():
-                mean.value = momentum * mean.value + (1 - momentum) * batch_mean
-                var.value = momentum * var.value + (1 - momentum) * batch_var
-            scale = self.param("scale", shape, nn.initializers.ones)
-            bias = self.param("bias", shape, nn.initializers.zeros)
-            return (x - batch_mean) * lax.rsqrt(batch_var + 1e-5) * scale + bias
-
     class Block(nn.Module):
         def apply(self, x, features):
-            return jax.nn.relu(BatchNorm(Dense(x, features=features)))
+            return jax.nn.relu(nn.BatchNorm(Dense(x, features=features), momentum=0.9))
 
     class Network(nn.Module):
         def apply(self, x):
