@@ -281,6 +281,20 @@ def in_sharded_jit() -> None:
             assert got[0][0].sharding.is_equivalent_to(sharded[0].sharding, len(shape))
             close(got, wanted)
 
+    # One axis of the mesh is mapped, the other left to XLA.
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("i", "j"))
+    partly = jax.shard_map(
+        lambda x: batch_norm(x, axis_name="i")[0],
+        mesh=mesh,
+        in_specs=P("i"),
+        out_specs=P("i"),
+        axis_names={"i"},
+    )
+    sharded = jax.device_put(x, NamedSharding(mesh, P(("i", "j"))))
+    compiled = jax.jit(partly).lower(sharded).compile()
+    assert max(floats_sent(compiled.as_text(), "all-gather"), default=0) <= x.size // 50
+    close(compiled(sharded), batch_norm(x)[0])
+
 
 def test_sharded_jit():
     finish(start("in_sharded_jit"))

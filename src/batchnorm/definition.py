@@ -29,7 +29,8 @@ Constant = Callable[[Array], Array]
 SumOfSquares = Callable[[Array, Axes], Array]
 OverDevices = Callable[[Array], Array]
 
-# Lengths of sums in `total`: one of up to _SHORT elements is taken at once, a longer one in blocks.
+# Lengths of sums in `total`: one of up to _SHORT elements is taken at once, a longer one in
+# blocks of _BLOCK to twice as many.
 _SHORT, _BLOCK = 1024, 256
 
 
@@ -305,8 +306,14 @@ def total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
         return xp.sum(x, axis=axes, keepdims=True)
     for axis in reversed(axes):
         while x.shape[axis] > _SHORT:
-            whole = x.shape[axis] // _BLOCK * _BLOCK
-            blocks = (*x.shape[:axis], whole // _BLOCK, _BLOCK, *x.shape[axis + 1 :])
+            # As many blocks as a power of 2: XLA then sums an axis that is split over devices
+            # where it lies.
+            number = 1
+            while x.shape[axis] >= 2 * number * _BLOCK:
+                number *= 2
+            block = x.shape[axis] // number
+            whole = number * block
+            blocks = (*x.shape[:axis], number, block, *x.shape[axis + 1 :])
             head = xp.sum(xp.reshape(_part(x, (axis,), slice(whole)), blocks), axis=axis + 1)
             tail = _part(x, (axis,), slice(whole, None))
             x = xp.concat([head, tail], axis=axis)
