@@ -239,6 +239,7 @@ def in_communication() -> None:
 
             mapped = jax.shard_map(step, mesh=mesh, in_specs=P("i"), out_specs=P("i"))
             text = jax.jit(mapped).lower(x).compile().as_text()
+            assert "batchnorm_normalize" in text, "native within shard_map"
             assert floats_sent(text, "all-reduce") == [3 * 6, 3 * 6] + ([] if forward else [2 * 6])
             for other in ("all-gather", "all-to-all", "collective-permute"):
                 assert not floats_sent(text, other)
