@@ -3,7 +3,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "batch_norm.h"
 #include "parallel.h"
@@ -34,6 +36,7 @@ class Arguments {
     PyObject* value = take();
     return value ? static_cast<T*>(PyLong_AsVoidPtr(value)) : nullptr;
   }
+  // The result points into this object.
   Problem problem() {
     Problem problem;
     problem.shape.outer = integer();
@@ -44,12 +47,15 @@ class Arguments {
     problem.eps = real();
     problem.x = address<void>();
     problem.residual = address<void>();
-    problem.scale = address<double>();
-    problem.bias = address<double>();
+    parameter_dtype = static_cast<Dtype>(integer());
+    problem.scale = parameter(problem.shape.channels, &scale_);
+    problem.bias = parameter(problem.shape.channels, &bias_);
     problem.weights = address<void>();
     problem.weight_channels = integer();
     return problem;
   }
+  Dtype parameter_dtype = Dtype::float64;  // of scale, bias and their gradients; or float32
+
   bool ok() {
     if (left_ > 0) PyErr_Format(PyExc_TypeError, "%zd arguments too many", left_);
     return !PyErr_Occurred();
@@ -66,8 +72,41 @@ class Arguments {
     return *values_++;
   }
 
+  const double* parameter(int64_t channels, std::vector<double>* values) {
+    const void* parameter = address<void>();
+    if (!parameter || parameter_dtype == Dtype::float64) {
+      return static_cast<const double*>(parameter);
+    }
+    const float* floats = static_cast<const float*>(parameter);
+    values->assign(floats, floats + channels);
+    return values->data();
+  }
+
   PyObject* const* values_;
   Py_ssize_t left_;
+  std::vector<double> scale_, bias_;
+};
+
+// A parameter's gradient in double, for the kernels, and then in the caller's memory: that may be
+// narrower, or null.
+class ParameterGradient {
+ public:
+  ParameterGradient(int64_t channels, Dtype dtype, void* out)
+      : dtype_(dtype), out_(out), values_(channels) {}
+  double* values() { return values_.data(); }
+  void store() const {
+    if (!out_) return;
+    if (dtype_ == Dtype::float64) {
+      std::copy(values_.begin(), values_.end(), static_cast<double*>(out_));
+    } else {
+      std::copy(values_.begin(), values_.end(), static_cast<float*>(out_));
+    }
+  }
+
+ private:
+  Dtype dtype_;
+  void* out_;
+  std::vector<double> values_;
 };
 
 template <class Work>
@@ -119,14 +158,19 @@ PyObject* py_batch_norm_gradients(PyObject*, PyObject* const* values, Py_ssize_t
   const double* mean = arguments.address<double>();
   const double* var = arguments.address<double>();
   const void* dy = arguments.address<void>();
-  double* sum_g = arguments.address<double>();
-  double* sum_g_xhat = arguments.address<double>();
+  void* dbias = arguments.address<void>();
+  void* dscale = arguments.address<void>();
   void* dx = arguments.address<void>();
   void* dresidual = arguments.address<void>();
   if (!arguments.ok()) return nullptr;
+  ParameterGradient sum_g(problem.shape.channels, arguments.parameter_dtype, dbias);
+  ParameterGradient sum_g_xhat(problem.shape.channels, arguments.parameter_dtype, dscale);
   return without_gil([&] {
-    gradient_sums(problem, mean, var, dy, sum_g, sum_g_xhat);
-    input_gradient(problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual);
+    gradient_sums(problem, mean, var, dy, sum_g.values(), sum_g_xhat.values());
+    input_gradient(problem, count, mean, var, sum_g.values(), sum_g_xhat.values(), dy, dx,
+                   dresidual);
+    sum_g.store();
+    sum_g_xhat.store();
   });
 }
 
@@ -218,7 +262,7 @@ PyMethodDef methods[] = {
     {"statistics", fast(py_statistics), METH_FASTCALL, "(*problem, count, mean, var)"},
     {"normalize", fast(py_normalize), METH_FASTCALL, "(*problem, mean, var, y)"},
     {"batch_norm_gradients", fast(py_batch_norm_gradients), METH_FASTCALL,
-     "(*problem, count, mean, var, dy, sum_g, sum_g_xhat, dx, dresidual)"},
+     "(*problem, count, mean, var, dy, dbias, dscale, dx, dresidual)"},
     {"gradient_sums", fast(py_gradient_sums), METH_FASTCALL,
      "(*problem, mean, var, dy, sum_g, sum_g_xhat)"},
     {"input_gradient", fast(py_input_gradient), METH_FASTCALL,

@@ -459,6 +459,7 @@ class _Call:
             self.eps,
             _address(x),
             _address(residual),
+            _cpu.DTYPES["float64"],
             _address(self.scale),
             _address(self.bias),
             _address(weights),

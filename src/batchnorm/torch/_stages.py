@@ -32,12 +32,16 @@ for _kind in (Tensor, torch.nn.Parameter):
 
 
 class Problem(NamedTuple):
-    """What is not a tensor. Without `sync`, the batch is that of this process."""
+    """What is not a tensor. Without `sync`, the batch is that of this process.
+
+    With `is_layer`, the statistics have no derivative, which saves time in a small call.
+    """
 
     features: tuple[int, ...]
     eps: float
     activation: str | None = None
     sync: Sync | None = None
+    is_layer: bool = False
 
 
 class Inputs(NamedTuple):
@@ -48,6 +52,14 @@ class Inputs(NamedTuple):
     bias: Tensor | None = None
     residual: Tensor | None = None
     weights: Tensor | None = None
+
+    def parameter_gradients(self, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of scale and bias, in their dtypes, from Σ g and Σ g·x̂."""
+        sum_g, sum_g_x_hat = sums.unbind(0)
+        return (
+            None if self.scale is None else sum_g_x_hat.to(self.scale.dtype),
+            None if self.bias is None else sum_g.to(self.bias.dtype),
+        )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,12 +75,13 @@ def batch_norm(
     if _is_watched(inputs.x) or (weights is not None and weights.requires_grad):
         return _by_definition(problem, inputs, given)
     mean, var = given or (None, None)
-    if torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (*inputs, mean, var)
+    if not torch.is_grad_enabled() or not (
+        inputs.x.requires_grad
+        or any(each is not None and each.requires_grad for each in (*inputs, mean, var))
     ):
-        y, statistics = _BatchNorm.apply(problem, *inputs, mean, var)
-        return y, statistics
-    return _forward(problem, inputs, given)
+        return _forward(problem, inputs, given)
+    results = _apply(problem, *inputs, mean, var)
+    return (results, results.grad_fn.statistics) if problem.is_layer else results
 
 
 def batch_statistics(problem: Problem, inputs: Inputs) -> Tensor:
@@ -82,15 +95,16 @@ def move_running(
     running_mean: Tensor, running_var: Tensor, statistics: Tensor, rate: float | Tensor
 ) -> None:
     """Move running statistics in place towards those of a batch, the variance with correction 1."""
-    tensors = (running_mean, running_var, statistics)
     if (
         _cpu is not None
         and type(rate) is float
-        and not _is_watched(*tensors)
-        and all(map(_is_in_native_memory, tensors))
+        and not _is_watched(statistics)
+        and _is_in_native_memory(running_mean)
+        and _is_in_native_memory(running_var)
+        and statistics.dtype == torch.float64
     ):
         _cpu.update_running(
-            statistics.shape[1:].numel(),
+            running_mean.numel(),
             *_addresses(statistics),
             rate,
             1.0,
@@ -98,10 +112,9 @@ def move_running(
             running_mean.data_ptr(),
             running_var.data_ptr(),
         )
-        torch.autograd.graph.increment_version((running_mean, running_var))
         return
     mean, var, count = statistics.detach()
-    dtype = mean.dtype
+    dtype = statistics.dtype
     new_mean, new_var = definition.update_running(
         running_mean.to(dtype),
         running_var.to(dtype),
@@ -113,15 +126,18 @@ def move_running(
     running_var.copy_(new_var)
 
 
-def _is_watched(*tensors: Tensor) -> bool:
-    """Whether anything but autograd looks at the operations on these tensors."""
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether anything but autograd looks at the operations on x."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or any(type(each) not in (Tensor, torch.nn.Parameter) for each in tensors)
+        or type(x) not in _PLAIN
     )
 
 
@@ -132,7 +148,7 @@ def _by_definition(
     problem: Problem, inputs: Inputs, given: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     dtype, shape = inputs.x.dtype, inputs.x.shape
-    features, eps, activation, sync = problem
+    features, eps, activation, sync, _ = problem
     if sync is not None and 0 in shape:
         inputs = _one_that_does_not_count(inputs)
     x, scale, bias, residual, weights = (
@@ -195,52 +211,56 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, *tensors: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, problem: Problem, *tensors: Any) -> Tensor | tuple[Tensor, Tensor]:
         x, scale, bias, residual, weights, mean, var = tensors
         inputs = Inputs(x, scale, bias, residual, weights)
         y, statistics = _forward(problem, inputs, None if mean is None else (mean, var))
         ctx.set_materialize_grads(False)
-        ctx.problem = problem
-        ctx.has_residual = inputs.residual is not None
+        ctx.problem, ctx.statistics = problem, statistics
+        ctx.has_residual = residual is not None
         if problem.activation is None:
-            inputs = inputs._replace(residual=None)
-        if not any(ctx.needs_input_grad[6:]):
+            residual = None
+        if mean is not None and not any(ctx.needs_input_grad[6:]):
             # Running statistics may have moved on when the backward pass comes.
             mean = var = None
-        ctx.save_for_backward(*inputs, mean, var, statistics)
-        return y, statistics
+        ctx.save_for_backward(x, scale, bias, residual, weights, mean, var)
+        return y if problem.is_layer else (y, statistics)
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, dstatistics: Tensor | None
+        ctx: Any, dy: Tensor | None, dstatistics: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        *values, mean, _, statistics = ctx.saved_tensors
-        inputs = Inputs(*values)
+        values: Any
+        *values, mean, _ = ctx.saved_tensors
+        inputs, statistics = Inputs(*values), ctx.statistics
         if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
             return None, *_differentiable_gradients(ctx, dy, dstatistics)
         if dy is None:
             return (None,) * 8
         problem: Problem = ctx.problem
         stages = _stages(problem, inputs, dy)
-        sync = problem.sync if _is_of_batch(statistics) else None
-        if sync is None:
-            sums, dx, g = stages.gradients(statistics, dy, ctx.has_residual)
+        if problem.sync is None or not _is_of_batch(statistics):
+            dscale, dbias, dx, g = stages.gradients(statistics, dy, ctx.has_residual)
         else:
             sums = stages.gradient_sums(statistics, dy)
-            dx, g = stages.input_gradient(statistics, sync.sum(sums), dy, ctx.has_residual)
-        dbias = None if inputs.bias is None else sums[0].to(inputs.bias.dtype)
-        dscale = None if inputs.scale is None else sums[1].to(inputs.scale.dtype)
+            dx, g = stages.input_gradient(statistics, problem.sync.sum(sums), dy, ctx.has_residual)
+            dscale, dbias = inputs.parameter_gradients(sums)
         return None, dx, dscale, dbias, g, None, None, None
+
+
+# What Function.apply does besides is for torch.func, which is not at work here.
+_apply = super(torch.autograd.Function, _BatchNorm).apply
 
 
 def _differentiable_gradients(
     ctx: Any, dy: Tensor | None, dstatistics: Tensor | None
 ) -> list[Tensor | None]:
     """The backward pass by operations that autograd can differentiate again."""
-    *tensors, statistics = ctx.saved_tensors
+    statistics = ctx.statistics
+    tensors: list[Any]
     with torch.enable_grad():
         # Each of its own, so that a tensor that came twice has two gradients.
-        tensors = [None if each is None else each.view_as(each) for each in tensors]
+        tensors = [None if each is None else each.view_as(each) for each in ctx.saved_tensors]
         inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
         given = None if _is_of_batch(statistics) else tuple(statistics[:2])
         outputs = _by_definition(ctx.problem, inputs, given if mean is None else (mean, var))
@@ -278,14 +298,14 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 def _stages(problem: Problem, inputs: Inputs, dy: Tensor | None = None) -> "_Native | _Definition":
     x = inputs.x
-    watched = dy is not None and (_is_watched(x, dy) or not _has_memory(dy))
-    if x.device.type == "cpu" and x.dtype in _CODES and not watched:
+    watched = dy is not None and (_is_watched(x) or not _has_memory(dy))
+    if x.is_cpu and x.dtype in _CODES and not watched:
         layout = _layout(x.shape, x.stride(), problem.features)
-        if layout is None:  # x has gaps; or feature axes that are apart
-            x = x.clone()
-            layout = _layout(x.shape, x.stride(), problem.features)
+        if layout is None or x.is_neg():  # gaps, or a view that negates what is in memory
+            inputs = inputs._replace(x=x.clone())
+            layout = _layout(x.shape, inputs.x.stride(), problem.features)
         if layout is not None:
-            return _Native(problem, inputs._replace(x=x), layout)
+            return _Native(problem, inputs, layout)
     return _Definition(problem, inputs)
 
 
@@ -297,7 +317,7 @@ class _Definition:
     """
 
     def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        self.problem, self.dtype = problem, inputs.x.dtype
+        self.problem, self.given, self.dtype = problem, inputs, inputs.x.dtype
         dtype = wide(self.dtype)
         tensors: Any = (None if each is None else each.to(dtype) for each in inputs)
         self.inputs = Inputs(*tensors)
@@ -330,9 +350,10 @@ class _Definition:
 
     def gradients(
         self, statistics: Tensor, dy: Tensor, with_g: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         sums = self.gradient_sums(statistics, dy)
-        return sums, *self.input_gradient(statistics, sums, dy, with_g)
+        dx, g = self.input_gradient(statistics, sums, dy, with_g)
+        return *self.given.parameter_gradients(sums), dx, g
 
     def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
         u, mean, var, _ = self.standard(statistics)
@@ -387,8 +408,8 @@ class _Native:
 
     def __init__(self, problem: Problem, inputs: Inputs, layout: "_Layout") -> None:
         x, scale, bias, residual, weights = inputs
-        self.x, self.order = x.resolve_neg(), layout.order
-        self.feature_shape = [x.shape[each] for each in problem.features]
+        self.given, self.x, self.order = inputs, x, layout.order
+        self.feature_shape = layout.feature_shape
         weight_channels = 0
         if weights is not None:
             per_feature = any(weights.shape[each] != 1 for each in problem.features)
@@ -400,10 +421,14 @@ class _Native:
             weights = self.in_order(weights.expand(shape))
         if residual is not None:
             residual = self.in_order(residual)
-        scale, bias = (
-            None if each is None else each.to(torch.float64).contiguous() for each in (scale, bias)
-        )
-        self.held = (residual, scale, bias, weights)  # as long as their addresses are in use
+        # In which the kernels read scale and bias, and write their gradients.
+        self.parameter_dtype = torch.float32
+        if not (_is_float32(scale) and _is_float32(bias)):
+            self.parameter_dtype = torch.float64
+            scale = None if scale is None else scale.to(torch.float64).contiguous()
+            bias = None if bias is None else bias.to(torch.float64).contiguous()
+        self.scale, self.bias = scale, bias
+        self.held = (residual, weights)  # as long as their addresses are in use
         self.arguments = (
             layout.outer,
             layout.channels,
@@ -411,8 +436,9 @@ class _Native:
             _CODES[x.dtype],
             _cpu.ACTIVATIONS[problem.activation],
             problem.eps,
-            self.x.data_ptr(),
+            x.data_ptr(),
             _address(residual),
+            _CODES[self.parameter_dtype],
             _address(scale),
             _address(bias),
             _address(weights),
@@ -443,18 +469,25 @@ class _Native:
 
     def gradients(
         self, statistics: Tensor, dy: Tensor, with_g: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        dy, dx, sums = self.in_order(dy), torch.empty_like(self.x), self.per_feature(2)
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        dy, dx = self.in_order(dy), torch.empty_like(self.x)
         g = torch.empty_like(self.x) if with_g else None
+        dscale = None if self.scale is None else torch.empty_like(self.scale)
+        dbias = None if self.bias is None else torch.empty_like(self.bias)
         _cpu.batch_norm_gradients(
             *self.arguments,
             *_addresses(statistics),
             dy.data_ptr(),
-            *_addresses(sums)[1:],
+            _address(dbias),
+            _address(dscale),
             dx.data_ptr(),
             _address(g),
         )
-        return sums, dx, g
+        if self.parameter_dtype == torch.float64:  # of a parameter that may be narrower
+            given: Any = self.given
+            dscale = None if dscale is None else dscale.to(given.scale.dtype)
+            dbias = None if dbias is None else dbias.to(given.bias.dtype)
+        return dscale, dbias, dx, g
 
     def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
         dy, sums = self.in_order(dy), self.per_feature(2)
@@ -477,8 +510,8 @@ class _Native:
         )
         return dx, g
 
-    def per_feature(self, number: int) -> Tensor:
-        return torch.empty(number, *self.feature_shape, dtype=torch.float64)
+    def per_feature(self, number: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(number, *self.feature_shape, dtype=dtype)
 
 
 _CODES = {} if _cpu is None else {getattr(torch, name): code for name, code in _cpu.DTYPES.items()}
@@ -487,7 +520,11 @@ _CODES = {} if _cpu is None else {getattr(torch, name): code for name, code in _
 def _has_memory(dy: Tensor) -> bool:
     """Autograd may hand on zeros that are none in memory, and batches of autograd's own vmap."""
     is_batch = torch._C._functorch.is_legacy_batchedtensor(dy)
-    return not is_batch and not dy._is_zerotensor()
+    return type(dy) is Tensor and not is_batch and not dy._is_zerotensor()
+
+
+def _is_float32(parameter: Tensor | None) -> bool:
+    return parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous())
 
 
 class _Layout(NamedTuple):
@@ -497,6 +534,7 @@ class _Layout(NamedTuple):
     channels: int
     inner: int
     order: tuple[int, ...] | None
+    feature_shape: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -525,7 +563,13 @@ def _layout(
     outer, channels, inner = (
         math.prod(shape[axis] for axis in part) for part in (axes[:begin], wanted, axes[end:])
     )
-    return _Layout(outer, channels, inner, None if order == in_order else order)
+    return _Layout(
+        outer,
+        channels,
+        inner,
+        None if order == in_order else order,
+        tuple(shape[axis] for axis in features),
+    )
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -535,13 +579,14 @@ def _address(tensor: Tensor | None) -> int:
 
 def _addresses(rows: Tensor) -> tuple[int, int, int]:
     """Of count (0 if there is none), mean and var: of the rows 2, 0 and 1."""
-    first, size = rows.data_ptr(), 8 * rows.shape[1:].numel()
+    first, size = rows.data_ptr(), rows.stride(0) * rows.itemsize
     return first + 2 * size if rows.shape[0] == 3 else 0, first, first + size
 
 
-def _is_in_native_memory(statistics: Tensor) -> bool:
+def _is_in_native_memory(running: Tensor) -> bool:
     return (
-        statistics.device.type == "cpu"
-        and statistics.dtype in (torch.float32, torch.float64)
-        and statistics.is_contiguous()
+        type(running) is Tensor
+        and running.is_cpu
+        and running.dtype in (torch.float32, torch.float64)
+        and running.is_contiguous()
     )

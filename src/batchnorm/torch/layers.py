@@ -12,7 +12,7 @@ from ..conventions import CONVENTIONS
 from . import _stages
 from ._stages import Inputs, Problem
 from ._sync import Group, Sync, group_of
-from .functions import residual_like, values_of, weights_of
+from .functions import residual_like, weights_of
 
 NormalizeBy = Literal["batch", "running"]
 
@@ -94,19 +94,19 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         moves = moves and not is_empty and not _is_in_backward_pass()
         if self._normalizes_by_running():
             running = self.running_mean, self.running_var
-            if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+            if _is_exported():
                 return self._exported(inputs)
             y = _stages.batch_norm(problem, inputs, running)[0]
             if moves:
                 self._move_running(_stages.batch_statistics(problem, inputs), mask, problem.sync)
             return y
-        if torch.onnx.is_in_onnx_export():
+        if _is_exported() and torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 f"{type(self).__name__} can be exported to ONNX in evaluation mode only: call "
                 "eval() on the model first."
             )
         if problem.sync is None:
-            checks.torch_values(values_of(problem, inputs), input.shape)
+            checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
         y, statistics = _stages.batch_norm(problem, inputs)
         if moves:
             self._move_running(statistics, mask, problem.sync)
@@ -201,15 +201,15 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         checks.number_of_channels(shape[1], self.num_features, shape)
         weight, bias = self.weight, self.bias
         for name, each in (("weight", weight), ("bias", bias), ("running_mean", self.running_mean)):
-            if each is not None:
+            if each is not None and (each.dtype != dtype or each.device != device):
                 checks.same_device(name, each.device, device, "input")
-                # Frozen in float32, layers serve inputs of half the width.
                 halved = each.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
-                checks.torch_dtype(name, each.dtype, dtype, each.dtype == dtype or halved)
+                checks.torch_dtype(name, each.dtype, dtype, halved)
         if residual is not None:
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
-        problem = Problem((1,), checks.positive_eps(self.eps), self.activation, self._sync())
+        eps = checks.positive_eps(self.eps)
+        problem = Problem((1,), eps, self.activation, self._sync(), is_layer=True)
         return problem, Inputs(input, weight, bias, residual, weights)
 
     def _normalizes_by_running(self) -> bool:
@@ -228,20 +228,19 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         y = y if inputs.residual is None else y + inputs.residual
         return y if self.activation is None else getattr(F, self.activation)(y)
 
-    @torch.no_grad()
     def _move_running(self, statistics: Tensor, mask: Tensor | None, sync: Sync | None) -> None:
-        statistics = statistics.detach()
         tracked: Tensor | int = 1
         if self.skip_nonfinite:
             # Without a count they change nothing.
+            statistics = statistics.detach()
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
-            self.num_batches_skipped += ~finite
+            self.num_batches_skipped.add_(~finite)
         if self.skip_nonfinite or mask is not None or sync is not None:
             tracked = (statistics[2] > 0).any()
         rate: float | Tensor
         if self.momentum is None:
-            count = statistics[2]
+            count = statistics[2].detach()
             before = self._elements_tracked
             before = self.num_batches_tracked * count if before is None else before.to(count)
             self._elements_tracked = before + count
@@ -250,7 +249,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             rate = _CONVENTION.rate(checks.fraction("momentum", self.momentum))
         try:
             _stages.move_running(self.running_mean, self.running_var, statistics, rate)
-            self.num_batches_tracked += tracked
+            self.num_batches_tracked.add_(tracked)
         except RuntimeError as error:
             if not torch._C._are_functorch_transforms_active():
                 raise
@@ -400,6 +399,13 @@ class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d, BatchNorm3d):
     """`torch.nn.LazyBatchNorm3d`: a `BatchNorm3d` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm3d
+
+
+def _is_exported() -> bool:
+    """Whether torch.export or an exporter to ONNX, the older one by tracing, looks at the layer."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
 
 
 def _is_in_backward_pass() -> bool:
