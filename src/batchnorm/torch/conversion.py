@@ -26,15 +26,15 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> torch.nn.Module:
-    """Put our layers in the place of every batch normalization of torch.nn in a model.
+    """Make every batch normalization of torch.nn in a model one of ours.
 
-    They share the parameters and buffers of the layers that they replace (an optimizer goes on
-    training them), and their hooks, mode and freezing.
+    The layers stay the same objects, of another class: their parameters and buffers (an optimizer
+    goes on training them), hooks, mode and freezing are what they were.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Changed in place, but for itself.
+        Changed in place.
     sync : torch.distributed.ProcessGroup or bool, optional
         The processes whose batches are normalized as one, True for all: every layer becomes a
         `SyncBatchNorm`. Otherwise each becomes ours of the same name.
@@ -42,13 +42,15 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
     Returns
     -------
     torch.nn.Module
-        The same module; or where that is a batch normalization itself, the layer in its place.
+        The same module.
 
     Raises
     ------
     TypeError
         If the model holds a subclass of torch.nn's layers, which may mean something of its own; or
         if sync is something else. Nothing is changed then.
+    ValueError
+        If this process is not in the group. Nothing is changed then.
 
     Examples
     --------
@@ -59,24 +61,30 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
     <class 'batchnorm.torch.layers.BatchNorm2d'>
     """
     group_of(sync)
-    return _replaced(module, lambda path, layer: _converted(path, layer, sync))
+    shared = sync is not None and sync is not False
+    for layer, kind in _found(module, lambda path, layer: _converted(path, layer, shared)):
+        before, layer.__class__ = type(layer), kind
+        if kind is layers.SyncBatchNorm and shared:
+            layer._converted_from = layer._converted_from or _THEIRS.get(before, before)
+            layer.process_group = None if sync is True else sync
+    return module
 
 
 def revert(module: torch.nn.Module) -> torch.nn.Module:
-    """Put torch.nn's layers back in the place of ours.
+    """Make every layer of ours in a model one of torch.nn's.
 
-    They share parameters, buffers, hooks and mode, as in `convert`; a layer that `convert` has
-    made becomes one of the class that it was made from.
+    As in `convert`, the layers stay the same objects. One that `convert` has made becomes one of
+    the class that it was made from.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Changed in place, but for itself.
+        Changed in place.
 
     Returns
     -------
     torch.nn.Module
-        The same module; or where that is a layer of ours itself, the layer in its place.
+        The same module.
 
     Raises
     ------
@@ -94,30 +102,27 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
     >>> type(batchnorm.torch.revert(model)[0])
     <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
-    return _replaced(module, _reverted)
+    for layer, kind in _found(module, _reverted):
+        layer.__class__ = kind
+        added = set(vars(layers._Layer))
+        if kind is not torch.nn.SyncBatchNorm:
+            added.add("process_group")
+        for name in added.intersection(vars(layer)):
+            delattr(layer, name)
+    return module
 
 
-def _replaced(
-    module: torch.nn.Module, replacement: Callable[[str, torch.nn.Module], torch.nn.Module | None]
-) -> torch.nn.Module:
-    """Put replacements, where there are any, in the place of modules: all of them, or none."""
-    found = {
-        id(each): new
-        for path, each in module.named_modules()
-        if (new := replacement(path, each)) is not None
-    }
-    for parent in list(module.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in found:
-                parent._modules[name] = found[id(child)]
-    return found.get(id(module), module)
+def _found(
+    module: torch.nn.Module, new_class: Callable[[str, torch.nn.Module], type | None]
+) -> list[tuple[Any, Any]]:
+    """The layers whose class changes, with their new classes; before any is changed."""
+    found = ((each, new_class(path, each)) for path, each in module.named_modules())
+    return [(each, kind) for each, kind in found if kind is not None]
 
 
-def _converted(
-    path: str, layer: torch.nn.Module, sync: Group | bool | None
-) -> torch.nn.Module | None:
+def _converted(path: str, layer: torch.nn.Module, shared: bool) -> type | None:
     kind = type(layer)
-    if not isinstance(layer, _BatchNorm) or (kind in _THEIRS and sync is None):
+    if not isinstance(layer, _BatchNorm) or (kind in _THEIRS and not shared):
         return None
     if kind not in _OURS and kind not in _THEIRS:
         raise TypeError(
@@ -125,20 +130,15 @@ def _converted(
             f"{kind.__module__}.{kind.__qualname__}, which may do something of its own. Replace it "
             "by hand, or leave it out of the module that is converted."
         )
-    if sync is None:
-        return _as(_OURS[kind], layer)
-    if isinstance(layer, LazyModuleMixin):
+    if shared and isinstance(layer, LazyModuleMixin):
         raise TypeError(
             f"convert(..., sync=...) needs to know num_features, but {path or 'module'!r} is lazy. "
             "Call the model once before."
         )
-    new = _as(layers.SyncBatchNorm, layer)
-    new.process_group = None if sync is True else sync
-    new._converted_from = _THEIRS.get(kind, kind)
-    return new
+    return layers.SyncBatchNorm if shared else _OURS[kind]
 
 
-def _reverted(path: str, layer: torch.nn.Module) -> torch.nn.Module | None:
+def _reverted(path: str, layer: torch.nn.Module) -> type | None:
     if not isinstance(layer, layers._Layer):
         return None
     kind = type(layer)
@@ -153,14 +153,4 @@ def _reverted(path: str, layer: torch.nn.Module) -> torch.nn.Module | None:
             raise ValueError(
                 f"torch.nn's layers have no {name}, but that of {path or 'module'!r} is {value!r}."
             )
-    new = _as(layer._converted_from or _THEIRS[kind], layer)
-    for name in [name for name in vars(layers._Layer) if name in new.__dict__]:
-        del new.__dict__[name]
-    return new
-
-
-def _as(kind: Any, layer: torch.nn.Module) -> Any:
-    """A module of that class with everything that `layer` holds."""
-    new = kind.__new__(kind)
-    new.__dict__.update(layer.__dict__)
-    return new
+    return layer._converted_from or _THEIRS[kind]

@@ -1,0 +1,271 @@
+"""`convert` and `revert`: from torch.nn's layers to ours, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import batchnorm.torch as bt
+
+PAIRS = [
+    (nn.BatchNorm1d, bt.BatchNorm1d, (4, 3)),
+    (nn.BatchNorm2d, bt.BatchNorm2d, (4, 3, 2, 2)),
+    (nn.BatchNorm3d, bt.BatchNorm3d, (4, 3, 2, 2, 2)),
+    (nn.SyncBatchNorm, bt.SyncBatchNorm, (4, 3, 2)),
+]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, eps=1e-3, momentum=0.2),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5, affine=False)),
+        nn.BatchNorm2d(5, track_running_stats=False),
+        nn.BatchNorm2d(5, momentum=None),
+    )
+
+
+def step(model, seed=1):
+    """One step of gradient descent on the sum of squares of the outputs, which it returns."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    y = model(torch.randn(6, 3, 5, 5))
+    (y**2).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return y.detach()
+
+
+def same_state(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("theirs", "ours", "shape"), PAIRS)
+def test_each_class_and_back(theirs, ours, shape):
+    layer = theirs(3)
+    contents = dict(layer.__dict__)
+    model = nn.Sequential(layer)
+    assert bt.convert(model) is model
+    assert type(model[0]) is ours
+    assert bt.revert(model) is model
+    assert type(model[0]) is theirs
+    assert model[0].__dict__ == contents
+    assert bt.revert(model)[0] is layer
+
+
+@pytest.mark.parametrize(("theirs", "ours", "shape"), PAIRS)
+def test_a_module_that_is_a_batch_normalization(theirs, ours, shape):
+    layer = theirs(3)
+    assert bt.convert(layer) is layer
+    assert type(layer) is ours
+    assert layer(torch.randn(shape)).shape == shape
+    assert bt.revert(layer) is layer
+    assert type(layer) is theirs
+
+
+def test_outputs_and_training_stay_the_same():
+    theirs = network()
+    ours = bt.convert(copy.deepcopy(theirs))
+    for mode in (True, False):
+        theirs.train(mode), ours.train(mode)
+        for seed in range(3):
+            torch.testing.assert_close(step(ours, seed), step(theirs, seed), rtol=1e-4, atol=1e-4)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_reverting_gives_the_same_bits():
+    model = network()
+    step(model)
+    before = copy.deepcopy(model)
+    assert repr(bt.revert(bt.convert(model))) == repr(before)
+    same_state(model, before)
+    assert torch.equal(step(model), step(before))
+    same_state(model, before)
+    assert [vars(each).keys() for each in model.modules()] == [
+        vars(each).keys() for each in before.modules()
+    ]
+
+
+def test_an_optimizer_goes_on():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = list(model.parameters()), list(model.buffers())
+    bt.convert(model)
+    for ours, theirs in zip((model.parameters(), model.buffers()), before, strict=True):
+        assert all(one is other for one, other in zip(ours, theirs, strict=True))
+    weight = model[1].weight.detach().clone()
+    model(torch.randn(6, 3, 5, 5)).pow(3).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[1].weight, weight)
+
+
+def test_hooks_stay_and_can_be_removed():
+    model, seen = nn.Sequential(nn.BatchNorm1d(3)), []
+
+    def called(name):
+        return lambda module, *_: seen.append((name, type(module)))
+
+    layer = model[0]
+    handles = [
+        layer.register_forward_pre_hook(called("before")),
+        layer.register_forward_hook(called("after")),
+        layer.register_full_backward_hook(called("backward")),
+        layer.register_state_dict_pre_hook(called("save")),
+        layer.register_load_state_dict_pre_hook(called("load")),
+        layer.register_load_state_dict_post_hook(called("loaded")),
+    ]
+    bt.convert(model)
+
+    def everything():
+        model(torch.randn(4, 3, requires_grad=True)).sum().backward()
+        model.load_state_dict(model.state_dict())
+
+    everything()
+    names = ["before", "after", "backward", "save", "load", "loaded"]
+    assert seen == [(name, bt.BatchNorm1d) for name in names]
+    for handle in handles:
+        handle.remove()
+    everything()
+    assert len(seen) == len(names)
+
+
+def test_mode_and_requires_grad_stay():
+    model = network().eval()
+    model[4].train()
+    model[1].weight.requires_grad_(False)
+    before = [(each.training, [p.requires_grad for p in each.parameters()]) for each in model]
+    bt.convert(model)
+    assert before == [
+        (each.training, [p.requires_grad for p in each.parameters()]) for each in model
+    ]
+
+
+def test_freezing_stays():
+    model = bt.convert(network())
+    model[1].freeze()
+    assert bt.convert(model, sync=True)[1].normalize_by == "running"
+
+
+def test_a_layer_with_two_names_stays_one():
+    layer = nn.BatchNorm1d(3)
+    model = nn.ModuleDict({"one": layer, "other": nn.Sequential(layer)})
+    model.outside = [layer]  # a list, where no walk through a model finds it
+    bt.convert(model)
+    assert model["one"] is model["other"][0] is model.outside[0]
+    assert type(model.outside[0]) is bt.BatchNorm1d
+    bt.revert(model)
+    assert type(model.outside[0]) is nn.BatchNorm1d
+
+
+def test_lazy_layers():
+    model = bt.convert(nn.Sequential(nn.LazyBatchNorm2d(momentum=0.5)))
+    assert type(model[0]) is bt.LazyBatchNorm2d
+    assert type(bt.revert(model)[0]) is nn.LazyBatchNorm2d
+    bt.convert(model)(torch.randn(2, 3, 4, 4))
+    assert type(model[0]) is bt.BatchNorm2d
+    assert model[0].num_features == 3
+    assert type(bt.revert(model)[0]) is nn.BatchNorm2d
+
+
+def test_sync_makes_every_layer_one_that_shares_and_back():
+    model = nn.Sequential(nn.BatchNorm2d(3), bt.BatchNorm2d(3, activation="relu"))
+    model.append(nn.SyncBatchNorm(3))
+    bt.convert(model, sync=True)
+    bt.convert(model, sync=True)
+    assert all(type(each) is bt.SyncBatchNorm for each in model)
+    assert [each.activation for each in model] == [None, "relu", None]
+    assert all(each.process_group is None for each in model)
+    model(torch.randn(4, 3, 2, 2))  # torch.distributed is not initialized
+    model[1].activation = None
+    bt.revert(model)
+    assert [type(each) for each in model] == [nn.BatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm]
+    assert "process_group" not in vars(model[0])
+    assert "process_group" in vars(model[2])
+
+
+@pytest.mark.parametrize("sync", [None, False])
+def test_without_sync_each_layer_becomes_its_namesake(sync):
+    model = bt.convert(nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)), sync=sync)
+    assert [type(each) for each in model] == [bt.BatchNorm2d, bt.SyncBatchNorm]
+
+
+def test_a_group_that_is_none_is_refused():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(TypeError, match=r"ProcessGroup, but got 'all'"):
+        bt.convert(model, sync="all")
+    assert type(model[0]) is nn.BatchNorm1d
+
+
+class Theirs(nn.BatchNorm2d):
+    pass
+
+
+class Ours(bt.BatchNorm2d):
+    pass
+
+
+def test_unknown_classes_are_refused_by_name_and_nothing_changes():
+    for unknown in (Theirs, Ours):
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.ModuleDict({"norm": unknown(3)}))
+        with pytest.raises(TypeError, match=rf"'1\.norm' is a .*\.{unknown.__name__}"):
+            bt.convert(model)
+        assert [type(each) for each in model.modules()][1] is nn.BatchNorm2d
+    model = nn.Sequential(bt.BatchNorm2d(3), Ours(3))
+    with pytest.raises(TypeError, match=r"revert .* '1' is a .*Ours"):
+        bt.revert(model)
+    assert type(model[0]) is bt.BatchNorm2d
+    with pytest.raises(TypeError, match="'module' is a"):
+        bt.convert(Theirs(3))
+
+
+def test_lazy_layers_can_not_share():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())
+    with pytest.raises(TypeError, match=r"num_features, but '1' is lazy"):
+        bt.convert(model, sync=True)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (bt.BatchNorm1d(3, activation="silu"), "activation, but that of '1' is 'silu'"),
+        (bt.BatchNorm1d(3, skip_nonfinite=True), "skip_nonfinite"),
+        (bt.BatchNorm1d(3).freeze(), "normalize_by"),
+        (bt.BatchNorm1d(3).freeze(normalize_by=None, update_running=True), "update_running"),
+    ],
+)
+def test_what_torch_has_not_is_not_reverted(layer, name):
+    model = nn.Sequential(bt.BatchNorm1d(3), layer)
+    with pytest.raises(ValueError, match=f"no {name}"):
+        bt.revert(model)
+    assert type(model[0]) is bt.BatchNorm1d
+
+
+def test_a_frozen_layer_that_is_unfrozen_is_reverted():
+    model = nn.Sequential(bt.BatchNorm1d(3).freeze().unfreeze())
+    assert vars(bt.revert(model)[0]).keys() == vars(nn.BatchNorm1d(3)).keys()
+
+
+def test_state_of_momentum_none_goes_with_a_revert():
+    layer = bt.BatchNorm1d(3, momentum=None)
+    layer(torch.randn(4, 3))
+    assert vars(bt.revert(layer)).keys() == vars(nn.BatchNorm1d(3)).keys()
+
+
+def test_a_compiled_model_is_compiled_anew():
+    theirs = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ours = copy.deepcopy(theirs)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    x = torch.full((4, 3), 1.0)
+    x[0] = 1e4
+    torch.testing.assert_close(compiled(x), theirs(x))
+    bt.convert(ours)
+    ours[1].activation = "relu"
+    torch.testing.assert_close(compiled(x), theirs(x).relu(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
