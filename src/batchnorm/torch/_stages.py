@@ -147,34 +147,42 @@ def _is_watched(x: Tensor) -> bool:
 def _by_definition(
     problem: Problem, inputs: Inputs, given: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    dtype, shape = inputs.x.dtype, inputs.x.shape
-    features, eps, activation, sync, _ = problem
-    if sync is not None and 0 in shape:
-        inputs = _one_that_does_not_count(inputs)
+    if problem.sync is not None and given is None:
+        return _over_processes(problem, problem.sync, inputs)
+    dtype = inputs.x.dtype
     x, scale, bias, residual, weights = (
         None if each is None else each.to(wide(dtype)) for each in inputs
     )
     options: Any = {
-        "features": features,
-        "eps": eps,
+        "features": problem.features,
+        "eps": problem.eps,
         "residual": residual,
-        "activation": activation,
+        "activation": problem.activation,
     }
     if given is not None:
         mean, var = (each.to(wide(dtype)) for each in given)
         y = definition.normalize(x, mean, var, scale, bias, **options)
         return y.to(dtype), torch.stack((mean, var))
     y, (count, mean, var) = definition.batch_norm(
-        x,
-        scale,
-        bias,
-        weights=weights,
-        constant=Tensor.detach,
-        over_devices=None if sync is None else sync.differentiable_sum,
-        **options,
+        x, scale, bias, weights=weights, constant=Tensor.detach, **options
     )
-    y = y if y.shape == shape else y[tuple(slice(size) for size in shape)]
     return y.to(dtype), torch.stack((mean, var, count))
+
+
+def _over_processes(problem: Problem, sync: Sync, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    shape = inputs.x.shape
+    if 0 in shape:
+        inputs = _one_that_does_not_count(inputs)
+    valid = None
+    if inputs.weights is not None:
+        valid = (inputs.weights > 0) | inputs.x.isfinite()
+        inputs = inputs._replace(x=torch.where(valid, inputs.x, 0.0))
+    stages = _Definition(problem, inputs)
+    statistics = sync.pooled(stages.statistics())
+    y = stages.normalize(statistics)
+    if valid is not None:
+        y = torch.where(valid, y, math.nan)
+    return y[tuple(slice(size) for size in shape)], statistics
 
 
 def _one_that_does_not_count(inputs: Inputs) -> Inputs:
@@ -383,7 +391,7 @@ class _Definition:
         """u, its mean, and its variance plus eps, of the feature shape; and the unit along x."""
         x, features = self.inputs.x, self.problem.features
         mean, var = statistics[0], statistics[1] + self.problem.eps
-        pivot, unit = mean.to(x.dtype), var.sqrt().to(x.dtype)
+        pivot, unit = mean.detach().to(x.dtype), var.detach().sqrt().to(x.dtype)
         along = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
         u = (x - pivot.reshape(along)) / unit.reshape(along)
         return (

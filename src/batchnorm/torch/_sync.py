@@ -1,7 +1,9 @@
 """Sums over the processes of a group, and the statistics of what they hold together.
 
-A step of training has two collectives: forward, each process gathers 3 float64 numbers of each
-feature from every process, and backward it takes part in one sum of 2.
+A step of training has two collectives, both sums of float64 numbers: forward, of 3 for each feature
+and process, which is how every process gets to know the statistics of each; backward, of 2 for each
+feature. Where torch.compile or a derivative of higher order looks on, the sum backward is one of 3
+for each feature and process as well.
 """
 
 from collections.abc import Callable
@@ -26,9 +28,10 @@ class Sync:
 
         (1979; for many sets at once.) Every process computes the same from the same numbers.
         """
-        parts = statistics.new_empty((dist.get_world_size(self.group), *statistics.shape))
-        self._take_part(dist.all_gather, list(parts), statistics.contiguous())
-        means, variances, counts = parts.unbind(1)
+        size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        others = torch.zeros_like(statistics)
+        parts = torch.stack([statistics if each == rank else others for each in range(size)])
+        means, variances, counts = self.sum(parts).unbind(1)
         count = counts.sum(0)
         shares = counts / torch.where(count == 0, 1.0, count)
         mean = (shares * means).sum(0)
@@ -36,24 +39,20 @@ class Sync:
         return torch.stack((mean, var, count))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        self._take_part(dist.all_reduce, total)
-        return total
-
-    def differentiable_sum(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which can't look into `_Sum`
             return funcol.all_reduce(tensor, "sum", self.group)
         total: Tensor = _Sum.apply(tensor, self)
         return total
 
-    def _take_part(self, collective: Callable[..., Any], *tensors: Any) -> None:
+    def sum_in_place(self, tensor: Tensor) -> None:
         try:
-            collective(*tensors, group=self.group)
+            dist.all_reduce(tensor, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.name()} could not add up its statistics with the other processes: one of "
                 "them has failed, or has not come to this layer. Every process of the group must "
-                f"call it equally often, with an empty batch if it has no data. ({error})"
+                "call it equally often, with an empty batch if it has no data, and take part in "
+                f"every backward pass. ({error})"
             ) from error
 
 
@@ -62,7 +61,9 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(tensor: Tensor, sync: Sync) -> Tensor:
-        return sync.sum(tensor)
+        total = tensor.clone()
+        sync.sum_in_place(total)
+        return total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Sync], output: Tensor) -> None:
@@ -70,34 +71,40 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.sync.differentiable_sum(gradient), None
+        return ctx.sync.sum(gradient), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        total: Tensor = ctx.sync.differentiable_sum(tangent)
+        total: Tensor = ctx.sync.sum(tangent)
         return total
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, None], tensor: Tensor, sync: Sync
     ) -> tuple[Tensor, int | None]:
-        return sync.differentiable_sum(tensor), in_dims[0]
+        return sync.sum(tensor), in_dims[0]
 
 
 def group_of(sync: Any) -> Group | None:
     """The process group that a `sync` argument means; None where there is nobody to share with."""
     if sync is None or sync is False:
         return None
+    if sync is not True:
+        _check(sync)
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if sync is True else sync
-    if not isinstance(group, dist.ProcessGroup):
-        if group is dist.GroupMember.NON_GROUP_MEMBER:
-            raise ValueError(
-                f"sync must be a process group that this process is in, but rank {dist.get_rank()} "
-                "is not. Use the group that it was given in torch.distributed.new_group."
-            )
-        raise TypeError(
-            f"sync must be True, False, None or a torch.distributed.ProcessGroup, but got {sync!r}."
-        )
     return group if dist.get_world_size(group) > 1 else None
+
+
+def _check(group: Any) -> None:
+    if not dist.is_available() or isinstance(group, dist.ProcessGroup):
+        return
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"sync must be a process group that this process is in, but rank {dist.get_rank()} "
+            "is not. Use the group that it was given in torch.distributed.new_group."
+        )
+    raise TypeError(
+        f"sync must be True, False, None or a torch.distributed.ProcessGroup, but got {group!r}."
+    )

@@ -321,9 +321,13 @@ class SyncBatchNorm(_Layer):
 
     It normalizes (N, C, ...) as one process would normalize all the processes' batches joined,
     exactly, however many elements each has, none included; and so are its gradients those of the
-    sum of the processes' losses, to any order. Forward, a training step gathers 3 float64 numbers
-    of each channel from each process; backward, it adds up 2. In evaluation, with one process and
+    sum of the processes' losses, to any order. Forward, a training step adds up 3 float64 numbers
+    of each channel and process; backward, 2 of each channel. In evaluation, with one process and
     without torch.distributed there is nothing to share, and it works like the other layers.
+
+    The processes wait for each other: each must do the same steps, forward and backward. One that
+    has no data calls the layer with an empty batch; one of which no gradient is asked, because
+    neither its input nor the layer's parameters require one, keeps the others waiting.
 
     Parameters
     ----------
@@ -374,12 +378,14 @@ class SyncBatchNorm(_Layer):
         paths = [
             path
             for each in gc.get_objects()
-            if issubclass(type(each), torch.nn.Module) and each is not self
+            if issubclass(type(each), torch.nn.Module) and "_modules" in vars(each)
             for path, module in each.named_modules()
-            if module is self
+            if module is self and path
         ]
         path = max(paths, key=len, default="")
         at = f" {path!r}" if path else ""
+        if self.num_batches_tracked is None:
+            return f"{type(self).__name__}{at}"
         return f"{type(self).__name__}{at} (after {int(self.num_batches_tracked)} batches)"
 
 
