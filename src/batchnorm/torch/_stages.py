@@ -190,10 +190,13 @@ def _one_that_does_not_count(inputs: Inputs) -> Inputs:
 
     With it, x has a part in every sum over the processes, forward and backward.
     """
-    x = inputs.x
+    x, residual = inputs.x, inputs.residual
     padding = [each for size in reversed(x.shape) for each in (0, int(size == 0))]
-    weights = x.new_zeros([1] * x.ndim)
-    return inputs._replace(x=F.pad(x, padding), residual=None, weights=weights)
+    return inputs._replace(
+        x=F.pad(x, padding),
+        residual=None if residual is None else F.pad(residual, padding),
+        weights=x.new_zeros([1] * x.ndim),
+    )
 
 
 # ---- for autograd
@@ -292,6 +295,8 @@ def _differentiable_gradients(
     ]
     if ctx.has_residual and inputs.residual is None:
         gradients[3] = dy
+        if dy is not None and inputs.weights is not None:
+            gradients[3] = torch.where((inputs.weights > 0) | inputs.x.isfinite(), dy, 0.0)
     return gradients
 
 
