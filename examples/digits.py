@@ -83,7 +83,9 @@ class Training(Protocol):
     def test(self, data: Digits) -> None: ...
 
 
-def train(trainings: dict[str, Training], data: Digits, options: argparse.Namespace) -> None:
+def train(
+    trainings: dict[str, Training], data: Digits, options: argparse.Namespace, shown: bool = True
+) -> None:
     columns = (
         TextColumn("{task.description:27}"),
         BarColumn(bar_width=12),
@@ -93,7 +95,7 @@ def train(trainings: dict[str, Training], data: Digits, options: argparse.Namesp
     )
     epochs = 1 if options.quick else options.epochs
     steps = epochs * (TRAIN // options.batch_size)
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not shown) as progress:
         tasks = {
             name: progress.add_task(name, total=steps, loss="", accuracy="") for name in trainings
         }

@@ -13,6 +13,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 IN_MLX = ("batchnorm.mlx.BatchNorm", "mlx.nn.BatchNorm", "no normalization")
 IN_JAX = "batchnorm.flax.nn.BatchNorm"
+IN_TORCH = "batchnorm.torch.BatchNorm2d"
+ALONE = {"digits_mlx.py": IN_MLX, "digits_jax.py": [IN_JAX], "digits_torch.py": [IN_TORCH]}
 
 
 def run(program, *arguments, cwd):
@@ -97,11 +99,11 @@ def test_demo_draws_a_picture(quick):
     assert len(np.unique(pixels[..., 0])) > 50
 
 
-@pytest.mark.parametrize("program", ["digits_mlx.py", "digits_jax.py"])
+@pytest.mark.parametrize("program", ALONE)
 def test_digits_of_one_framework_run_alone(program, tmp_path):
     finished = run(program, "--quick", "--batch-size", "300", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    for name in IN_MLX if program == "digits_mlx.py" else [IN_JAX]:
+    for name in ALONE[program]:
         assert re.search(rf"{re.escape(name)} .* 4/4 loss \d.* accuracy \d", finished.stdout)
     assert not list(tmp_path.iterdir())
 
@@ -147,6 +149,18 @@ def test_losses_in_mlx_and_in_jax_lie_on_each_other(demo, digits_mlx):
     assert ours.losses[-1] < ours.losses[0] / 1.5
     assert in_jax.losses == pytest.approx(ours.losses, rel=0, abs=1e-3)
     assert in_jax.accuracy == pytest.approx(ours.accuracy, abs=0.05)
+
+
+def test_losses_in_torch_are_those_of_mlx_in_any_number_of_processes(demo, digits_mlx):
+    digits_torch = importlib.import_module("digits_torch")
+    one, two = (
+        digits_torch.run(argparse.Namespace(quick=True, batch_size=65, seed=0, processes=processes))
+        for processes in (1, 2)  # two have 33 and 32 digits of each batch
+    )
+    in_mlx = train(digits_mlx, batch_size=65)[IN_MLX[0]].losses
+    assert len(in_mlx) == 20
+    assert one == pytest.approx(in_mlx, rel=0, abs=1e-3)
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_networks_start_from_the_same_weights(demo, digits, digits_mlx):
