@@ -257,6 +257,11 @@ def torch_running(present: bool) -> None:
         raise ValueError("Expected running_mean and running_var to be defined when training=False")
 
 
+def torch_both_running(mean_is_none: bool, var_is_none: bool) -> None:
+    if mean_is_none != var_is_none:
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+
+
 def torch_dtype(name: str, dtype: object, x_dtype: object, fits: bool) -> None:
     if not fits:
         raise TypeError(

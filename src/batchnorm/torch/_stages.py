@@ -102,6 +102,7 @@ def move_running(
         and _is_in_native_memory(running_mean)
         and _is_in_native_memory(running_var)
         and statistics.dtype == torch.float64
+        and running_mean.dtype == running_var.dtype
     ):
         _cpu.update_running(
             running_mean.numel(),
@@ -524,7 +525,7 @@ class _Native:
         return dx, g
 
     def per_feature(self, number: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.empty(number, *self.feature_shape, dtype=dtype)
+        return self.x.new_empty((number, *self.feature_shape), dtype=dtype)
 
 
 _CODES = {} if _cpu is None else {getattr(torch, name): code for name, code in _cpu.DTYPES.items()}

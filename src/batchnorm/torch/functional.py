@@ -54,6 +54,7 @@ def batch_norm(
     tensor([0.2000, 4.0000])
     """
     problem, inputs = checked(input, weight, bias, 1, eps, None, None, None)
+    checks.torch_both_running(running_mean is None, running_var is None)
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is not None:
             check_parameter(name, value, input, problem.features)

@@ -53,10 +53,16 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         **keywords: Any,
     ) -> None:
         super().__init__(*arguments, **keywords)
+        self._add(activation, skip_nonfinite)
+
+    def _add(self, activation: str | None, skip_nonfinite: bool) -> None:
+        """What these layers have and torch.nn's have not."""
         self.activation = checks.activation(activation)
         self.skip_nonfinite = skip_nonfinite
         if skip_nonfinite:
-            skipped = torch.tensor(0, device=keywords.get("device"))
+            skipped = (
+                torch.zeros_like(self.num_batches_tracked) if self.track_running_stats else None
+            )
             self.register_buffer("num_batches_skipped", skipped, persistent=False)
 
     def forward(
@@ -86,25 +92,26 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             if another process of a `SyncBatchNorm` does not take part.
         """
         self._check_input_dim(input)
-        problem, inputs = self._checked(input, residual, mask)
-        moves = self.training and self.track_running_stats
-        moves = moves if self.update_running is None else self.update_running
-        # An empty batch says nothing; one that checkpointing computes again, nothing new.
-        is_empty = input.numel() == 0 and problem.sync is None
-        moves = moves and not is_empty and not _is_in_backward_pass()
-        if self._normalizes_by_running():
-            running = self.running_mean, self.running_var
-            if _is_exported():
-                return self._exported(inputs)
-            y = _stages.batch_norm(problem, inputs, running)[0]
-            if moves:
-                self._move_running(_stages.batch_statistics(problem, inputs), mask, problem.sync)
-            return y
-        if _is_exported() and torch.onnx.is_in_onnx_export():
+        by_running, moves = self._normalizes_by_running(), self._moves_running()
+        if by_running and not moves and _is_exporting():
+            return self._exported(input, residual)
+        if _is_traced() and torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 f"{type(self).__name__} can be exported to ONNX in evaluation mode only: call "
                 "eval() on the model first."
             )
+        problem, inputs = self._checked(input, residual, mask)
+        # An empty batch says nothing; one that checkpointing computes again, nothing new.
+        is_empty = input.numel() == 0 and problem.sync is None
+        moves = moves and not is_empty and not _is_in_backward_pass()
+        if by_running:
+            running = self.running_mean, self.running_var
+            y = _stages.batch_norm(problem, inputs, running)[0]
+            if moves:
+                with torch.no_grad():
+                    statistics = _stages.batch_statistics(problem, inputs)
+                self._move_running(statistics, mask, problem.sync)
+            return y
         if problem.sync is None:
             checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
         y, statistics = _stages.batch_norm(problem, inputs)
@@ -163,7 +170,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         self._elements_tracked = None
-        if self.skip_nonfinite:
+        if self.skip_nonfinite and self.track_running_stats:
             self.num_batches_skipped.zero_()
 
     def extra_repr(self) -> str:
@@ -200,11 +207,20 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         checks.floating("input", dtype, dtype.is_floating_point)
         checks.number_of_channels(shape[1], self.num_features, shape)
         weight, bias = self.weight, self.bias
-        for name, each in (("weight", weight), ("bias", bias), ("running_mean", self.running_mean)):
-            if each is not None and (each.dtype != dtype or each.device != device):
+        channels = shape[1:2]
+        for name, each in (
+            ("weight", weight),
+            ("bias", bias),
+            ("running_mean", self.running_mean),
+            ("running_var", self.running_var),
+        ):
+            if each is not None and (
+                each.dtype != dtype or each.device != device or each.shape != channels
+            ):
+                checks.feature_shape(name, each.shape, channels, shape)
                 checks.same_device(name, each.device, device, "input")
                 halved = each.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
-                checks.torch_dtype(name, each.dtype, dtype, halved)
+                checks.torch_dtype(name, each.dtype, dtype, each.dtype == dtype or halved)
         if residual is not None:
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
@@ -217,39 +233,52 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             return self.normalize_by == "running"
         return not self.training and self.running_mean is not None
 
+    def _moves_running(self) -> bool:
+        if self.running_mean is None:
+            return False
+        if self.update_running is not None:
+            return self.update_running
+        return self.training and self.track_running_stats
+
     def _sync(self) -> Sync | None:
         return None
 
-    def _exported(self, inputs: Inputs) -> Tensor:
+    def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """As the operators that an exporter knows."""
         y = F.batch_norm(
-            inputs.x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
-        y = y if inputs.residual is None else y + inputs.residual
+        y = y if residual is None else y + residual.to(y.dtype)
         return y if self.activation is None else getattr(F, self.activation)(y)
 
     def _move_running(self, statistics: Tensor, mask: Tensor | None, sync: Sync | None) -> None:
         tracked: Tensor | int = 1
+        finite: Tensor | None = None
         if self.skip_nonfinite:
             # Without a count they change nothing.
             statistics = statistics.detach()
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
-            self.num_batches_skipped.add_(~finite)
         if self.skip_nonfinite or mask is not None or sync is not None:
             tracked = (statistics[2] > 0).any()
         rate: float | Tensor
         if self.momentum is None:
             count = statistics[2].detach()
             before = self._elements_tracked
-            before = self.num_batches_tracked * count if before is None else before.to(count)
-            self._elements_tracked = before + count
-            rate = count / torch.where(self._elements_tracked == 0, 1.0, self._elements_tracked)
+            is_transformed = torch._C._are_functorch_transforms_active()
+            if before is None or is_transformed:
+                before = self.num_batches_tracked * count
+            tracked_now = before.to(count) + count
+            if not is_transformed:  # or a value would escape from the transformation
+                self._elements_tracked = tracked_now
+            rate = count / torch.where(tracked_now == 0, 1.0, tracked_now)
         else:
             rate = _CONVENTION.rate(checks.fraction("momentum", self.momentum))
         try:
             _stages.move_running(self.running_mean, self.running_var, statistics, rate)
             self.num_batches_tracked.add_(tracked)
+            if finite is not None:
+                self.num_batches_skipped.add_(~finite)
         except RuntimeError as error:
             if not torch._C._are_functorch_transforms_active():
                 raise
@@ -389,29 +418,45 @@ class SyncBatchNorm(_Layer):
         return f"{type(self).__name__}{at} (after {int(self.num_batches_tracked)} batches)"
 
 
-class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d, BatchNorm1d):
+class _Lazy:
+    """Before torch.nn's own lazy layer, whose constructor takes its arguments alone."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        activation: str | None = None,
+        skip_nonfinite: bool = False,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self._add(activation, skip_nonfinite)  # type: ignore[attr-defined]
+
+
+class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):
     """`torch.nn.LazyBatchNorm1d`: a `BatchNorm1d` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d, BatchNorm2d):
+class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d, BatchNorm2d):
     """`torch.nn.LazyBatchNorm2d`: a `BatchNorm2d` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d, BatchNorm3d):
+class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d, BatchNorm3d):
     """`torch.nn.LazyBatchNorm3d`: a `BatchNorm3d` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm3d
 
 
-def _is_exported() -> bool:
-    """Whether torch.export or an exporter to ONNX, the older one by tracing, looks at the layer."""
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
+def _is_exporting() -> bool:
+    return _is_traced() or torch.compiler.is_exporting()
+
+
+def _is_traced() -> bool:
+    """By torch.jit.trace, or by the older exporter to ONNX."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def _is_in_backward_pass() -> bool:

@@ -1,0 +1,811 @@
+"""batchnorm.torch's layers against torch.nn's: what they are, what they keep, what they compute."""
+
+import copy
+import io
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import batchnorm.torch as bt
+
+LAYERS = [
+    (bt.BatchNorm1d, nn.BatchNorm1d, (6, 4)),
+    (bt.BatchNorm1d, nn.BatchNorm1d, (6, 4, 5)),
+    (bt.BatchNorm2d, nn.BatchNorm2d, (3, 4, 5, 6)),
+    (bt.BatchNorm3d, nn.BatchNorm3d, (2, 4, 3, 2, 5)),
+]
+CLASSES = LAYERS[1:]
+IDS = ["1d-NC", "1d-NCL", "2d", "3d"]
+
+
+def tensor(*shape, dtype=torch.float64, seed=0):
+    random = np.random.default_rng(seed)
+    return torch.from_numpy(random.normal(size=shape) * 2 + 3).to(dtype)
+
+
+def close(got, wanted, tolerance=1e-11):
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def state(layer):
+    """A copy of all that a layer keeps, by name."""
+    return {
+        name: each.clone() for name, each in (*layer.named_parameters(), *layer.named_buffers())
+    }
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        assert torch.equal(one[name], other[name]), name
+
+
+def saved_and_loaded(value, **keywords):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **keywords)
+
+
+def with_parameters(layer, seed=7):
+    """The layer, with weights and running statistics that are not the initial ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for each in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+            if each is not None:
+                each.copy_(torch.rand(each.shape, generator=generator) + 0.5)
+    return layer
+
+
+# ---- construction
+
+
+ARGUMENTS = [
+    ((4,), {}),
+    ((4, 1e-3), {}),
+    ((4, 1e-3, 0.3), {}),
+    ((4, 1e-3, None), {}),
+    ((4, 1e-3, 0.3, False), {}),
+    ((4, 1e-3, 0.3, True, False), {}),
+    ((4, 1e-3, 0.3, False, False), {}),
+    ((4, 1e-3, 0.3, True, True, "meta"), {}),
+    ((4, 1e-3, 0.3, True, True, "cpu", torch.float64), {}),
+    ((), {"num_features": 4, "eps": 0.1, "momentum": 0.2, "affine": False}),
+    ((4,), {"track_running_stats": False}),
+    ((4,), {"device": "meta", "dtype": torch.bfloat16}),
+    ((4,), {"bias": False}),
+    ((4,), {"affine": False, "bias": True}),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
+@pytest.mark.parametrize(("arguments", "keywords"), ARGUMENTS, ids=str)
+def test_constructor_is_that_of_torch(ours, theirs, shape, arguments, keywords):
+    one, other = ours(*arguments, **keywords), theirs(*arguments, **keywords)
+    assert repr(one) == repr(other)
+    for name in ("num_features", "eps", "momentum", "affine", "track_running_stats", "training"):
+        assert getattr(one, name) == getattr(other, name)
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert [name for name, _ in one.named_buffers()] == [name for name, _ in other.named_buffers()]
+    for name, wanted in other.state_dict().items():
+        got = one.state_dict()[name]
+        assert (got.shape, got.dtype, got.device) == (wanted.shape, wanted.dtype, wanted.device)
+        assert wanted.is_meta or torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
+@pytest.mark.parametrize(
+    ("arguments", "keywords"),
+    [((), {}), ((4, 1, 1, True, True, None, None, True), {}), ((4,), {"epsilon": 1}), (("x",), {})],
+    ids=str,
+)
+def test_constructor_refuses_what_torch_refuses(ours, theirs, shape, arguments, keywords):
+    for kind in (ours, theirs):
+        with pytest.raises(TypeError):
+            kind(*arguments, **keywords)
+
+
+def test_our_own_arguments_are_keywords():
+    layer = bt.BatchNorm2d(3, activation="silu", skip_nonfinite=True)
+    assert repr(layer) == (
+        "BatchNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, "
+        "activation=silu, skip_nonfinite=True)"
+    )
+    assert "normalize_by=batch, update_running=True" in repr(
+        layer.freeze(normalize_by="batch", update_running=True)
+    )
+    with pytest.raises(ValueError, match='activation must be None, "relu" or "silu", but got'):
+        bt.BatchNorm2d(3, activation="gelu")
+
+
+def message(layer, x):
+    """Of the ValueError that the call raises; None if it raises none."""
+    try:
+        layer(x)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
+def test_ranks_and_messages_are_those_of_torch(ours, theirs, shape):
+    for rank, training in itertools.product(range(1, 7), (True, False)):
+        x = torch.ones((2, 4, 1, 1, 1, 1)[:rank]) if rank > 1 else torch.ones(4)
+        got, wanted = (message(kind(4).train(training), x) for kind in (ours, theirs))
+        assert got == wanted
+        assert got is None or f"got {rank}D input" in got
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1)])
+def test_one_value_a_channel_is_refused_as_by_torch(shape):
+    layer, x = bt.BatchNorm1d(4), torch.ones(shape)
+    before = state(layer)
+    assert message(layer, x).startswith("Expected more than 1 value per channel when training")
+    assert message(layer, x) == message(nn.BatchNorm1d(4), x)
+    same(state(layer), before)
+    assert layer.eval()(x).shape == shape
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
+def test_an_instance_of_the_class_of_torch(ours, theirs, shape):
+    assert isinstance(ours(4), theirs)
+    assert issubclass(ours, theirs)
+
+
+# ---- state
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
+def test_state_dict_goes_both_ways(ours, theirs, shape):
+    for kinds in ((ours, theirs), (theirs, ours)):
+        one = with_parameters(kinds[0](4))
+        one(tensor(*shape, dtype=torch.float32))
+        loaded = saved_and_loaded(one.state_dict(), weights_only=True)
+        other = kinds[1](4)
+        other.load_state_dict(loaded, strict=True)
+        same(state(one), state(other))
+        assert other.num_batches_tracked == 1
+        missing = {name: each for name, each in loaded.items() if name != "running_var"}
+        with pytest.raises(RuntimeError, match="running_var"):
+            other.load_state_dict(missing)
+
+
+def test_a_state_dict_from_before_num_batches_tracked_loads():
+    old = nn.BatchNorm1d(3).state_dict()
+    del old["num_batches_tracked"]
+    old._metadata[""]["version"] = 1
+    bt.BatchNorm1d(3).load_state_dict(old)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: saved_and_loaded(layer, weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies_go_on_alike_and_apart(copied):
+    layer = bt.BatchNorm1d(4, momentum=None, activation="relu", skip_nonfinite=True)
+    layer(tensor(5, 4, dtype=torch.float32))
+    layer.freeze(normalize_by=None, update_running=True)
+    other = copied(layer)
+    assert repr(other) == repr(layer)
+    same(state(layer), state(other))
+    before = state(layer)
+    x = tensor(9, 4, dtype=torch.float32, seed=1)
+    y = other(x)
+    same(state(layer), before)
+    assert torch.equal(layer(x), y)
+    same(state(layer), state(other))
+
+
+def test_to_moves_everything():
+    layer = bt.BatchNorm1d(3, skip_nonfinite=True).to("meta")
+    assert all(each.is_meta for each in state(layer).values())
+    x = torch.ones(4, 3, device="meta")
+    assert layer(x, mask=torch.ones(4, 1, device="meta")).is_meta
+    layer = bt.BatchNorm1d(3, 1e-5, 0.1, True, True, "meta", skip_nonfinite=True)
+    assert layer.num_batches_skipped.is_meta
+    layer = bt.BatchNorm1d(3, momentum=None)
+    layer(tensor(4, 3, dtype=torch.float32))
+    layer.double()(tensor(4, 3))
+    assert layer.running_mean.dtype == torch.float64
+
+
+def test_the_default_device_is_not_that_of_the_input():
+    x = tensor(5, 3, dtype=torch.float32).requires_grad_()
+    layer = bt.BatchNorm1d(3)
+    with torch.device("meta"):
+        y = layer(x, mask=torch.ones(5, 1, device="cpu"))
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    wanted = bt.BatchNorm1d(3)(x)
+    assert torch.equal(y, wanted)
+    assert torch.equal(gradient, torch.autograd.grad(wanted.square().sum(), x)[0])
+
+
+# ---- numbers
+
+
+def _layouts(shape):
+    """Tensors of one shape, which lie differently in memory."""
+    x = tensor(*shape)
+    gaps = tensor(*shape[:-1], 2 * shape[-1])[..., ::2]
+    apart = tensor(shape[0], 2 * shape[1], *shape[2:])[:, 1::2]
+    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    backwards = x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
+    return {
+        "contiguous": x,
+        "channels last": last,
+        "gaps": gaps,
+        "gaps between channels": apart,
+        "gaps, channels last": apart.movedim(1, -1).contiguous()[::1].movedim(-1, 1),
+        "transposed": backwards,
+        "offset": tensor(shape[0] + 1, *shape[1:])[1:],
+        "expanded batch": x[:1].expand(shape),
+        "expanded": x[..., :1].expand(shape),
+        "expanded, channels last": last[:1].expand(shape),
+    }
+
+
+@pytest.mark.parametrize("layout", _layouts((2, 2)))
+@pytest.mark.parametrize(("ours", "theirs", "shape"), LAYERS, ids=IDS)
+def test_every_number_is_that_of_torch(ours, theirs, shape, layout):
+    one, other = ours(4, dtype=torch.float64), theirs(4, dtype=torch.float64)
+    with_parameters(one), with_parameters(other)
+    base = _layouts(shape)[layout]
+    dy = tensor(*shape, seed=3)
+    for training in (True, True, True, False):
+        results = []
+        for layer in (one, other):
+            layer.train(training).zero_grad()
+            x = base.detach().requires_grad_()
+            y = layer(x)
+            y.backward(dy)
+            results.append([y, x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
+        # float64 leaves a constant batch's variance at a few roundings, which eps then divides.
+        for got, wanted in zip(*results, strict=True):
+            close(got, wanted, 1e-9)
+        y = results[0][0]
+        assert y.stride() == torch.empty_like(base).stride()  # as of an elementwise operation
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), LAYERS[2:], ids=IDS[2:])
+def test_output_keeps_the_memory_format_as_that_of_torch(ours, theirs, shape):
+    memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    for form, training in itertools.product((torch.contiguous_format, memory_format), (0, 1)):
+        x = tensor(*shape, dtype=torch.float32).contiguous(memory_format=form)
+        one, other = ours(4).train(bool(training)), theirs(4).train(bool(training))
+        x.requires_grad_()
+        y = one(x, residual=torch.ones_like(x, memory_format=torch.contiguous_format))
+        assert y.is_contiguous(memory_format=form)
+        assert y.stride() == other(x).stride()
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert gradient.is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("keywords", [{"affine": False}, {"track_running_stats": False}], ids=str)
+def test_without_parameters_or_statistics(keywords):
+    one = bt.BatchNorm1d(4, dtype=torch.float64, **keywords)
+    other = nn.BatchNorm1d(4, dtype=torch.float64, **keywords)
+    for training in (True, False):
+        x = tensor(7, 4)
+        close(one.train(training)(x), other.train(training)(x))
+    assert state(one).keys() == state(other).keys()
+
+
+def test_as_patched_for_functorch():
+    one = torch.func.replace_all_batch_norm_modules_(bt.BatchNorm1d(4, dtype=torch.float64))
+    x = tensor(3, 7, 4)
+    wanted = nn.BatchNorm1d(4, track_running_stats=False, dtype=torch.float64)
+    close(torch.vmap(one)(x), torch.stack([wanted(each) for each in x]))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3), (2, 4, 0)])
+def test_an_empty_batch_changes_nothing(shape):
+    layer = with_parameters(bt.BatchNorm1d(4, momentum=None, skip_nonfinite=True))
+    before = state(layer)
+    for training in (True, False):
+        x = torch.zeros(shape, requires_grad=True)
+        y = layer.train(training)(x, residual=x, mask=torch.ones(shape))
+        assert y.shape == shape
+        y.sum().backward()
+        assert x.grad.shape == shape
+        assert torch.equal(layer.weight.grad, torch.zeros(4))
+    same(state(layer), before)
+    layer.freeze(update_running=True)(x)
+    same(state(layer), before)
+
+
+def test_all_zero_mask_is_an_empty_batch():
+    for momentum in (0.1, None):
+        layer = with_parameters(bt.BatchNorm1d(4, momentum=momentum))
+        before = state(layer)
+        layer(tensor(6, 4, dtype=torch.float32), mask=torch.zeros(6, 1))
+        same(state(layer), before)
+        assert layer.num_batches_tracked == 0
+
+
+def test_inference_mode():
+    x = tensor(5, 3, dtype=torch.float32)
+    one, other = bt.BatchNorm1d(3), nn.BatchNorm1d(3)
+    with torch.inference_mode():
+        one(x), other(x)
+        inner = bt.BatchNorm1d(3)
+        inner(x)
+    same(state(inner), state(one))
+    one(x), other(x)
+    for got, wanted in zip(one.buffers(), other.buffers(), strict=True):
+        close(got, wanted, 1e-6)
+
+
+# ---- activation, residual and mask
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", [None, "other", "broadcast", "x itself"])
+def test_residual_and_activation(activation, training, which):
+    after = {None: nn.Identity(), "relu": nn.ReLU(), "silu": nn.SiLU()}[activation]
+    one = with_parameters(bt.BatchNorm2d(4, activation=activation, dtype=torch.float64))
+    other = with_parameters(nn.BatchNorm2d(4, dtype=torch.float64))
+    results = []
+    for layer in (one.train(training), other.train(training)):
+        x = tensor(3, 4, 5, 6).requires_grad_()
+        z = tensor(*((4, 1, 6) if which == "broadcast" else x.shape), seed=1).requires_grad_()
+        residual = {None: None, "x itself": x}.get(which, z)
+        if layer is one:
+            y = layer(x, residual=residual)
+        else:
+            y = after(layer(x) if residual is None else layer(x) + residual)
+        y.backward(tensor(3, 4, 5, 6, seed=2))
+        results.append([y, x.grad, z.grad, layer.weight.grad, layer.bias.grad])
+    for got, wanted in zip(*results, strict=True):
+        if wanted is None:
+            assert got is None
+        else:
+            close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["bool", "weights"])
+@pytest.mark.parametrize("shape", [(8, 1, 5), (8, 4, 5), (1, 5), (8, 1, 1)])
+def test_mask(kind, shape):
+    mask = torch.from_numpy(np.random.default_rng(0).uniform(size=shape)) > 0.4
+    mask = mask if kind == "bool" else mask * tensor(*shape).abs()
+    x = tensor(8, 4, 5)
+    layer = bt.BatchNorm1d(4, dtype=torch.float64)
+    wanted = truth.batch_norm(x.numpy(), axis=1, mask=mask.numpy())
+    close(layer(x, mask=mask), torch.from_numpy(wanted.y), 1e-9)
+    mean, var, count = map(torch.from_numpy, (wanted.mean, wanted.var, wanted.count))
+    close(layer.running_mean, 0.1 * mean)
+    close(layer.running_var, 0.9 + 0.1 * var * count / (count - 1))
+    assert layer.num_batches_tracked == 1
+    assert torch.equal(layer.eval()(x, mask=mask), layer(x))  # of no consequence in evaluation
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+@pytest.mark.parametrize("shape", [(6, 4, 1), (6, 4, 300), (6, 4)])
+def test_a_bad_weight_makes_its_feature_nan(bad, shape):
+    weights = torch.ones(shape)
+    weights[(2, 1, 0)[: len(shape)]] = bad
+    x = tensor(*shape, dtype=torch.float32).requires_grad_()
+    layer = bt.BatchNorm1d(4)
+    y = layer(x, mask=weights)
+    y.square().sum().backward()
+    for each in (y, x.grad):
+        assert each[:, 1].isnan().all()
+        assert each[:, [0, 2, 3]].isfinite().all()
+    assert (layer.running_mean != 0).tolist() == [
+        True,
+        False,
+        True,
+        True,
+    ]  # no part of such a batch
+    assert bt.batch_statistics(x, axis=1, mask=weights[:, :1] * 0 + bad).count.isnan().all()
+
+
+def test_a_mask_with_a_gradient():
+    x, w = tensor(6, 4), torch.ones(6, 1, dtype=torch.float64, requires_grad=True)
+    one, other = bt.BatchNorm1d(4, dtype=torch.float64), nn.BatchNorm1d(4, dtype=torch.float64)
+    close(one(x, mask=w), other(x))
+    for got, wanted in zip(one.buffers(), other.buffers(), strict=True):
+        close(got, wanted)
+    one, x = bt.BatchNorm1d(4), x.float()
+    one(x, mask=w.float())
+    close(one.running_mean.double(), other.running_mean, 1e-6)
+
+
+# ---- running statistics
+
+
+def test_momentum_none_pools_batches_by_their_counts():
+    layer = bt.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    batches = [tensor(n, 3, seed=n) + n for n in (5, 2, 9)]
+    for batch in batches:
+        layer(batch)
+    counts = [len(batch) for batch in batches]
+    variances = sum(n * batch.var(0) for n, batch in zip(counts, batches, strict=True))
+    close(layer.running_mean, torch.cat(batches).mean(0))
+    close(layer.running_var, variances / sum(counts))
+    assert layer.num_batches_tracked == 3
+    layer.reset_running_stats()
+    layer(batches[0])
+    close(layer.running_mean, batches[0].mean(0))
+
+
+def test_momentum_none_counts_each_feature_by_its_mask():
+    layer = bt.BatchNorm1d(2, momentum=None, dtype=torch.float64)
+    first = torch.tensor([[1, 1], [3, 3]], dtype=torch.float64)
+    second = torch.tensor([[5, 5], [7, 9]], dtype=torch.float64)
+    layer(first)
+    layer(torch.cat([second, second]), mask=torch.tensor([[1, 1], [1, 1], [0, 1], [0, 1]]).bool())
+    close(layer.running_mean, torch.tensor([4, (2 * 2 + 4 * 7) / 6], dtype=torch.float64))
+
+
+def test_momentum_none_of_equal_batches_is_that_of_torch():
+    one, other = (
+        kind(3, momentum=None, dtype=torch.float64) for kind in (bt.BatchNorm1d, nn.BatchNorm1d)
+    )
+    for seed in range(6):
+        if seed == 3:  # after which ours knows num_batches_tracked alone
+            one.load_state_dict(other.state_dict())
+        one(tensor(4, 3, seed=seed)), other(tensor(4, 3, seed=seed))
+        for got, wanted in zip(one.buffers(), other.buffers(), strict=True):
+            close(got, wanted)
+
+
+def test_update_bn_of_unequal_batches():
+    model = nn.Sequential(bt.BatchNorm1d(3, dtype=torch.float64))
+    model(tensor(4, 3))
+    batches = [tensor(n, 3, seed=n) for n in (256, 256, 4)]
+    torch.optim.swa_utils.update_bn(batches, model)
+    close(model[0].running_mean, torch.cat(batches).mean(0))
+    assert model[0].momentum == 0.1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_skip_nonfinite(bad, momentum):
+    good, spoiled = tensor(6, 4, dtype=torch.float32), tensor(6, 4, dtype=torch.float32, seed=1)
+    spoiled[3, 2] = bad
+    layer = bt.BatchNorm1d(4, momentum=momentum, skip_nonfinite=True)
+    layer(good)
+    before = state(layer)
+    for count in (1, 2):
+        layer(spoiled)
+        after = state(layer)
+        assert after.pop("num_batches_skipped") == count
+        same(after, {name: each for name, each in before.items() if name in after})
+    layer(spoiled, mask=spoiled.isfinite())
+    assert layer.running_mean.isfinite().all()
+    assert (layer.num_batches_tracked, layer.num_batches_skipped) == (2, 2)
+    layer(good)
+    assert (layer.num_batches_tracked, layer.num_batches_skipped) == (3, 2)
+    layer.reset_running_stats()
+    assert layer.num_batches_skipped == 0
+
+    usual, theirs = bt.BatchNorm1d(4), nn.BatchNorm1d(4)
+    usual(spoiled), theirs(spoiled)
+    assert torch.equal(usual.running_mean.isfinite(), theirs.running_mean.isfinite())
+
+
+def test_skip_nonfinite_skips_as_if_the_batch_had_not_been():
+    batches = [tensor(n, 3, seed=n) for n in (5, 4, 9)]
+    one, other = (bt.BatchNorm1d(3, momentum=None, skip_nonfinite=skip) for skip in (True, False))
+    one.double(), other.double()
+    for batch in batches:
+        if len(batch) == 4:
+            one(batch * float("nan"))
+        else:
+            one(batch), other(batch)
+    close(one.running_mean, other.running_mean)
+    close(one.running_var, other.running_var)
+    bt.BatchNorm1d(3, track_running_stats=False, skip_nonfinite=True)(torch.ones(2, 3))
+
+
+# ---- freezing
+
+
+SWITCHES = list(itertools.product(("running", "batch", None), (True, False, None), (True, False)))
+
+
+@pytest.mark.parametrize(("normalize_by", "update_running", "training"), SWITCHES)
+def test_freezing(normalize_by, update_running, training):
+    layer = with_parameters(bt.BatchNorm1d(4, dtype=torch.float64)).train(training)
+    assert layer.freeze(normalize_by=normalize_by, update_running=update_running) is layer
+    x, before = tensor(6, 4), state(layer)
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    by_batch = training if normalize_by is None else normalize_by == "batch"
+    wanted = nn.functional.batch_norm(
+        x,
+        *((None, None) if by_batch else (mean, var)),
+        layer.weight,
+        layer.bias,
+        training=by_batch,
+    )
+    close(layer(x), wanted)
+    if training if update_running is None else update_running:
+        close(layer.running_mean, 0.9 * mean + 0.1 * x.mean(0))
+        close(layer.running_var, 0.9 * var + 0.1 * x.var(0))
+        assert layer.num_batches_tracked == 1
+    else:
+        same(state(layer), before)
+
+
+def test_frozen_by_default_is_evaluation_for_good():
+    model = nn.Sequential(nn.Linear(3, 4), bt.BatchNorm1d(4).freeze())
+    x = torch.randn(6, 3)
+    wanted, before = model.eval()(x), state(model[1])
+    for frozen in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        frozen.train()
+        assert torch.equal(frozen(x), wanted)
+        same(state(frozen[1]), before)
+    model(x).square().sum().backward()
+    assert model[1].weight.grad.abs().min() > 0  # its parameters learn, if they require gradients
+    model[1].unfreeze()
+    assert not torch.equal(model(x), wanted)
+    assert model[1].num_batches_tracked == 1
+
+
+def test_freezing_is_in_the_state_dict_and_torch_loads_it():
+    frozen = nn.ModuleDict({"norm": bt.BatchNorm1d(4).freeze(update_running=True)})
+    loaded = saved_and_loaded(frozen.state_dict(), weights_only=True)
+    fresh = nn.ModuleDict({"norm": bt.BatchNorm1d(4)})
+    fresh.load_state_dict(loaded)
+    assert (fresh["norm"].normalize_by, fresh["norm"].update_running) == ("running", True)
+    nn.ModuleDict({"norm": nn.BatchNorm1d(4)}).load_state_dict(loaded, strict=True)
+    # What was never frozen says nothing about what is.
+    fresh.load_state_dict(nn.ModuleDict({"norm": bt.BatchNorm1d(4)}).state_dict())
+    assert fresh["norm"].normalize_by == "running"
+    fresh["norm"].unfreeze()
+    assert (fresh["norm"].normalize_by, fresh["norm"].update_running) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"normalize_by": "mean"}, "normalize_by must be one of 'running', 'batch', None, but got"),
+        ({"update_running": "no"}, "update_running must be one of True, False, None, but got 'no'"),
+    ],
+)
+def test_freezing_refuses(keywords, message):
+    layer = bt.BatchNorm1d(4)
+    with pytest.raises(ValueError, match=message):
+        layer.freeze(**keywords)
+    assert (layer.normalize_by, layer.update_running) == (None, None)
+
+
+def test_freezing_needs_running_statistics():
+    layer = bt.BatchNorm1d(4, track_running_stats=False)
+    for keywords in ({}, {"normalize_by": "batch", "update_running": True}):
+        with pytest.raises(ValueError, match="needs running statistics, but the layer was made"):
+            layer.freeze(**keywords)
+    layer.freeze(normalize_by="batch")
+
+
+# ---- dtypes
+
+ROUNDING = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+MIXES = [(dtype, dtype) for dtype in ROUNDING]
+MIXES += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "of_layer"), MIXES, ids=str)
+def test_dtypes(dtype, of_layer):
+    layer = bt.BatchNorm2d(4, dtype=of_layer)
+    x, dy = tensor(5, 4, 6, 7, dtype=dtype), tensor(5, 4, 6, 7, dtype=dtype, seed=1)
+    exact = nn.BatchNorm2d(4, dtype=torch.float64)
+    y, wanted = layer(x.requires_grad_()), exact(precise := x.detach().double().requires_grad_())
+    y.backward(dy), wanted.backward(dy.double())
+    assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (dtype, dtype, of_layer)
+    tolerance = ROUNDING[dtype]
+    close(y.double(), wanted, 3 * tolerance)
+    close(x.grad.double(), precise.grad, 3 * tolerance)
+    tolerance = ROUNDING[of_layer]
+    close(layer.weight.grad.double(), exact.weight.grad, 10 * tolerance)
+    for got, wanted in zip(layer.buffers(), exact.buffers(), strict=True):
+        close(got.double(), wanted.double(), 2 * tolerance)
+    assert [each.dtype for each in layer.buffers()] == [of_layer, of_layer, torch.int64]
+    close(layer.eval()(x).double(), exact.eval()(precise), 3 * ROUNDING[dtype] + tolerance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "of_layer"),
+    [pair for pair in itertools.product(ROUNDING, ROUNDING) if pair not in MIXES],
+    ids=str,
+)
+def test_other_mixes_are_refused(dtype, of_layer):
+    for keywords in ({}, {"affine": False}, {"track_running_stats": False}):
+        layer = bt.BatchNorm1d(4, dtype=of_layer, **keywords)
+        before = state(layer)
+        name = "running_mean" if keywords == {"affine": False} else "weight"
+        message = f"{name} must have the dtype {dtype} of input .* its dtype is {of_layer}"
+        with pytest.raises(TypeError, match=message):
+            layer(tensor(6, 4, dtype=dtype))
+        same(state(layer), before)
+
+
+def test_autocast():
+    norm = bt.BatchNorm2d(4, activation="relu")
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1))
+    x = tensor(2, 3, 5, 5, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = model[1](model[0](x))
+        loss = model(x).float().square().mean()
+    assert hidden.dtype == torch.bfloat16
+    loss.backward()
+    assert all(each.grad.dtype == torch.float32 for each in model.parameters())
+    assert model[1].running_var.dtype == torch.float32
+    close(hidden.float(), model[1](model[0](x)), 0.05)
+
+
+# ---- bad input
+
+
+GOOD = tensor(6, 4, dtype=torch.float32)
+META = torch.device("meta")
+
+# A name, attributes of the layer, the input, keywords of the call, the error and a piece of it.
+REFUSED = [
+    ("too few channels", {}, GOOD[:, :3], {}, ValueError, "num_features=4 channels, but it has 3"),
+    ("integers", {}, GOOD.int(), {}, TypeError, "input must be an array of real floating-point"),
+    ("complex", {}, GOOD.cfloat(), {}, TypeError, "input must be .* dtype is torch.complex64"),
+    ("elsewhere", {}, GOOD.to(META), {}, ValueError, "weight must be on the device meta of input"),
+    ("eps", {"eps": -1.0}, GOOD, {}, ValueError, "eps must be positive"),
+    ("eps None", {"eps": None}, GOOD, {}, TypeError, "eps must be a positive number"),
+    ("momentum", {"momentum": 1.5}, GOOD, {}, ValueError, r"momentum must be within \[0, 1\]"),
+    *(
+        (f"{name}, {what}", {name: value}, GOOD, {}, error, f"{name} must {message}")
+        for name in ("weight", "bias", "running_mean", "running_var")
+        for what, value, error, message in (
+            ("elsewhere", torch.ones(4, device=META), ValueError, "be on the device cpu of input"),
+            ("short", torch.ones(3), ValueError, r"have the feature shape \(4,\)"),
+            ("wide", torch.ones(4).double(), TypeError, "have the dtype torch.float32 of input"),
+        )
+    ),
+    *(
+        (f"{name}, {what}", {}, GOOD, {name: value}, error, f"{name} must {message}")
+        for name in ("residual", "mask")
+        for what, value, error, message in (
+            ("short", GOOD[:5], ValueError, "broadcast"),
+            ("larger", GOOD[None], ValueError, "broadcast"),
+            ("complex", GOOD.cfloat(), TypeError, "be an array of real floating-point numbers"),
+            ("a list", [1.0], TypeError, "be an instance of torch.Tensor, but got list"),
+            ("elsewhere", GOOD.to(META), ValueError, "be on the device cpu of"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case[0])
+@pytest.mark.parametrize("skip_nonfinite", [True, False])
+def test_bad_input_is_refused_and_changes_nothing(case, skip_nonfinite):
+    _, attributes, x, keywords, error, message = case
+    layer = bt.BatchNorm1d(4, skip_nonfinite=skip_nonfinite)
+    for name, value in attributes.items():
+        is_parameter = name in ("weight", "bias")
+        setattr(layer, name, nn.Parameter(value) if is_parameter else value)
+    before = state(layer)
+    with pytest.raises(error, match=message):
+        layer(x, **keywords)
+    for name, value in state(layer).items():
+        assert value.is_meta or torch.equal(value, before[name])
+
+
+# ---- torch.nn.functional's function
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_functional(training, affine):
+    results = []
+    for function in (bt.functional.batch_norm, nn.functional.batch_norm):
+        mean, var = tensor(4, seed=1), tensor(4, seed=2).abs()
+        weight, bias = (tensor(4, seed=3), tensor(4, seed=4)) if affine else (None, None)
+        y = function(tensor(6, 4, 5), mean, var, weight, bias, training, 0.3, 1e-3)
+        results.append((y, mean, var))
+    for got, wanted in zip(*results, strict=True):
+        close(got, wanted)
+
+
+def test_functional_without_running_statistics():
+    x = tensor(6, 4)
+    close(
+        bt.functional.batch_norm(x, None, None, training=True),
+        nn.functional.batch_norm(x, None, None, training=True),
+    )
+    mean, var = torch.zeros(4).double(), torch.ones(4)  # of two widths, in memory of two sizes
+    bt.functional.batch_norm(x, mean, var, training=True)
+    close(mean, 0.1 * x.mean(0))
+    close(var, (0.9 + 0.1 * x.var(0)).float(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        (
+            (None, None),
+            {},
+            "Expected running_mean and running_var to be defined when training=False",
+        ),
+        ((torch.zeros(4), None), {"training": True}, "must either both be None or neither be None"),
+        ((torch.zeros(3), torch.ones(4)), {"training": True}, "running_mean must have the feature"),
+        ((torch.zeros(4), torch.ones(5)), {}, "running_var must have the feature shape"),
+        ((None, None), {"training": True, "momentum": 2.0}, "momentum must be within"),
+        ((None, None), {"training": True, "eps": 0.0}, "eps must be positive"),
+    ],
+)
+def test_functional_refuses(arguments, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        bt.functional.batch_norm(tensor(6, 4, dtype=torch.float32), *arguments, **keywords)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        bt.functional.batch_norm(torch.ones(1, 4), None, None, training=True)
+
+
+# ---- lazy layers
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
+def test_lazy_layers(ours, theirs, shape):
+    name = f"Lazy{ours.__name__}"
+    keywords = {"eps": 1e-3, "momentum": 0.3, "dtype": torch.float64}
+    layer, other = getattr(bt, name)(activation="relu", **keywords), getattr(nn, name)(**keywords)
+    assert isinstance(layer, getattr(nn, name))
+    assert isinstance(layer, ours)
+    x = tensor(*shape)
+    close(layer(x), other(x).relu())
+    assert type(layer) is ours
+    for got, wanted in zip(state(layer).values(), state(other).values(), strict=True):
+        close(got, wanted)
+    skipping = getattr(bt, name)(skip_nonfinite=True, dtype=torch.float64)
+    skipping(x * float("nan"))
+    assert skipping.num_batches_skipped == 1
+
+
+# ---- any shape, any layout, any dtype
+
+
+@st.composite
+def _calls(draw):
+    shape = draw(st.lists(st.integers(1, 5), min_size=2, max_size=5))
+    shape[0] += 1
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.sampled_from([1, 1, 2])) for _ in shape]
+    expanded = [draw(st.sampled_from([False, False, False, True])) for _ in shape]
+    memory = [1 if e else n * step for n, step, e in zip(shape, steps, expanded, strict=True)]
+    x = tensor(*(memory[axis] for axis in order), seed=draw(st.integers(0, 99)))
+    x = x.permute(*(order.index(axis) for axis in range(len(shape))))
+    x = x[tuple(slice(None, None, 1 if e else s) for s, e in zip(steps, expanded, strict=True))]
+    return x.expand(shape), draw(st.sampled_from([*ROUNDING])), draw(st.booleans())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(_calls())
+def test_any_call_is_that_of_torch(call):
+    exact, dtype, training = call
+    narrow = torch.empty(exact.untyped_storage().nbytes() // 8, dtype=dtype)
+    narrow = narrow.copy_(exact.as_strided((len(narrow),), (1,), 0))
+    narrow = narrow.as_strided(exact.shape, exact.stride(), exact.storage_offset())
+    channels = exact.shape[1]
+    dy = tensor(*exact.shape, seed=5).to(dtype)
+    results = []
+    for function, x in (
+        (bt.functional.batch_norm, narrow.detach().requires_grad_()),
+        (nn.functional.batch_norm, narrow.double().detach().requires_grad_()),
+    ):
+        mean, var = torch.zeros(channels, dtype=x.dtype), torch.ones(channels, dtype=x.dtype)
+        weight, bias = (tensor(channels, seed=i).to(dtype).to(x.dtype) for i in (1, 2))
+        y = function(x, mean, var, weight, bias, training, eps=0.1)
+        y.backward(dy.to(x.dtype))
+        results.append([each.double() for each in (y, x.grad, mean, var)])
+    for got, wanted in zip(*results, strict=True):
+        close(got, wanted, 5 * ROUNDING[dtype])

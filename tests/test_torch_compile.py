@@ -1,0 +1,252 @@
+"""The PyTorch layers as programs: torch.compile, torch.export, ONNX."""
+
+import copy
+import io
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import batchnorm.torch as bt
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tensor(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 3
+
+
+def close(got, wanted, tolerance=1e-5):
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def trained_a_little(layer):
+    with torch.no_grad():
+        for i, each in enumerate((layer.weight, layer.bias, layer.running_mean, layer.running_var)):
+            each.copy_(torch.rand(each.shape, generator=torch.Generator().manual_seed(i)) + 0.5)
+    return layer
+
+
+# ---- torch.compile
+
+
+@pytest.mark.parametrize(
+    ("keywords", "call"),
+    [
+        ({}, ()),
+        ({"activation": "relu", "skip_nonfinite": True}, ("mask",)),
+        ({"activation": "silu", "momentum": None}, ("residual",)),
+    ],
+    ids=str,
+)
+def test_compiled_training_and_evaluation(keywords, call):
+    counter = CompileCounterWithBackend("aot_eager")
+    eager = bt.BatchNorm2d(4, **keywords)
+    layer = copy.deepcopy(eager)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for step, n in enumerate((5, 6, 7, 9, 8)):
+        training = step < 4
+        values = []
+        for module, function in ((layer, compiled), (eager, eager)):
+            module.train(training).zero_grad()
+            x = tensor(n, 4, 3, 5, seed=step).requires_grad_()
+            others = {
+                "mask": (tensor(n, 1, 3, 5) > 2).float(),
+                "residual": tensor(n, 4, 3, 5, seed=9),
+            }
+            y = function(x, **{name: others[name] for name in call})
+            y.pow(3).mean().backward()
+            values.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+        for got, wanted in zip(*values, strict=True):
+            close(got, wanted, 2e-5)
+    assert layer.num_batches_tracked == 4
+    # One batch size, any batch size, evaluation; with momentum=None also before and after a batch.
+    assert counter.frame_count <= (4 if keywords.get("momentum", 0.1) is None else 3)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")  # which inductor itself uses
+def test_compiled_by_inductor():
+    model = nn.Sequential(bt.BatchNorm2d(4, activation="relu"))
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        values = []
+        for module, function in ((model, compiled), (eager, eager)):
+            x = tensor(64, 4, 9, 9) * 0.01 + 1e4  # rounded to 0.001: the mean must not be
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+            y = function(x)
+            y.pow(2).mean().backward()
+            assert y.is_contiguous(memory_format=torch.channels_last)
+            values.append([y, x.grad, *module.buffers()])
+        for got, wanted in zip(*values, strict=True):
+            close(got, wanted, 2e-3)
+
+
+def test_compiled_functions():
+    def loss(x, scale, mask):
+        y, statistics = bt.batch_norm(x, scale, axis=1, mask=mask, activation="silu")
+        pooled = statistics.merge(bt.batch_statistics(x * 2, axis=1))
+        mean, var = bt.update_running(scale, scale, pooled, rate=0.1, correction=1)
+        z = bt.normalize(x, mean, var, scale, axis=1, residual=y)
+        functional = bt.functional.batch_norm(x, None, None, scale, training=True)
+        return (z * functional).sum()
+
+    arguments = [tensor(6, 3).double().requires_grad_(), tensor(3).double().requires_grad_()]
+    arguments.append(tensor(6, 1) > 2)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, loss):
+        value = function(*arguments)
+        results.append((value, *torch.autograd.grad(value, arguments[:2])))
+    for got, wanted in zip(*results, strict=True):
+        close(got, wanted, 1e-10)
+
+
+def test_compiled_transformations():
+    layer = bt.BatchNorm1d(3, track_running_stats=False, dtype=torch.float64)
+
+    def gradients(x):
+        return torch.vmap(torch.func.grad(lambda x: layer(x).pow(3).sum()))(x)
+
+    x = tensor(2, 5, 3).double()
+    close(torch.compile(gradients, backend="eager", fullgraph=True)(x), gradients(x), 1e-10)
+
+
+def test_compiled_in_two_dtypes_and_frozen():
+    layer = trained_a_little(bt.BatchNorm1d(3)).freeze(update_running=True)
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    x = tensor(7, 3).bfloat16()
+    y, wanted = compiled(x), eager(x)
+    assert y.dtype == torch.bfloat16
+    close(y, wanted, 0.02)
+    for got, wanted in zip(layer.buffers(), eager.buffers(), strict=True):
+        close(got, wanted, 1e-3)
+
+
+def test_compiled_refuses_as_eager_does():
+    layer = bt.BatchNorm1d(3)
+    compiled = torch.compile(layer, backend="eager")
+    with pytest.raises(ValueError, match="num_features=3 channels, but it has 4"):
+        compiled(tensor(5, 4))
+    assert layer.num_batches_tracked == 0
+
+
+# ---- torch.export and tracing
+
+
+def operators(program):
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_evaluation(strict):
+    layer = trained_a_little(bt.BatchNorm2d(4, activation="relu")).eval()
+    x = tensor(3, 4, 5, 6)
+    batch = torch.export.Dim("batch", min=1, max=99)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    assert operators(program) == ["aten.batch_norm.default", "aten.relu.default"]
+    x = tensor(7, 4, 5, 6, seed=1)
+    close(program.module()(x), layer(x))
+
+
+def test_export_with_residual_and_silu_of_a_frozen_layer():
+    layer = trained_a_little(bt.BatchNorm1d(4, activation="silu")).freeze()
+    x, residual = tensor(3, 4), tensor(4)
+    program = torch.export.export(layer, (x,), {"residual": residual})
+    assert operators(program)[0] == "aten.batch_norm.default"
+    close(program.module()(x, residual=residual), layer(x, residual=residual))
+
+
+@pytest.mark.parametrize("freezing", [None, {"update_running": True}])
+def test_export_of_training_is_training(freezing):
+    layer = trained_a_little(bt.BatchNorm1d(3))
+    if freezing:
+        layer.freeze(**freezing)
+    program = torch.export.export(copy.deepcopy(layer), (tensor(5, 3),)).module()
+    x = tensor(5, 3, seed=2)
+    close(program(x), layer(x))
+    for name, wanted in layer.named_buffers():
+        close(program.get_buffer(name), wanted)
+
+
+def test_tracing():
+    layer = trained_a_little(bt.BatchNorm1d(3, activation="relu")).eval()
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        traced = torch.jit.trace(layer, (tensor(5, 3),))
+    close(traced(tensor(7, 3, seed=1)), layer(tensor(7, 3, seed=1)))
+
+
+# ---- ONNX
+
+# Of the exporters themselves.
+ignoring = pytest.mark.filterwarnings(
+    "ignore:You are using the legacy TorchScript-based ONNX export",
+    "ignore:The feature will be removed",
+    "ignore:Exporting a model while it is in training mode",
+    "ignore:It is recommended that constant folding be turned off",
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+)
+
+
+class Apart(nn.Module):
+    """A norm that no convolution can take up."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x.exp())
+
+
+def exported(model, x, dynamo, **keywords):
+    if dynamo:
+        return torch.onnx.export(model, (x,), dynamo=True, verbose=False, **keywords).model_proto
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, **keywords)
+    return onnx.load_from_string(file.getvalue())
+
+
+def run(program, x):
+    session = onnxruntime.InferenceSession(program.SerializeToString())
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+@ignoring
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_onnx_of_evaluation(dynamo, activation):
+    model = Apart(trained_a_little(bt.BatchNorm2d(4, activation=activation))).eval()
+    x = tensor(2, 4, 5, 6) * 0.1
+    program = exported(model, x, dynamo)
+    kinds = [node.op_type for node in program.graph.node]
+    assert kinds == ["Exp", "BatchNormalization", *(["Relu"] if activation else [])]
+    np.testing.assert_allclose(run(program, x), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@ignoring
+def test_onnx_of_training_is_refused_by_the_older_exporter():
+    model = Apart(bt.BatchNorm2d(4)).train()
+    before = copy.deepcopy(list(model.buffers()))
+    with pytest.raises(RuntimeError, match=r"evaluation mode only: call eval\(\) on the model"):
+        exported(model, tensor(2, 4, 5, 6), False, training=torch.onnx.TrainingMode.TRAINING)
+    assert all(map(torch.equal, model.buffers(), before))
+
+
+@ignoring
+def test_onnx_of_training_is_right_by_the_newer_exporter():
+    model = Apart(trained_a_little(bt.BatchNorm2d(4))).train()
+    x = tensor(2, 4, 5, 6) * 0.1
+    program = exported(model, x, True)
+    np.testing.assert_allclose(run(program, x), model(x).detach(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,369 @@
+"""Derivatives of the PyTorch door, and whatever else computes with its computations."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
+
+import batchnorm.torch as bt
+
+# PyTorch's own forward-mode derivatives are compiled by its own deprecated means.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+
+def tensor(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def variables(*shapes):
+    return [tensor(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+
+
+def close(got, wanted, tolerance=1e-10):
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def differentiable(function, *arguments):
+    """By finite differences: every order and every mode, one at a time and in batches."""
+    assert gradcheck(
+        function,
+        arguments,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+    assert gradgradcheck(function, arguments, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_batch_norm(activation):
+    def function(x, scale, bias, residual):
+        return bt.batch_norm(x, scale, bias, axis=1, activation=activation, residual=residual)[0]
+
+    differentiable(function, *variables((3, 2, 2), (2,), (2,), (3, 2, 1)))
+
+
+def test_batch_norm_with_a_mask():
+    mask = torch.tensor([1, 1, 0, 1, 1]).bool()[:, None]
+
+    def function(x, scale, bias):
+        return bt.batch_norm(x, scale, bias, mask=mask, activation="silu")[0]
+
+    differentiable(function, *variables((5, 2), (2,), (2,)))
+
+
+def test_batch_norm_by_its_weights():
+    x, scale, bias = variables((5, 2), (2,), (2,))
+    weights = (tensor(5, 1).abs() + 0.5).requires_grad_()
+    differentiable(
+        lambda x, scale, bias, weights: bt.batch_norm(x, scale, bias, mask=weights)[0],
+        *(x, scale, bias, weights),
+    )
+
+
+def test_statistics():
+    def function(x):
+        _, statistics = bt.batch_norm(x)
+        return statistics.mean, statistics.var
+
+    differentiable(function, *variables((5, 2)))
+    differentiable(lambda x: tuple(bt.batch_statistics(x)[1:]), *variables((5, 2)))
+    differentiable(
+        lambda x, z: tuple(bt.batch_statistics(x).merge(bt.batch_statistics(z))[1:]),
+        *variables((5, 2), (3, 2)),
+    )
+
+
+def test_output_and_statistics_in_one_loss():
+    def function(x, scale):
+        y, (_, mean, var) = bt.batch_norm(x, scale, activation="silu")
+        return (y * var + mean).sum()
+
+    differentiable(function, *variables((4, 2), (2,)))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_normalize(activation):
+    def function(x, mean, var, scale, bias, residual):
+        return bt.normalize(
+            x, mean, var.exp(), scale, bias, activation=activation, residual=residual
+        )
+
+    differentiable(function, *variables((3, 2), (2,), (2,), (2,), (2,), (3, 2)))
+
+
+def test_update_running():
+    def function(mean, var, x):
+        return bt.update_running(mean, var, bt.batch_statistics(x), rate=0.3, correction=1)
+
+    differentiable(function, *variables((2,), (2,), (4, 2)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_layer_and_the_same_tensor_twice(training):
+    layer = bt.BatchNorm1d(2, activation="silu", dtype=torch.float64).train(training)
+    layer.freeze(normalize_by=None)
+    differentiable(lambda x: layer(x, residual=x), *variables((4, 2)))
+
+
+@pytest.mark.parametrize("memory", ["channels last", "gaps", "expanded", "transposed"])
+def test_second_order_of_any_layout(memory):
+    def loss(x, norm):
+        return norm(x).pow(3).sum()
+
+    x = tensor(4, 3, 2, 5)
+    x = {
+        "channels last": x.contiguous(memory_format=torch.channels_last),
+        "gaps": tensor(4, 3, 2, 10)[..., ::2],
+        "expanded": x[:, :, :1].expand(4, 3, 2, 5),
+        "transposed": x.transpose(0, 2),
+    }[memory].requires_grad_()
+    results = []
+    for kind in (bt.BatchNorm2d, nn.BatchNorm2d):
+        norm = kind(3, track_running_stats=False, dtype=torch.float64)
+        (first,) = torch.autograd.grad(loss(x, norm), x, create_graph=True)
+        second = torch.autograd.grad(first.pow(2).sum(), (x, norm.weight))
+        results.append((first, *second))
+    for got, wanted in zip(*results, strict=True):
+        close(got, wanted)
+
+
+# ---- torch.func and the like
+
+NORM = bt.BatchNorm1d(3, track_running_stats=False, dtype=torch.float64)
+PEER = nn.BatchNorm1d(3, track_running_stats=False, dtype=torch.float64)
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](tensor())[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (tensor(*x.shape, seed=2),))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "jacfwd of jacfwd": lambda f, x: torch.func.jacfwd(torch.func.jacfwd(f))(x),
+    "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(f))(x),
+    "jacfwd of jacrev": lambda f, x: torch.func.jacfwd(torch.func.jacrev(f))(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, x * 2])),
+    "vmap, in_dims": lambda f, x: torch.vmap(f, in_dims=2)(torch.stack([x, x * 2], 2)),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(f))(torch.stack([x, x * 2])),
+    "grad of vmap": lambda f, x: torch.func.grad(lambda x: torch.vmap(f)(x[None]).sum())(x),
+    "hessian, vectorized": lambda f, x: torch.autograd.functional.hessian(f, x, vectorize=True),
+    "hessian, forward": lambda f, x: torch.autograd.functional.hessian(
+        f, x, vectorize=True, outer_jacobian_strategy="forward-mode"
+    ),
+}
+
+
+def plainly(x):
+    """(And not torch.nn's, whose forward-mode derivative of second order is wrong in 2.13.)"""
+    centered = x - x.mean(0)
+    return centered / (centered.square().mean(0) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(transform):
+    x, weights = tensor(4, 3), tensor(4, 3, seed=1)
+    results = [
+        TRANSFORMS[transform](lambda x, norm=norm: (norm(x).sigmoid() * weights).sum(), x)
+        for norm in (NORM, plainly)
+    ]
+    close(*results)
+
+
+@pytest.mark.parametrize("batched", [(0, None, None), (0, 0, None), (None, 0, 0), (1, 0, 0)])
+def test_vmap_of_any_argument(batched):
+    """An argument without a batch, and all of them as one tensor each."""
+    sizes = [(4, 3), (3,), (3,)]
+    arguments = [
+        tensor(*size, seed=i) if dim is None else tensor(*size[:dim], 5, *size[dim:], seed=i)
+        for i, (size, dim) in enumerate(zip(sizes, batched, strict=True))
+    ]
+    got = torch.vmap(lambda *each: bt.batch_norm(*each)[0], in_dims=batched)(*arguments)
+    for i in range(5):
+        one = [
+            each if dim is None else each.select(dim, i)
+            for each, dim in zip(arguments, batched, strict=True)
+        ]
+        close(got[i], nn.functional.batch_norm(one[0], None, None, *one[1:], training=True))
+
+
+def test_batches_of_gradients():
+    x = tensor(4, 3).requires_grad_()
+    for norm in (NORM, bt.BatchNorm1d(3, activation="silu", dtype=torch.float64)):
+        y = norm(x)
+        directions = tensor(5, 4, 3, seed=1)
+        (got,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+        wanted = [torch.autograd.grad(y, x, each, retain_graph=True)[0] for each in directions]
+        close(got, torch.stack(wanted))
+
+
+def test_an_ensemble():
+    models = [bt.BatchNorm1d(3, skip_nonfinite=True, dtype=torch.float64) for _ in range(3)]
+    for i, model in enumerate(models):
+        nn.init.constant_(model.weight, i + 1)
+    parameters, buffers = torch.func.stack_module_state(models)
+    base, x = copy.deepcopy(models[0]).to("meta"), tensor(3, 5, 3)
+
+    def call(parameters, buffers, x):
+        y = torch.func.functional_call(base, (parameters, buffers), (x,))
+        return y, buffers
+
+    y, moved = torch.vmap(call)(parameters, buffers, x)
+    for i, model in enumerate(models):
+        close(y[i], model(x[i]))
+        for name, each in model.named_buffers():
+            close(moved[name][i], each)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_nothing_escapes_from_vmap(momentum):
+    models = [bt.BatchNorm1d(3, momentum=momentum, dtype=torch.float64) for _ in range(2)]
+    state = torch.func.stack_module_state(models)
+    base, x = copy.deepcopy(models[0]), tensor(2, 5, 3)
+    for _ in range(2):
+        torch.vmap(lambda state, x: torch.func.functional_call(base, state, (x,)))(state, x)
+    close(state[1]["running_mean"][0], (0.19 if momentum else 1) * x[0].mean(0))
+    base(x[0])
+    close(base.running_mean, (momentum or 1) * x[0].mean(0))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_a_layer_that_tracks_says_so_in_a_transform(transform, momentum, skip_nonfinite):
+    layer = bt.BatchNorm1d(3, momentum=momentum, skip_nonfinite=skip_nonfinite).double()
+    before = copy.deepcopy(list(layer.buffers()))
+    x = tensor(2, 5, 3)[0] if transform != "vmap" else tensor(5, 3)
+    with pytest.raises(RuntimeError, match=r"BatchNorm1d can't update .*stack_module_state"):
+        TRANSFORMS[transform](lambda x: layer(x).pow(2).sum(), x)
+    assert all(map(torch.equal, layer.buffers(), before))
+    assert layer._elements_tracked is None
+    # The ways that the message names.
+    layer.freeze(normalize_by="batch")
+    results = [TRANSFORMS[transform](lambda x, f=f: f(x).pow(3).sum(), x) for f in (layer, plainly)]
+    close(*results)
+    layer.unfreeze().eval()
+    TRANSFORMS[transform](lambda x: layer(x).sum(), x)
+
+
+# ---- what is kept for the backward pass
+
+
+def bytes_kept(function, *arguments):
+    kept = {}
+
+    def pack(each):
+        kept[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        return each
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+        result = function(*arguments)
+    assert result.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_tensor_like_x_is_kept(activation, training):
+    layer = bt.BatchNorm2d(8, activation=activation).train(training)
+    for form in (torch.contiguous_format, torch.channels_last):
+        x = tensor(4, 8, 16, 16, dtype=torch.float32).contiguous(memory_format=form)
+        x.requires_grad_()
+        small = 8 * 8 * 5  # scale, bias, mean, var and count, in no more than 8 bytes each
+        assert bytes_kept(layer, x) <= x.nbytes + small
+        assert bytes_kept(lambda x: nn.functional.relu(nn.BatchNorm2d(8)(x)), x) > x.nbytes + small
+        if activation is None:
+            kept = bytes_kept(lambda x, z: layer(x, residual=z), x, torch.ones_like(x))
+            assert kept <= x.nbytes + small
+
+
+def test_saved_tensors_may_come_back_elsewhere_in_memory():
+    layer = bt.BatchNorm2d(3, activation="relu", dtype=torch.float64)
+    x = tensor(4, 3, 2, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: each, torch.Tensor.contiguous):
+        y = layer(x)
+    wanted = torch.autograd.grad(layer(x).pow(2).sum(), x)
+    close(torch.autograd.grad(y.pow(2).sum(), x), wanted)
+
+
+def test_the_output_may_be_overwritten():
+    x, z = variables((4, 3), (4, 3))
+    wanted = torch.autograd.grad(NORM(x).add(1).relu().sum(), x)
+    close(torch.autograd.grad(NORM(x).add_(1).relu_().sum(), x), wanted)
+    y = NORM(z * 1)
+    with torch.no_grad():
+        z.add_(1)
+    torch.autograd.grad(y.sum(), z)
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation", "frozen", "frozen, updating"])
+def test_two_forwards_and_one_backward(mode):
+    layer = bt.BatchNorm1d(3, dtype=torch.float64).train(mode == "training")
+    if mode.startswith("frozen"):
+        layer.freeze(update_running=mode.endswith("updating"))
+    x, z = variables((4, 3), (5, 3))
+    separate = [torch.autograd.grad(copy.deepcopy(layer)(x).pow(3).sum(), x)]
+    first = layer(x)
+    with torch.no_grad():  # as DistributedDataParallel does, when it hands out rank 0's buffers
+        for each in layer.buffers():
+            each.copy_(each.clone())
+    (first.pow(3).sum() + layer(z).sum()).backward()
+    close((x.grad,), separate[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_updates_once(use_reentrant, momentum):
+    models = [
+        nn.Sequential(nn.Linear(3, 3), bt.BatchNorm1d(3, momentum=momentum, skip_nonfinite=True))
+        for _ in range(2)
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    for _ in range(2):
+        x = tensor(5, 3, dtype=torch.float32).requires_grad_()
+        checkpoint(models[0], x, use_reentrant=use_reentrant).pow(2).sum().backward()
+        models[1](x).pow(2).sum().backward()
+    for got, wanted in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        assert torch.equal(got, wanted)
+    assert models[0][1].num_batches_tracked == 2
+    for got, wanted in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        close(got.grad, wanted.grad, 1e-5)
+    models[0][1].freeze(update_running=True)
+    checkpoint(models[0], x, use_reentrant=use_reentrant).pow(2).sum().backward()
+    assert models[0][1].num_batches_tracked == 3
+
+
+# ---- tensors that are not what they look like
+
+
+def test_negative_bits_and_zero_tensors():
+    z = torch.complex(tensor(5, 3), tensor(5, 3, seed=1))
+    x = z.conj().imag
+    assert x.is_neg()
+    close(NORM(x), PEER(x.resolve_neg()))
+    close(NORM(x, residual=x), PEER(-z.imag) + x)
+    x = tensor(5, 3).requires_grad_()
+    close(torch.autograd.grad(NORM(x), x, z.conj().imag), torch.autograd.grad(PEER(x), x, -z.imag))
+    zeros = torch._efficientzerotensor((5, 3), dtype=torch.float64)
+    assert torch.equal(torch.autograd.grad(NORM(x), x, zeros)[0], torch.zeros(5, 3).double())
+
+
+def test_some_arguments_alone_require_gradients():
+    x, w, b, z = tensor(5, 3), tensor(3, seed=1), tensor(3, seed=2), tensor(5, 3, seed=3)
+    arguments = {"x": x, "scale": w, "bias": b, "residual": z}
+    for name in arguments:
+        given = {**arguments, name: arguments[name].clone().requires_grad_()}
+        y, _ = bt.batch_norm(**given)
+        peer = nn.functional.batch_norm(given["x"], None, None, given["scale"], given["bias"], True)
+        peer = peer + given["residual"]
+        for power in (2, 3):
+            got, wanted = (
+                torch.autograd.grad(each.pow(power).sum(), given[name], retain_graph=True)
+                for each in (y, peer)
+            )
+            close(got, wanted)
+    with torch.no_grad():
+        assert not bt.batch_norm(x.requires_grad_())[0].requires_grad
