@@ -302,6 +302,30 @@ def parameters_alone_are_trained(groups):
 
 
 @in_processes
+def dtypes_may_differ(groups):
+    batch, rank = Batch("uneven", torch.float64, [0, 1, 2]), dist.get_rank()
+    rounded = [batch.x.to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    parts = [batch.part(x, each).double() for each, x in enumerate(rounded)]
+    statistics = bt.batch_statistics(batch.part(rounded[rank], rank), axis=1, sync=True)
+    expected = plain(torch.cat(parts), batch.scale, batch.bias)[1:]
+    for actual, each in zip(statistics, expected, strict=True):
+        close(actual, each, torch.float32, "statistics")
+
+
+@in_processes
+def large_means_are_not_rounded(groups):
+    batch, rank = Batch("long", torch.float64, [0, 1, 2]), dist.get_rank()
+    x = (1e4 + 0.01 * batch.v).float()
+    expected = batch.part(plain(x.double(), batch.scale, batch.bias)[0], rank)
+
+    def ours(x):
+        return bt.batch_norm(x, batch.scale.float(), batch.bias.float(), axis=1, sync=True)[0]
+
+    for y in (ours(batch.part(x, rank)), torch.func.vjp(ours, batch.part(x, rank))[0]):
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-3)
+
+
+@in_processes
 def transformations_of_functions(groups):
     batch = Batch("uneven", torch.float64, [0, 1, 2])
     rank = dist.get_rank()

@@ -50,8 +50,9 @@ def batch_norm(
     activation : None, "relu" or "silu"
     sync : torch.distributed.ProcessGroup or bool, optional
         The processes whose batches, empty ones too, are normalized as one; True for all. Gradients
-        are those of the sum of the processes' losses. Where torch.distributed is not initialized,
-        a process is alone.
+        are those of the sum of the processes' losses. All of them must call this, and differentiate
+        it, alike: they wait for each other. Where torch.distributed is not initialized, a process
+        is alone.
 
     Returns
     -------
@@ -65,7 +66,7 @@ def batch_norm(
         If an argument is of the wrong type, or x not of a real floating-point dtype.
     ValueError
         If an argument is out of range, has the wrong shape or is on another device than x; or if x
-        has one element a feature.
+        has one element a feature, and no process to share with.
     RuntimeError
         If a process of the group fails to take part, once the group's timeout is over.
 

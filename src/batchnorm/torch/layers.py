@@ -354,9 +354,10 @@ class SyncBatchNorm(_Layer):
     of each channel and process; backward, 2 of each channel. In evaluation, with one process and
     without torch.distributed there is nothing to share, and it works like the other layers.
 
-    The processes wait for each other: each must do the same steps, forward and backward. One that
-    has no data calls the layer with an empty batch; one of which no gradient is asked, because
-    neither its input nor the layer's parameters require one, keeps the others waiting.
+    The processes wait for each other: each must do the same steps, forward and backward, in the
+    same mode. One that has no data calls the layer with an empty batch. One whose backward pass
+    does not come to the layer (its loss does not depend on the output, or neither its input nor the
+    layer's parameters require a gradient) keeps the others waiting.
 
     Parameters
     ----------
