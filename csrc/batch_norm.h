@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace batchnorm {
 
@@ -46,6 +47,9 @@ void statistics(const Problem& problem, double* count, double* mean, double* var
 // mean, var: in, [channels].  y: out, like x, and may be x itself.
 void normalize(const Problem& problem, const double* mean, const double* var, void* y);
 
+// Both in one call: what the first read is in the cache for the second where that is possible.
+void batch_norm(const Problem& problem, double* count, double* mean, double* var, void* y);
+
 // dy: in, like x.  sum_g, sum_g_xhat: out, [channels]: the gradients of bias and of scale.
 void gradient_sums(const Problem& problem, const double* mean, const double* var, const void* dy,
                    double* sum_g, double* sum_g_xhat);
@@ -57,6 +61,11 @@ void input_gradient(const Problem& problem, const double* count, const double* m
                     const double* var, const double* sum_g, const double* sum_g_xhat,
                     const void* dy, void* dx, void* dresidual);
 
+// Both in one call.
+void batch_norm_gradients(const Problem& problem, const double* count, const double* mean,
+                          const double* var, const void* dy, double* sum_g, double* sum_g_xhat,
+                          void* dx, void* dresidual);
+
 // The step that follows, of a running mean and variance of that dtype, float32 or float64:
 // running = (1 - rate) * running + rate * new, the new variance multiplied by
 // count / (count - correction). A channel of no more than `correction` elements stays as it was.
@@ -64,7 +73,13 @@ void update_running(int64_t channels, const double* count, const double* mean, c
                     double rate, double correction, Dtype dtype, void* running_mean,
                     void* running_var);
 
-// The widest instruction set that both this build and this processor have.
+// The instruction set in use: the widest of instruction_sets() until another is set.
 const char* instruction_set();
+
+// Those that both this build and this processor have, the widest first.
+std::vector<const char*> instruction_sets();
+
+// For later calls, in all threads. False, and nothing changes, where it is not one of the above.
+bool set_instruction_set(const char* name);
 
 }  // namespace batchnorm

@@ -13,24 +13,37 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "simd.h"
 
 namespace batchnorm {
 namespace {
 
-constexpr int kBlock = 64;         // elements added in float before they go into a double
-constexpr int kRowsAtOnce = 8;     // rows read side by side: one load and store of the sums for all
-constexpr int kStripLanes = 1024;  // lanes whose sums fit the first-level cache
-constexpr int64_t kShortRow = 128;     // rows of fewer lanes are folded,
-constexpr int64_t kFoldedLanes = 256;  // to about this many
-constexpr int64_t kLongRun = 64;       // from here on, runs are as fast as lanes
+constexpr int kBlock = 64;                // elements added in float before they go into a double,
+constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot may be an outlier
+constexpr int kStripLanes = 2048;         // lanes whose sums and coefficients stay in the caches
+constexpr int64_t kShortRun = 32;         // shorter runs are walked as rows
+constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
+constexpr int64_t kTileBytes = 16 << 10;  // half of a small first-level cache
+
+// Rows of few lanes are folded to about this many: as many as have their sums in registers, and
+// more where there are none.
+constexpr int kPacksOfSums = kRegisterBytes == 64 ? 8 : 4;
+constexpr int64_t kFoldedForSums = 128;
+constexpr int64_t kFolded = 256;
+constexpr int kNarrow = 512;  // lanes whose sums take a small part of the first-level cache
+
+template <class F>
+constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;  // of a run, in four sums
 
 // The type of the weights of elements of type T.
 template <class T>
 using Weight = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // ---- the two walks
+
+bool by_rows(const Shape& shape) { return shape.inner < kShortRun; }
 
 // Part of a matrix: element (row, lane) is at first + row * stride + lane. In a folded row, lane
 // column0 + lane is the element (fold, channel, inner) of column0 + lane in that order.
@@ -52,40 +65,60 @@ void for_strips_of(const Shape& shape, int64_t outer0, int64_t outer1, int64_t c
   }
 }
 
-// body(strip) for strips that cover the range.
+// body(strip) for strips that cover the range, with rows folded to about `lanes`.
 template <class Body>
-void for_strips(const Shape& shape, const Range& range, const Body& body) {
+void for_strips(const Shape& shape, const Range& range, int64_t lanes, const Body& body) {
   const int64_t row = shape.channels * shape.inner;
   const int64_t column0 = range.channel0 * shape.inner;
   const int64_t columns = (range.channel1 - range.channel0) * shape.inner;
-  if (columns < row || row >= kShortRow) {
+  if (columns < row || row > lanes / 2) {
     return for_strips_of(shape, range.outer0, range.outer1, column0, columns, 1, body);
   }
-  const int64_t fold = kFoldedLanes / row;
+  const int64_t fold = lanes / row;
   const int64_t folded = range.outer0 + (range.outer1 - range.outer0) / fold * fold;
-  for_strips_of(shape, range.outer0, folded, 0, fold * row, fold, body);
   for_strips_of(shape, folded, range.outer1, 0, row, 1, body);
+  for_strips_of(shape, range.outer0, folded, 0, fold * row, fold, body);
 }
 
-// body(channel, first element, weights or null, length) for the runs of the range.
-template <class T, class Body>
-void for_runs(const Problem& problem, const Range& range, const Body& body) {
+// A run: `length` elements of one channel from `first` on, and their weights or null.
+template <class T>
+struct Run {
+  int64_t channel, first, length;
+  const Weight<T>* weights;
+};
+
+template <class T>
+Run<T> run_at(const Problem& problem, const Range& range, int64_t outer, int64_t channel) {
   const Shape& shape = problem.shape;
   const auto* weights = static_cast<const Weight<T>*>(problem.weights);
-  for (int64_t o = range.outer0; o < range.outer1; ++o) {
-    for (int64_t c = range.channel0; c < range.channel1; ++c) {
-      const int64_t first = (o * shape.channels + c) * shape.inner + range.inner0;
-      const int64_t weight_channel = problem.weight_channels == 1 ? 0 : c;
-      const int64_t weight =
-          (o * problem.weight_channels + weight_channel) * shape.inner + range.inner0;
-      body(c, first, weights ? weights + weight : nullptr, range.inner1 - range.inner0);
+  const int64_t row =
+      outer * problem.weight_channels + (problem.weight_channels == 1 ? 0 : channel);
+  return {channel, (outer * shape.channels + channel) * shape.inner + range.inner0,
+          range.inner1 - range.inner0,
+          weights ? weights + row * shape.inner + range.inner0 : nullptr};
+}
+
+// body(run) for the runs of the range, upwards in memory.
+template <class T, class Body>
+void for_runs(const Problem& problem, const Range& range, const Body& body) {
+  for (int64_t outer = range.outer0; outer < range.outer1; ++outer) {
+    for (int64_t channel = range.channel0; channel < range.channel1; ++channel) {
+      body(run_at<T>(problem, range, outer, channel));
     }
   }
 }
 
-// Sums lane by lane spare a sum across the lanes for each run, but keep a double triple per lane.
-bool sums_by_rows(const Shape& shape) {
-  return shape.inner == 1 || (shape.inner < 512 && shape.outer >= 16);
+// body(i) for i in [0, n), each of which stands for `bytes` of memory: the last chunk first.
+//
+// The pass over the tensors that came before this one went upwards, and left their end in the
+// cache; a second pass upwards would find the beginning gone, and drive out the end before it gets
+// there. Within a chunk the walk is upwards, since processors read ahead only that way.
+template <class Body>
+void for_chunks_downwards(int64_t n, int64_t bytes, const Body& body) {
+  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, bytes));
+  for (int64_t end = n; end > 0; end -= chunk) {
+    for (int64_t i = std::max<int64_t>(0, end - chunk); i < end; ++i) body(i);
+  }
 }
 
 // The weights of a strip's row, one a lane: in place where they lie so, else copied to `buffer`.
@@ -95,10 +128,24 @@ const W* weights_of_row(const Problem& problem, const Strip& strip, int64_t row,
   const Shape& shape = problem.shape;
   if (!weights) return nullptr;
   if (problem.weight_channels == shape.channels) return weights + strip.first + row * strip.stride;
+  int64_t inner = strip.column0 % shape.inner;
+  int64_t channel = strip.column0 / shape.inner % shape.channels;
+  weights += (strip.outer0 + row * strip.fold) * shape.inner;
+  if (shape.inner == 1) {
+    for (int lane = 0; lane < strip.lanes; ++weights, channel = 0) {
+      const int64_t n = std::min<int64_t>(shape.channels - channel, strip.lanes - lane);
+      std::fill_n(buffer + lane, n, *weights);
+      lane += static_cast<int>(n);
+    }
+    return buffer;
+  }
   for (int lane = 0; lane < strip.lanes; ++lane) {
-    const int64_t column = strip.column0 + lane;
-    const int64_t o = strip.outer0 + row * strip.fold + column / (shape.channels * shape.inner);
-    buffer[lane] = weights[o * shape.inner + column % shape.inner];
+    buffer[lane] = weights[inner];
+    if (++inner < shape.inner) continue;
+    inner = 0;
+    if (++channel < shape.channels) continue;
+    channel = 0;
+    weights += shape.inner;
   }
   return buffer;
 }
@@ -112,20 +159,20 @@ struct One {
 };
 template <class F>
 struct PerLane {
-  alignas(64) F value[kStripLanes];
+  alignas(64) F value[kStripLanes + kLanes<F>];  // the last pack may begin anywhere
   Pack<F> at(int64_t i) const { return load<F>(value + i); }
 };
 
 template <template <class> class Spread, class F>
 struct Spreads {
-  Spread<F> center, rstd, remainder, slope, shift, mean_g, mean_g_xhat;
+  Spread<F> center, rstd, slope, shift, share, share_xhat;
 };
 
 template <class F>
 Spreads<One, F> spread(const Coefficients& of) {
   const auto same = [](double value) { return One<F>{all(static_cast<F>(value))}; };
-  return {same(of.center), same(of.rstd),   same(of.remainder),  same(of.slope),
-          same(of.shift),  same(of.mean_g), same(of.mean_g_xhat)};
+  return {same(of.center), same(of.rstd),  same(of.slope),
+          same(of.shift),  same(of.share), same(of.share_xhat)};
 }
 
 // body(lane, channel) for the lanes of a strip.
@@ -149,33 +196,38 @@ void spread(const Shape& shape, const Strip& strip, const Coefficients* channels
     const Coefficients& of = channels[channel];
     lanes.center.value[lane] = static_cast<F>(of.center);
     lanes.rstd.value[lane] = static_cast<F>(of.rstd);
-    lanes.remainder.value[lane] = static_cast<F>(of.remainder);
     lanes.slope.value[lane] = static_cast<F>(of.slope);
     lanes.shift.value[lane] = static_cast<F>(of.shift);
-    lanes.mean_g.value[lane] = static_cast<F>(of.mean_g);
-    lanes.mean_g_xhat.value[lane] = static_cast<F>(of.mean_g_xhat);
+    lanes.share.value[lane] = static_cast<F>(of.share);
+    lanes.share_xhat.value[lane] = static_cast<F>(of.share_xhat);
   });
 }
 
 // each(first element, length, weights or null, coefficients) for stretches of consecutive
-// elements that cover the range.
+// elements that cover the range, downwards.
 template <class F, class T, class Each>
 void for_stretches(const Problem& problem, const Range& range, const Coefficients* channels,
                    const Each& each) {
-  if (problem.shape.inner >= kLongRun) {
-    for_runs<T>(problem, range, [&](int64_t c, int64_t first, const Weight<T>* weights, int64_t n) {
-      each(first, n, weights, spread<F>(channels[c]));
+  if (!by_rows(problem.shape)) {
+    const int64_t width = range.channel1 - range.channel0;
+    const int64_t runs = (range.outer1 - range.outer0) * width;
+    const int64_t bytes = (range.inner1 - range.inner0) * static_cast<int64_t>(sizeof(T));
+    for_chunks_downwards(runs, bytes, [&](int64_t i) {
+      const Run<T> run =
+          run_at<T>(problem, range, range.outer0 + i / width, range.channel0 + i % width);
+      each(run.first, run.length, run.weights, spread<F>(channels[run.channel]));
     });
     return;
   }
   Spreads<PerLane, F> lanes;
   Weight<T> buffer[kStripLanes];
-  for_strips(problem.shape, range, [&](const Strip& strip) {
+  for_strips(problem.shape, range, kFolded, [&](const Strip& strip) {
     spread(problem.shape, strip, channels, lanes);
-    for (int64_t row = 0; row < strip.rows; ++row) {
+    const int64_t bytes = strip.stride * static_cast<int64_t>(sizeof(T));
+    for_chunks_downwards(strip.rows, bytes, [&](int64_t row) {
       each(strip.first + row * strip.stride, strip.lanes,
            weights_of_row(problem, strip, row, buffer), lanes);
-    }
+    });
   });
 }
 
@@ -183,7 +235,8 @@ void for_stretches(const Problem& problem, const Range& range, const Coefficient
 
 // Elements [start, end) of a run.
 template <class F, class Body>
-void add_run(int64_t start, int64_t end, double& first, double& second, const Body& body) {
+inline BATCHNORM_INLINE void add_run(int64_t start, int64_t end, Pack<F>& first, Pack<F>& second,
+                                     const Body& body) {
   constexpr int kChains = 4;  // independent sums, so that no addition waits for the one before
   Pack<F> a[kChains] = {}, b[kChains] = {};
   int64_t i = start;
@@ -192,26 +245,53 @@ void add_run(int64_t start, int64_t end, double& first, double& second, const Bo
   }
   for (; i + kLanes<F> <= end; i += kLanes<F>) body(i, kLanes<F>, a[0], b[0]);
   if (i < end) body(i, static_cast<int>(end - i), a[1], b[1]);
-  first = horizontal_sum<F>((a[0] + a[1]) + (a[2] + a[3]));
-  second = horizontal_sum<F>((b[0] + b[1]) + (b[2] + b[3]));
+  first += (a[0] + a[1]) + (a[2] + a[3]);
+  second += (b[0] + b[1]) + (b[2] + b[3]);
 }
 
-// Rows [start, end), lane by lane, to first[lane] and second[lane].
-template <class F, class Body>
-void add_rows(int lanes, int64_t start, int64_t end, F* first, F* second, const Body& body) {
-  const auto add = [&](int64_t row, auto rows) {
-    for_packs<F>(lanes, [&](int64_t i, int n) {
-      Pack<F> a = load<F>(first + i), b = load<F>(second + i);
-      for (int k = 0; k < rows; ++k) body(row + k, i, n, a, b);
-      store(first + i, a);
-      store(second + i, b);
-    });
-  };
-  int64_t row = start;
-  for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
-    add(row, std::integral_constant<int, kRowsAtOnce>());
+// Rows [start, end), lane by lane, to first[lane] and second[lane]. `ahead` is 0 where memory is
+// read straight on, else how many rows further on body should fetch.
+//
+// Sums stay in registers from row to row. Where they are too many for that, memory is read row by
+// row, since it is fastest straight on; but what is in the cache, and rows so wide that their sums
+// crowd it, group by group through a tile of rows, while the next tile is on its way.
+template <class F, class T, class Body>
+inline BATCHNORM_INLINE void add_rows(int lanes, int64_t start, int64_t end, bool beyond_cache,
+                                      F* first, F* second, const Body& body) {
+  constexpr int kGroup = kPacksOfSums * kLanes<F>;
+  int64_t step = end - start, ahead = 0;
+  if (lanes > kGroup) {
+    step = beyond_cache && lanes <= kNarrow
+               ? 1
+               : std::max<int64_t>(4, kTileBytes / (lanes * sizeof(T)));
+    ahead = step > 1 ? step : 0;
   }
-  for (; row < end; ++row) add(row, std::integral_constant<int, 1>());
+  for (int64_t row0 = start; row0 < end; row0 += step) {
+    const int64_t row1 = std::min(end, row0 + step);
+    int lane = 0;
+    for (; lane + kGroup <= lanes; lane += kGroup) {
+      Pack<F> a[kPacksOfSums], b[kPacksOfSums];
+      for (int k = 0; k < kPacksOfSums; ++k) {
+        a[k] = load<F>(first + lane + k * kLanes<F>);
+        b[k] = load<F>(second + lane + k * kLanes<F>);
+      }
+      for (int64_t row = row0; row < row1; ++row) {
+        for (int k = 0; k < kPacksOfSums; ++k) {
+          body(row, lane + k * kLanes<F>, kLanes<F>, ahead, a[k], b[k]);
+        }
+      }
+      for (int k = 0; k < kPacksOfSums; ++k) {
+        store(first + lane + k * kLanes<F>, a[k]);
+        store(second + lane + k * kLanes<F>, b[k]);
+      }
+    }
+    for_packs<F>(lanes - lane, [&](int64_t i, int n) BATCHNORM_INLINE {
+      Pack<F> a = load<F>(first + lane + i), b = load<F>(second + lane + i);
+      for (int64_t row = row0; row < row1; ++row) body(row, lane + i, n, ahead, a, b);
+      store(first + lane + i, a);
+      store(second + lane + i, b);
+    });
+  }
 }
 
 // Sets as many packs to 0 as hold the lanes.
@@ -224,8 +304,7 @@ void clear(F* lanes, int count) {
 
 // Of a block: its sums of w, w*t and w*t^2, t = x - pivot, as moments of x.
 inline Moments about(double pivot, double weight, double first, double second) {
-  if (weight == 0) return {};
-  const double offset = first / weight;
+  const double offset = weight == 0 ? 0 : first / weight;
   return {weight, pivot + offset, second - first * offset};
 }
 
@@ -238,39 +317,76 @@ inline void add_weighted(Pack<F> t, Pack<F> w, Pack<F>& weight, Pack<F>& first, 
   second += w * inside * inside;
 }
 
-// Where the pivot starts: at an element that counts, since it is one of those near their mean.
+// The sums of a channel's block in progress, over `elements` from one or several runs.
+template <class F>
+struct BlockSums {
+  Pack<F> weight = {}, first = {}, second = {};
+  F pivot = 0;
+  bool has_pivot = false;
+  int64_t elements = 0, limit = kLanes<F>;
+};
+
+// The pivot starts at an element that counts, since it is one of those near their mean.
 template <class F, class T>
-F first_inside(const T* x, const Weight<T>* weights, int64_t n) {
+void find_pivot(const T* x, const Weight<T>* weights, int64_t n, BlockSums<F>& block) {
   int64_t i = 0;
-  while (weights && i + 1 < n && !(weights[i] > 0)) ++i;
-  return load<F>(x + i, 1)[0];
+  while (weights && i < n && !(weights[i] > 0)) ++i;
+  if (i == n) return;
+  block.pivot = load<F>(x + i, 1)[0];
+  block.has_pivot = true;
+}
+
+template <class F>
+void finish_block(bool weighted, BlockSums<F>& block, Moments& moments) {
+  const double elements = static_cast<double>(block.elements);
+  const double weight = weighted ? horizontal_sum<F>(block.weight) : elements;
+  const Moments found =
+      about(block.pivot, weight, horizontal_sum<F>(block.first), horizontal_sum<F>(block.second));
+  moments.merge(found);
+  if (found.count > 0) block.pivot = static_cast<F>(found.mean);
+  block.weight = block.first = block.second = Pack<F>{};
+  block.elements = 0;
+  block.limit = std::min<int64_t>(4 * block.limit, kBlockElements<F>);
 }
 
 template <class F, class T>
-void moments_of_run(const T* x, const Weight<T>* weights, int64_t n, Moments& moments) {
-  constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;
-  F pivot = moments.count > 0 ? static_cast<F>(moments.mean) : first_inside<F>(x, weights, n);
-  for (int64_t start = 0; start < n; start += kBlockElements) {
-    const int64_t end = std::min(n, start + kBlockElements);
-    const Pack<F> p = all(pivot);
-    double weight = static_cast<double>(end - start), first, second;
-    if (weights) {
-      Pack<F> lane_weights = {};
-      add_run<F>(start, end, first, second, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) {
-        add_weighted<F>(load<F>(x + i, n) - p, load<F>(weights + i, n), lane_weights, a, b);
-      });
-      weight = horizontal_sum<F>(lane_weights);
-    } else {
-      add_run<F>(start, end, first, second, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) {
-        Pack<F> t = load<F>(x + i, n) - p;
-        if (n < kLanes<F>) t = select<F>(first_lanes<F>(n), t, Pack<F>{});
-        a += t;
-        b += t * t;
-      });
+void moments_by_runs(const Problem& problem, const Range& range, Moments* channels) {
+  const bool far = range.beyond_cache;
+  std::vector<BlockSums<F>> blocks(range.channel1 - range.channel0);
+  for_runs<T>(problem, range, [&](const Run<T>& run) {
+    const T* x = static_cast<const T*>(problem.x) + run.first;
+    BlockSums<F>& block = blocks[run.channel - range.channel0];
+    if (!block.has_pivot) find_pivot<F>(x, run.weights, run.length, block);
+    int64_t end;
+    for (int64_t start = 0; start < run.length; start = end) {
+      end = std::min(run.length, start + block.limit);
+      const Pack<F> pivot = all(block.pivot);
+      if (run.weights) {
+        Pack<F> weight = block.weight;
+        add_run<F>(start, end, block.first, block.second,
+                   [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+                     add_weighted<F>(load<F>(x + i, n) - pivot, load<F>(run.weights + i, n), weight,
+                                     a, b);
+                   });
+        block.weight = weight;
+      } else {
+        add_run<F>(start, end, block.first, block.second,
+                   [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+                     if (far) fetch_for_later(x + i);
+                     Pack<F> t = load<F>(x + i, n) - pivot;
+                     if (n < kLanes<F>) t = select<F>(first_lanes<F>(n), t, Pack<F>{});
+                     a += t;
+                     b += t * t;
+                   });
+      }
+      block.elements += end - start;
+      if (block.elements >= block.limit) {
+        finish_block<F>(problem.weights, block, channels[run.channel]);
+      }
     }
-    const Moments block = about(pivot, weight, first, second);
-    moments.merge(block);
-    if (block.count > 0) pivot = static_cast<F>(block.mean);
+  });
+  for (int64_t c = range.channel0; c < range.channel1; ++c) {
+    finish_block<F>(problem.weights, blocks[c - range.channel0], channels[c]);
   }
 }
 
@@ -284,7 +400,8 @@ struct StripSums {
 template <class F, class T>
 void start_pivots(const Problem& problem, const Strip& strip, StripSums<F, T>& sums) {
   const T* x = static_cast<const T*>(problem.x) + strip.first;
-  for_packs<F>(strip.lanes, [&](int64_t i, int n) { store(sums.pivot + i, load<F>(x + i, n)); });
+  for_packs<F>(strip.lanes, [&](int64_t i, int n)
+                                BATCHNORM_INLINE { store(sums.pivot + i, load<F>(x + i, n)); });
   if (!problem.weights) return;
   bool started[kStripLanes] = {};
   int waiting = strip.lanes;
@@ -299,51 +416,64 @@ void start_pivots(const Problem& problem, const Strip& strip, StripSums<F, T>& s
   }
 }
 
+// Moments::merge for every lane, without branches, so that the compiler makes vectors of it.
 template <class F, class T>
-void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T>& sums,
-                      Moments* channels) {
+void merge_blocks(int lanes, StripSums<F, T>& sums) {
+  for (int i = 0; i < lanes; ++i) {
+    const double weight = sums.weight[i], first = sums.first[i], second = sums.second[i];
+    const double offset = first / (weight == 0 ? 1 : weight);
+    const double mean = sums.pivot[i] + offset;
+    const double total = sums.count[i] + weight;
+    const double fraction = weight / (total == 0 ? 1 : total);
+    const double shift = mean - sums.mean[i];
+    sums.squares[i] += second - first * offset + shift * shift * sums.count[i] * fraction;
+    sums.mean[i] += shift * fraction;
+    sums.count[i] = total;
+    sums.pivot[i] = static_cast<F>(mean);
+  }
+}
+
+template <class F, class T>
+void moments_of_strip(const Problem& problem, const Range& range, const Strip& strip,
+                      StripSums<F, T>& sums, Moments* channels) {
   const T* x = static_cast<const T*>(problem.x) + strip.first;
+  const int64_t stride = strip.stride;
   std::fill_n(sums.count, strip.lanes, 0.0);
   std::fill_n(sums.mean, strip.lanes, 0.0);
   std::fill_n(sums.squares, strip.lanes, 0.0);
   start_pivots<F, T>(problem, strip, sums);
-  for (int64_t start = 0; start < strip.rows; start += kBlock) {
-    const int64_t end = std::min(strip.rows, start + kBlock);
+  int64_t end, block = kFirstBlock;
+  for (int64_t start = 0; start < strip.rows;
+       start = end, block = std::min<int64_t>(kBlock, 4 * block)) {
+    end = std::min(strip.rows, start + block);
     clear(sums.first, strip.lanes);
     clear(sums.second, strip.lanes);
     if (problem.weights) {
       clear(sums.weight, strip.lanes);
       for (int64_t row = start; row < end; ++row) {
         const Weight<T>* w = weights_of_row(problem, strip, row, sums.weights);
-        add_rows<F>(strip.lanes, row, row + 1, sums.first, sums.second,
-                    [&](int64_t, int64_t i, int n, Pack<F>& a, Pack<F>& b) {
-                      Pack<F> weight = load<F>(sums.weight + i);
-                      add_weighted<F>(
-                          load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i),
-                          load<F>(w + i, n), weight, a, b);
-                      store(sums.weight + i, weight);
-                    });
+        add_rows<F, T>(
+            strip.lanes, row, row + 1, true, sums.first, sums.second,
+            [&](int64_t, int64_t i, int n, int64_t, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+              Pack<F> weight = load<F>(sums.weight + i);
+              add_weighted<F>(load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i),
+                              load<F>(w + i, n), weight, a, b);
+              store(sums.weight + i, weight);
+            });
       }
     } else {
       std::fill_n(sums.weight, strip.lanes, static_cast<F>(end - start));
-      add_rows<F>(strip.lanes, start, end, sums.first, sums.second,
-                  [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) {
-                    const Pack<F> t =
-                        load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i);
-                    a += t;
-                    b += t * t;
-                  });
+      add_rows<F, T>(strip.lanes, start, end, range.beyond_cache, sums.first, sums.second,
+                     [&](int64_t row, int64_t i, int n, int64_t ahead, Pack<F>& a, Pack<F>& b)
+                         BATCHNORM_INLINE {
+                           const T* from = x + row * stride + i;
+                           if (ahead) fetch(from + ahead * stride);
+                           const Pack<F> t = load<F>(from, n) - load<F>(sums.pivot + i);
+                           a += t;
+                           b += t * t;
+                         });
     }
-    for (int lane = 0; lane < strip.lanes; ++lane) {
-      Moments moments{sums.count[lane], sums.mean[lane], sums.squares[lane]};
-      const Moments block =
-          about(sums.pivot[lane], sums.weight[lane], sums.first[lane], sums.second[lane]);
-      moments.merge(block);
-      sums.count[lane] = moments.count;
-      sums.mean[lane] = moments.mean;
-      sums.squares[lane] = moments.squares;
-      sums.pivot[lane] = block.count > 0 ? static_cast<F>(block.mean) : sums.pivot[lane];
-    }
+    merge_blocks(strip.lanes, sums);
   }
   for_lanes(problem.shape, strip, [&](int lane, int64_t channel) {
     channels[channel].merge({sums.count[lane], sums.mean[lane], sums.squares[lane]});
@@ -352,23 +482,19 @@ void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T
 
 template <class F, class T>
 void moments(const Problem& problem, const Range& range, Moments* channels) {
-  if (sums_by_rows(problem.shape)) {
-    StripSums<F, T> sums;
-    for_strips(problem.shape, range,
-               [&](const Strip& strip) { moments_of_strip<F, T>(problem, strip, sums, channels); });
-  } else {
-    for_runs<T>(problem, range, [&](int64_t c, int64_t first, const Weight<T>* weights, int64_t n) {
-      moments_of_run<F>(static_cast<const T*>(problem.x) + first, weights, n, channels[c]);
-    });
-  }
+  if (!by_rows(problem.shape)) return moments_by_runs<F, T>(problem, range, channels);
+  StripSums<F, T> sums;
+  for_strips(problem.shape, range, kFoldedForSums, [&](const Strip& strip) {
+    moments_of_strip<F, T>(problem, range, strip, sums, channels);
+  });
 }
 
 // ---- normalize
 
-template <class F>
-inline Pack<F> activate(Pack<F> z, Activation activation) {
-  if (activation == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, z);
-  if (activation == Activation::silu) {
+template <class F, Activation A>
+inline Pack<F> activate(Pack<F> z) {
+  if constexpr (A == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, z);
+  if constexpr (A == Activation::silu) {
     // From -100 down, z * sigmoid(z) is its limit 0 for any purpose, also at -infinity.
     return select<F>(Bits<F>(z < -100), all(F(-100)), z) * sigmoid<F>(z);
   }
@@ -376,10 +502,10 @@ inline Pack<F> activate(Pack<F> z, Activation activation) {
 }
 
 // dy * act'(z)
-template <class F>
-inline Pack<F> through_activation(Pack<F> dy, Pack<F> z, Activation activation) {
-  if (activation == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, dy);
-  if (activation == Activation::silu) {
+template <class F, Activation A>
+inline Pack<F> through_activation(Pack<F> dy, Pack<F> z) {
+  if constexpr (A == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, dy);
+  if constexpr (A == Activation::silu) {
     z = clamp<F>(z, 100);  // beyond, the slope is 0 or 1, not infinity * 0
     const Pack<F> s = sigmoid<F>(z);
     return dy * (s * (F(1) + z * (F(1) - s)));
@@ -387,89 +513,133 @@ inline Pack<F> through_activation(Pack<F> dy, Pack<F> z, Activation activation) 
   return dy;
 }
 
-template <class F, class T>
+template <class F, class T, Activation A>
 void normalize(const Problem& problem, const Range& range, const Coefficients* channels,
                void* output) {
-  const T* x = static_cast<const T*>(problem.x);
-  const T* residual = static_cast<const T*>(problem.residual);
-  T* y = static_cast<T*>(output);
-  for_stretches<F, T>(problem, range, channels,
-                      [&](int64_t first, int64_t length, const Weight<T>*, const auto& of) {
-                        for_packs<F>(length, [&](int64_t i, int n) {
-                          Pack<F> z =
-                              (load<F>(x + first + i, n) - of.center.at(i)) * of.slope.at(i) +
-                              of.shift.at(i);
-                          if (residual) z += load<F>(residual + first + i, n);
-                          store<F>(y + first + i, activate<F>(z, problem.activation), n);
-                        });
-                      });
+  const bool far = range.beyond_cache;
+  for_stretches<F, T>(
+      problem, range, channels,
+      [&](int64_t first, int64_t length, const Weight<T>*, const auto& of) {
+        const T* x = static_cast<const T*>(problem.x) + first;
+        const T* residual =
+            problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
+        const Writer<F, T> y(static_cast<T*>(output) + first, far);
+        for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
+          if (far) fetch_soon(x + i);
+          Pack<F> z = (load<F>(x + i, n) - of.center.at(i)) * of.slope.at(i) + of.shift.at(i);
+          if (residual) z += load<F>(residual + i, n);
+          y.put(i, activate<F, A>(z), n);
+        });
+      });
+  order_stores();
 }
 
 // ---- gradients
 
-// g = dy * act'(z) and xhat of the pack at first + i; both 0 where an element takes no part.
-template <class F, class T, class Of>
-inline void g_and_xhat(const Problem& problem, const T* dy, int64_t first, int64_t i, int n,
-                       const Weight<T>* weights, const Of& of, Pack<F>& g, Pack<F>& xhat) {
-  const Pack<F> x = load<F>(static_cast<const T*>(problem.x) + first + i, n);
-  const Pack<F> t = x - of.center.at(i);
-  g = load<F>(dy + first + i, n);
-  xhat = t * of.rstd.at(i) - of.remainder.at(i);
-  if (problem.activation != Activation::none) {
-    Pack<F> z = t * of.slope.at(i) + of.shift.at(i);
-    if (problem.residual) z += load<F>(static_cast<const T*>(problem.residual) + first + i, n);
-    g = through_activation<F>(g, z, problem.activation);
+// What both gradients read of a stretch of elements.
+template <class F, class T, Activation A>
+struct GradientInputs {
+  const T *x, *residual, *dy;
+  const Weight<T>* weights;
+
+  GradientInputs(const Problem& problem, const void* dy, int64_t first, const Weight<T>* weights)
+      : x(static_cast<const T*>(problem.x) + first),
+        residual(problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr),
+        dy(static_cast<const T*>(dy) + first),
+        weights(weights) {}
+
+  // The same of elements further on; weights are those of one row.
+  BATCHNORM_INLINE GradientInputs row(int64_t distance) const {
+    GradientInputs other = *this;
+    other.x += distance;
+    other.dy += distance;
+    if (A != Activation::none && residual) other.residual += distance;
+    return other;
   }
-  if (weights) {
-    const Bits<F> finite = Bits<F>(x - x == 0);
-    const Bits<F> valid = Bits<F>(load<F>(weights + i, n) > 0) | finite;
-    g = select<F>(valid, g, Pack<F>{});
-    xhat = select<F>(valid, xhat, Pack<F>{});
+
+  // t = x - center and g = dy * act'(z) of the pack at i; both 0 where an element takes no part.
+  template <class Of>
+  BATCHNORM_INLINE void get(int64_t i, int n, const Of& of, Pack<F>& t, Pack<F>& g) const {
+    const Pack<F> value = load<F>(x + i, n);
+    t = value - of.center.at(i);
+    g = load<F>(dy + i, n);
+    if constexpr (A != Activation::none) {
+      Pack<F> z = t * of.slope.at(i) + of.shift.at(i);
+      if (residual) z += load<F>(residual + i, n);
+      g = through_activation<F, A>(g, z);
+    }
+    if (weights) {
+      const Bits<F> finite = Bits<F>(value - value == 0);
+      const Bits<F> valid = Bits<F>(load<F>(weights + i, n) > 0) | finite;
+      t = select<F>(valid, t, Pack<F>{});
+      g = select<F>(valid, g, Pack<F>{});
+    }
   }
+};
+
+// Sums g and g * t * rstd, which is g * xhat but for the remainder of the mean: batch_norm.cc takes
+// that into account once a channel.
+template <class F, class T, Activation A>
+void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coefficients* channels,
+                           const void* dy, GradientSums* sums) {
+  const bool far = range.beyond_cache;
+  std::vector<BlockSums<F>> blocks(range.channel1 - range.channel0);
+  const auto finish = [&](int64_t c) {
+    BlockSums<F>& block = blocks[c - range.channel0];
+    sums[c].g += horizontal_sum<F>(block.first);
+    sums[c].g_xhat += horizontal_sum<F>(block.second);
+    block = BlockSums<F>();
+  };
+  for_runs<T>(problem, range, [&](const Run<T>& run) {
+    const GradientInputs<F, T, A> inputs(problem, dy, run.first, run.weights);
+    const Spreads<One, F> of = spread<F>(channels[run.channel]);
+    BlockSums<F>& block = blocks[run.channel - range.channel0];
+    for (int64_t start = 0; start < run.length; start += kBlockElements<F>) {
+      const int64_t end = std::min(run.length, start + kBlockElements<F>);
+      add_run<F>(start, end, block.first, block.second,
+                 [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+                   if (far) fetch_for_later(inputs.x + i);
+                   if (far) fetch_for_later(inputs.dy + i);
+                   Pack<F> t, g;
+                   inputs.get(i, n, of, t, g);
+                   a += g;
+                   b += g * (t * of.rstd.at(i));
+                 });
+      block.elements += end - start;
+      if (block.elements >= kBlockElements<F>) finish(run.channel);
+    }
+  });
+  for (int64_t c = range.channel0; c < range.channel1; ++c) finish(c);
 }
 
-template <class F, class T>
+template <class F, class T, Activation A>
 void gradient_sums(const Problem& problem, const Range& range, const Coefficients* channels,
-                   const void* gradient, GradientSums* sums) {
-  const T* dy = static_cast<const T*>(gradient);
-  if (!sums_by_rows(problem.shape)) {
-    for_runs<T>(problem, range,
-                [&](int64_t c, int64_t first, const Weight<T>* weights, int64_t length) {
-                  const Spreads<One, F> of = spread<F>(channels[c]);
-                  constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;
-                  for (int64_t start = 0; start < length; start += kBlockElements) {
-                    double sum_g, sum_g_xhat;
-                    add_run<F>(start, std::min(length, start + kBlockElements), sum_g, sum_g_xhat,
-                               [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) {
-                                 Pack<F> g, xhat;
-                                 g_and_xhat<F>(problem, dy, first, i, n, weights, of, g, xhat);
-                                 a += g;
-                                 b += g * xhat;
-                               });
-                    sums[c].g += sum_g;
-                    sums[c].g_xhat += sum_g_xhat;
-                  }
-                });
-    return;
+                   const void* dy, GradientSums* sums) {
+  if (!by_rows(problem.shape)) {
+    return gradient_sums_by_runs<F, T, A>(problem, range, channels, dy, sums);
   }
   Spreads<PerLane, F> of;
   Weight<T> buffer[kStripLanes];
   alignas(64) F first[kStripLanes], second[kStripLanes];
-  for_strips(problem.shape, range, [&](const Strip& strip) {
+  for_strips(problem.shape, range, kFoldedForSums, [&](const Strip& strip) {
     spread(problem.shape, strip, channels, of);
+    const int64_t stride = strip.stride;
     for (int64_t start = 0; start < strip.rows; start += kBlock) {
       const int64_t end = std::min(strip.rows, start + kBlock);
       clear(first, strip.lanes);
       clear(second, strip.lanes);
-      const auto add = [&](int64_t from, int64_t to, const Weight<T>* weights) {
-        add_rows<F>(strip.lanes, from, to, first, second,
-                    [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) {
-                      Pack<F> g, xhat;
-                      g_and_xhat<F>(problem, dy, strip.first + row * strip.stride, i, n, weights,
-                                    of, g, xhat);
-                      a += g;
-                      b += g * xhat;
-                    });
+      const auto add = [&](int64_t from, int64_t to, const Weight<T>* weights) BATCHNORM_INLINE {
+        const GradientInputs<F, T, A> inputs(problem, dy, strip.first, weights);
+        add_rows<F, T>(strip.lanes, from, to, range.beyond_cache, first, second,
+                       [&](int64_t row, int64_t i, int n, int64_t ahead, Pack<F>& a, Pack<F>& b)
+                           BATCHNORM_INLINE {
+                             if (ahead) fetch(inputs.x + (row + ahead) * stride + i);
+                             if (ahead) fetch(inputs.dy + (row + ahead) * stride + i);
+                             Pack<F> t, g;
+                             inputs.row(row * stride).get(i, n, of, t, g);
+                             a += g;
+                             b += g * (t * of.rstd.at(i));
+                           });
       };
       if (problem.weights) {
         for (int64_t row = start; row < end; ++row) {
@@ -486,23 +656,28 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
   });
 }
 
-template <class F, class T>
+template <class F, class T, Activation A>
 void input_gradient(const Problem& problem, const Range& range, const Coefficients* channels,
-                    const void* gradient, void* output, void* residual_output) {
-  const T* dy = static_cast<const T*>(gradient);
-  T* dx = static_cast<T*>(output);
-  T* dresidual = static_cast<T*>(residual_output);
-  for_stretches<F, T>(problem, range, channels,
-                      [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
-                        for_packs<F>(length, [&](int64_t i, int n) {
-                          Pack<F> g, xhat;
-                          g_and_xhat<F>(problem, dy, first, i, n, weights, of, g, xhat);
-                          Pack<F> share = of.mean_g.at(i) + xhat * of.mean_g_xhat.at(i);
-                          if (weights) share *= load<F>(weights + i, n);
-                          store<F>(dx + first + i, of.slope.at(i) * (g - share), n);
-                          if (dresidual) store<F>(dresidual + first + i, g, n);
-                        });
-                      });
+                    const void* dy, void* output, void* residual_output) {
+  const bool far = range.beyond_cache;
+  for_stretches<F, T>(
+      problem, range, channels,
+      [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
+        const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
+        const Writer<F, T> dx(static_cast<T*>(output) + first, far);
+        T* dresidual = residual_output ? static_cast<T*>(residual_output) + first : nullptr;
+        for_packs<F>(dx.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
+          if (far) fetch_soon(inputs.x + i);
+          if (far) fetch_soon(inputs.dy + i);
+          Pack<F> t, g;
+          inputs.get(i, n, of, t, g);
+          Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
+          if (weights) share *= load<F>(weights + i, n);
+          dx.put(i, of.slope.at(i) * (g - share), n);
+          if (dresidual) store<F>(dresidual + i, g, n);
+        });
+      });
+  order_stores();
 }
 
 // ---- the table of this instruction set
@@ -519,6 +694,19 @@ void with_types(Dtype dtype, const Body& body) {
       return body(float(), Half());
     case Dtype::bfloat16:
       return body(float(), Bfloat());
+  }
+}
+
+// body(activation), as a type.
+template <class Body>
+void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::none:
+      return body(std::integral_constant<Activation, Activation::none>());
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>());
+    case Activation::silu:
+      return body(std::integral_constant<Activation, Activation::silu>());
   }
 }
 
@@ -540,19 +728,27 @@ const Kernels BATCHNORM_TABLE(BATCHNORM_LEVEL) = {
     },
     [](const Problem& problem, const Range& range, const Coefficients* channels, void* y) {
       with_types(problem.dtype, [&](auto f, auto t) {
-        normalize<decltype(f), decltype(t)>(problem, range, channels, y);
+        with_activation(problem.activation, [&](auto activation) {
+          normalize<decltype(f), decltype(t), activation.value>(problem, range, channels, y);
+        });
       });
     },
     [](const Problem& problem, const Range& range, const Coefficients* channels, const void* dy,
        GradientSums* sums) {
       with_types(problem.dtype, [&](auto f, auto t) {
-        gradient_sums<decltype(f), decltype(t)>(problem, range, channels, dy, sums);
+        with_activation(problem.activation, [&](auto activation) {
+          gradient_sums<decltype(f), decltype(t), activation.value>(problem, range, channels, dy,
+                                                                    sums);
+        });
       });
     },
     [](const Problem& problem, const Range& range, const Coefficients* channels, const void* dy,
        void* dx, void* dresidual) {
       with_types(problem.dtype, [&](auto f, auto t) {
-        input_gradient<decltype(f), decltype(t)>(problem, range, channels, dy, dx, dresidual);
+        with_activation(problem.activation, [&](auto activation) {
+          input_gradient<decltype(f), decltype(t), activation.value>(problem, range, channels, dy,
+                                                                     dx, dresidual);
+        });
       });
     },
 };

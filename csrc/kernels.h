@@ -11,6 +11,7 @@ namespace batchnorm {
 // The elements [outer0, outer1) x [channel0, channel1) x [inner0, inner1).
 struct Range {
   int64_t outer0, outer1, channel0, channel1, inner0, inner1;
+  bool beyond_cache;  // what the call reads and writes is more than the caches hold
 };
 
 // Of a set of elements: sum w, mean, and sum w*(x - mean)^2.
@@ -34,12 +35,12 @@ struct GradientSums {
   double g = 0, g_xhat = 0;
 };
 
-// Of one channel. xhat = (x - center) * rstd - remainder, where center is the mean rounded to the
-// arithmetic type and remainder is what that rounding left out.
+// Of one channel. The mean is center + remainder / rstd: rounded to the arithmetic type, and what
+// that rounding left out. xhat = (x - center) * rstd - remainder.
 struct Coefficients {
   double center, rstd, remainder;
-  double slope, shift;         // z = (x - center) * slope + shift, before residual and activation
-  double mean_g, mean_g_xhat;  // the sums over the count, for input_gradient
+  double slope, shift;       // z = (x - center) * slope + shift, before residual and activation
+  double share, share_xhat;  // dx = slope * (g - w * (share + (x - center) * share_xhat))
 };
 
 struct Kernels {
@@ -50,7 +51,7 @@ struct Kernels {
 
   void (*normalize)(const Problem&, const Range&, const Coefficients* channels, void* y);
 
-  // Adds the sums over the range to sums[c].
+  // Adds the sums over the range to sums[c], as if the remainder were 0.
   void (*gradient_sums)(const Problem&, const Range&, const Coefficients* channels, const void* dy,
                         GradientSums* sums);
 

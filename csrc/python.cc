@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "batch_norm.h"
+#include "cache.h"
 #include "parallel.h"
 #ifdef BATCHNORM_XLA
 #include "xla.h"
@@ -125,10 +126,7 @@ PyObject* py_batch_norm(PyObject*, PyObject* const* values, Py_ssize_t n) {
   double* var = arguments.address<double>();
   void* y = arguments.address<void>();
   if (!arguments.ok()) return nullptr;
-  return without_gil([&] {
-    statistics(problem, count, mean, var);
-    normalize(problem, mean, var, y);
-  });
+  return without_gil([&] { batch_norm(problem, count, mean, var, y); });
 }
 
 PyObject* py_statistics(PyObject*, PyObject* const* values, Py_ssize_t n) {
@@ -166,9 +164,8 @@ PyObject* py_batch_norm_gradients(PyObject*, PyObject* const* values, Py_ssize_t
   ParameterGradient sum_g(problem.shape.channels, arguments.parameter_dtype, dbias);
   ParameterGradient sum_g_xhat(problem.shape.channels, arguments.parameter_dtype, dscale);
   return without_gil([&] {
-    gradient_sums(problem, mean, var, dy, sum_g.values(), sum_g_xhat.values());
-    input_gradient(problem, count, mean, var, sum_g.values(), sum_g_xhat.values(), dy, dx,
-                   dresidual);
+    batch_norm_gradients(problem, count, mean, var, dy, sum_g.values(), sum_g_xhat.values(), dx,
+                         dresidual);
     sum_g.store();
     sum_g_xhat.store();
   });
@@ -240,6 +237,36 @@ PyObject* py_instruction_set(PyObject*, PyObject*) {
   return PyUnicode_FromString(instruction_set());
 }
 
+PyObject* py_instruction_sets(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const char* name : instruction_sets()) {
+    PyObject* string = names ? PyUnicode_FromString(name) : nullptr;
+    if (!string || PyList_Append(names, string) != 0) Py_CLEAR(names);
+    Py_XDECREF(string);
+  }
+  return names;
+}
+
+// Whether it is one of them; only then is it set.
+PyObject* py_set_instruction_set(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (!bytes) return nullptr;
+  const bool known = set_instruction_set(PyBytes_AsString(bytes));
+  Py_DECREF(bytes);
+  return PyBool_FromLong(known);
+}
+
+PyObject* py_last_level_cache_bytes(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(last_level_cache_bytes());
+}
+
+PyObject* py_set_last_level_cache_bytes(PyObject*, PyObject* value) {
+  const long long bytes = PyLong_AsLongLong(value);
+  if (bytes == -1 && PyErr_Occurred()) return nullptr;
+  set_last_level_cache_bytes(bytes);
+  Py_RETURN_NONE;
+}
+
 // {name: capsule}, as jax.ffi.register_ffi_target wants them; empty without an XLA face.
 PyObject* py_xla_handlers(PyObject*, PyObject*) {
   PyObject* handlers = PyDict_New();
@@ -273,6 +300,10 @@ PyMethodDef methods[] = {
     {"num_threads", py_num_threads, METH_NOARGS, nullptr},
     {"set_num_threads", py_set_num_threads, METH_O, nullptr},
     {"instruction_set", py_instruction_set, METH_NOARGS, nullptr},
+    {"instruction_sets", py_instruction_sets, METH_NOARGS, "The widest first."},
+    {"set_instruction_set", py_set_instruction_set, METH_O, "Whether it is one of them."},
+    {"last_level_cache_bytes", py_last_level_cache_bytes, METH_NOARGS, nullptr},
+    {"set_last_level_cache_bytes", py_set_last_level_cache_bytes, METH_O, nullptr},
     {"xla_handlers", py_xla_handlers, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

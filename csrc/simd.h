@@ -9,9 +9,13 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
+
+// For the bodies of hot loops. Where one is called and not inlined, its captures live in memory,
+// and are loaded again after every store.
+#define BATCHNORM_INLINE __attribute__((always_inline))
 
 namespace batchnorm {
 namespace {
@@ -148,28 +152,133 @@ inline void store(Half* to, Pack<float> v) {
   std::memcpy(to, &bits, sizeof bits);
 }
 
+// All bits set in the first `count` lanes.
+template <class F>
+inline Bits<F> first_lanes(int count) {
+  Bits<F> lane;
+  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
+  return Bits<F>(lane < count);
+}
+
 // The first `count` elements, the other lanes 0: for the end of a row.
 template <class F, class T>
-inline Pack<F> load(const T* from, int count) {
+inline BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
   if (count == kLanes<F>) return load<F>(from);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
+    return as<Pack<F>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
+    return as<Pack<F>>(_mm256_maskload_ps(from, as<__m256i>(first_lanes<F>(count))));
+  }
+#endif
   T buffer[kLanes<F>] = {};
   std::memcpy(buffer, from, count * sizeof(T));
   return load<F>(buffer);
 }
 template <class F, class T>
-inline void store(T* to, Pack<F> v, int count) {
+inline BATCHNORM_INLINE void store(T* to, Pack<F> v, int count) {
   if (count == kLanes<F>) return store(to, v);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
+    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), as<__m512>(v));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
+    return _mm256_maskstore_ps(to, as<__m256i>(first_lanes<F>(count)), as<__m256>(v));
+  }
+#endif
   T buffer[kLanes<F>];
   store(buffer, v);
   std::memcpy(to, buffer, count * sizeof(T));
 }
 
+// ---- around the caches
+
+// Asks for a cache line in advance: into the second-level cache, which has room for more of them
+// under way, or, a little before its use, into the first.
+template <class T>
+inline BATCHNORM_INLINE void fetch(const T* from) {
+  __builtin_prefetch(from, 0, 2);
+}
+template <class T>
+inline BATCHNORM_INLINE void fetch_for_later(const T* from) {
+  fetch(reinterpret_cast<const char*>(from) + 4096);
+}
+template <class T>
+inline BATCHNORM_INLINE void fetch_soon(const T* from) {
+  __builtin_prefetch(reinterpret_cast<const char*>(from) + 1024, 0, 3);
+}
+
+// Stores a pack of whole, aligned storage without reading its cache lines first or keeping them.
+template <class T, class V>
+inline BATCHNORM_INLINE void store_past_cache(T* to, V v) {
+#if defined(__SSE2__)
+  constexpr int kBytes = sizeof(T) * (sizeof(V) / sizeof(v[0]));
+  alignas(kBytes) T buffer[kBytes / sizeof(T)];
+  store(buffer, v);
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), load_bytes<__m512i>(buffer));
+  }
+#endif
+#if defined(__AVX__)
+  if constexpr (kBytes == 32) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load_bytes<__m256i>(buffer));
+  }
+#endif
+  if constexpr (kBytes == 16) {
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to), load_bytes<__m128i>(buffer));
+  }
+#endif
+  store(to, v);
+}
+
+// Stores past the cache become visible to other threads in order with those that follow.
+inline void order_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Writes a row of storage, in packs.
+template <class F, class T>
+class Writer {
+ public:
+  Writer(T* to, bool past_cache) : to_(to), past_cache_(past_cache) {}
+  // How many elements come before the first aligned pack; 0 where it does not matter.
+  int64_t before_alignment(int64_t n) const {
+    if (!past_cache_) return 0;
+    constexpr uintptr_t kBytes = sizeof(T) * kLanes<F>;
+    const int64_t before = (-reinterpret_cast<uintptr_t>(to_) % kBytes) / sizeof(T);
+    return before < n ? before : n;
+  }
+  BATCHNORM_INLINE void put(int64_t i, Pack<F> v, int n) const {
+    if (past_cache_ && n == kLanes<F>) {
+      store_past_cache(to_ + i, v);
+    } else {
+      store<F>(to_ + i, v, n);
+    }
+  }
+
+ private:
+  T* to_;
+  bool past_cache_;
+};
+
 // body(i, count) for packs at i = 0, kLanes, ...: `count` is kLanes, a constant, but for the last.
+// The first pack has `before` elements, unless that is 0.
 template <class F, class Body>
-inline __attribute__((always_inline)) void for_packs(int64_t n, const Body& body) {
-  int64_t i = 0;
+inline BATCHNORM_INLINE void for_packs(int64_t before, int64_t n, const Body& body) {
+  if (before > 0) body(0, static_cast<int>(before));
+  int64_t i = before;
   for (; i + kLanes<F> <= n; i += kLanes<F>) body(i, kLanes<F>);
   if (i < n) body(i, static_cast<int>(n - i));
+}
+template <class F, class Body>
+inline BATCHNORM_INLINE void for_packs(int64_t n, const Body& body) {
+  for_packs<F>(0, n, body);
 }
 
 // ---- arithmetic
@@ -184,19 +293,14 @@ inline Pack<F> select(Bits<F> mask, Pack<F> yes, Pack<F> no) {
   return as<Pack<F>>((mask & as<Bits<F>>(yes)) | (~mask & as<Bits<F>>(no)));
 }
 
-// All bits set in the first `count` lanes.
-template <class F>
-inline Bits<F> first_lanes(int count) {
-  Bits<F> lane;
-  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
-  return Bits<F>(lane < count);
-}
-
 template <class F>
 inline double horizontal_sum(Pack<F> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<F>; ++i) sum += v[i];
-  return sum;
+  double sum[kLanes<F>];
+  for (int i = 0; i < kLanes<F>; ++i) sum[i] = v[i];
+  for (int half = kLanes<F> / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  }
+  return sum[0];
 }
 
 // exp for |x| <= 88, to about one unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and the

@@ -7,12 +7,16 @@ import sys
 import threading
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
+import truth
 
 import batchnorm
 import batchnorm.numpy as bn
 from batchnorm import native
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +217,96 @@ doors = {name for name in sys.modules if name.startswith("batchnorm.")}
 assert doors <= {"batchnorm.native", "batchnorm._cpu"}, doors
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+# ---- every instruction set, and tensors beyond the cache
+
+
+@pytest.fixture(params=native.instruction_sets())
+def level(request):
+    """Each instruction set of this machine in turn."""
+    before = native._cpu.instruction_set()
+    native.set_instruction_set(request.param)
+    yield request.param
+    native.set_instruction_set(before)
+
+
+@pytest.fixture(params=["within the cache", "beyond the cache"])
+def reach(request):
+    """Small tensors on their own way, and on the way of tensors that the cache does not hold."""
+    before = native._cpu.last_level_cache_bytes()
+    if request.param == "beyond the cache":
+        native._cpu.set_last_level_cache_bytes(0)
+    yield request.param
+    native._cpu.set_last_level_cache_bytes(before)
+
+
+def test_the_widest_instruction_set_serves():
+    assert native.instruction_sets()[0] == native._cpu.instruction_set()
+    assert native.instruction_sets()[0] in batchnorm.native_status()
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    before = native._cpu.instruction_set()
+    with pytest.raises(ValueError, match=r"of this machine .* but got 'AVX-1024'"):
+        native.set_instruction_set("AVX-1024")
+    assert native._cpu.instruction_set() == before
+
+
+def test_a_level_is_used_once_it_is_set(level):
+    assert native._cpu.instruction_set() == level
+    assert level in batchnorm.native_status()
+
+
+LAYOUTS = [((64, 5), -1), ((300, 70), -1), ((9, 2100), -1), ((6, 3, 7), 1), ((5, 4, 333), 1)]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, BFLOAT16])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_levels_compute_the_truth(level, reach, dtype, activation, masked):
+    random = np.random.default_rng(0)
+    tolerance = {"float64": 1e-11, "float32": 3e-5, "float16": 3e-3, "bfloat16": 3e-2}
+    for shape, axis in LAYOUTS:
+        x, dy, residual = (random.normal(size=shape).astype(dtype) for _ in range(3))
+        keywords = {"axis": axis, "activation": activation, "residual": residual}
+        if masked:
+            one = list(shape)
+            one[axis] = 1
+            keywords["mask"] = random.random(one) < 0.7
+        scale, bias = random.normal(size=(2, shape[axis]))
+        y, statistics = bn.batch_norm(x, scale, bias, **keywords)
+        gradients = bn.batch_norm_gradients(dy, x, statistics, scale, bias, **keywords)
+        wanted = truth.batch_norm(x, scale, bias, **keywords)
+        wanted_gradients = truth.batch_norm_gradients(dy, x, scale, bias, **keywords)
+        pairs = {"y": (y, wanted.y)}
+        for name in ("x", "scale", "bias", "residual"):
+            pairs[name] = (getattr(gradients, name), wanted_gradients[name])
+        for name, (got, want) in pairs.items():
+            error = np.abs(np.float64(got) - want).max() / (1 + np.abs(want).max())
+            assert error <= tolerance[np.dtype(dtype).name], (name, shape, error)
+
+
+def accuracy_inputs():
+    """The inputs that break other implementations: values, tolerance of mean and of std."""
+    random = np.random.default_rng(0)
+    normal = random.standard_normal((200_000, 3))
+    yield "large mean", (1e4 + 3e-4 * np.arange(3) + 0.01 * normal).astype(np.float32)
+    yield "huge", (1e30 * np.sign(normal)).astype(np.float32)
+    yield "float16 far from 0", (350 + 25 * normal).clip(300, 400).astype(np.float16)
+    yield "float16 large", (300 * normal).astype(np.float16)
+
+
+@pytest.mark.parametrize("layout", ["features last", "features first"])
+def test_levels_are_accurate(level, reach, layout):
+    for name, x in accuracy_inputs():
+        wanted = truth.batch_norm(x)
+        if layout == "features first":
+            y, statistics = bn.batch_norm(np.ascontiguousarray(x.T), axis=0)
+            y = y.T
+        else:
+            y, statistics = bn.batch_norm(x)
+        y = np.float64(y)
+        assert np.abs(y.std(axis=0) - wanted.y.std(axis=0)).max() <= 1e-3, name
+        assert np.abs(y.mean(axis=0)).max() <= 1e-3, name
+        np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-4, err_msg=name)

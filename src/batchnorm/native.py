@@ -67,3 +67,35 @@ def set_num_threads(threads: int) -> None:
         raise ValueError(f"threads must be within [1, 1024], but got {threads}.")
     if _cpu is not None:
         _cpu.set_num_threads(threads)
+
+
+def instruction_sets() -> list[str]:
+    """Name the instruction sets that the native kernels can use here, the widest first.
+
+    Examples
+    --------
+    >>> from batchnorm.native import instruction_sets
+    >>> instruction_sets()  # doctest: +SKIP
+    ['AVX-512', 'AVX2', 'SSE2']
+    """
+    return [] if _cpu is None else list(_cpu.instruction_sets())
+
+
+def set_instruction_set(name: str) -> None:
+    """Make later calls use another instruction set than the widest; meant for tests.
+
+    Parameters
+    ----------
+    name : str
+        One of `instruction_sets()`.
+
+    Raises
+    ------
+    ValueError
+        If it is not one of them.
+    """
+    if _cpu is None or not _cpu.set_instruction_set(name):
+        choices = ", ".join(instruction_sets()) or "none"
+        raise ValueError(
+            f"name must be an instruction set of this machine ({choices}), but got {name!r}."
+        )

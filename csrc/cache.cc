@@ -1,0 +1,55 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <atomic>
+#include <fstream>
+#include <initializer_list>
+#include <string>
+
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#elif !defined(_WIN32)
+#include <unistd.h>
+#endif
+
+namespace batchnorm {
+namespace {
+
+// Of a small processor, for systems that do not say.
+constexpr int64_t kSmallCache = int64_t{4} << 20;
+
+int64_t ask_system() {
+  int64_t bytes = 0;
+#ifdef __APPLE__
+  for (const char* name : {"hw.l3cachesize", "hw.perflevel0.l2cachesize", "hw.l2cachesize"}) {
+    int64_t found = 0;
+    size_t size = sizeof found;
+    if (sysctlbyname(name, &found, &size, nullptr, 0) == 0) bytes = std::max(bytes, found);
+  }
+#else
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  bytes = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
+#endif
+  // Where the C library does not know, as on Arm, the kernel may: "32768K".
+  for (int index = 0; bytes <= 0 && index < 8; ++index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(7 - index) +
+                       "/size");
+    int64_t kilobytes = 0;
+    if (file >> kilobytes) bytes = kilobytes << 10;
+  }
+#endif
+  return bytes > 0 ? bytes : kSmallCache;
+}
+
+std::atomic<int64_t>& cache_bytes() {
+  static std::atomic<int64_t> bytes{ask_system()};
+  return bytes;
+}
+
+}  // namespace
+
+int64_t last_level_cache_bytes() { return cache_bytes(); }
+
+void set_last_level_cache_bytes(int64_t bytes) { cache_bytes() = bytes; }
+
+}  // namespace batchnorm
