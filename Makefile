@@ -41,12 +41,12 @@ lint: $(VENV)/dev ## Check formatting, types and style.
 	$(IN_VENV)ruff format --check .
 	$(IN_VENV)ruff check .
 	$(IN_VENV)mypy
-	$(IN_VENV)clang-format --dry-run --Werror csrc/* tests/native/*
+	$(IN_VENV)clang-format --dry-run --Werror csrc/* tests/native/* benchmarks/*.cc
 
 format: $(VENV)/dev ## Format Python and C++.
 	$(IN_VENV)ruff format .
 	$(IN_VENV)ruff check --fix .
-	$(IN_VENV)clang-format -i csrc/* tests/native/*
+	$(IN_VENV)clang-format -i csrc/* tests/native/* benchmarks/*.cc
 
 # Frame pointers and -O1 keep the reports readable. ThreadSanitizer cannot follow a fork.
 sanitize: $(VENV)/dev ## Run the native tests under the address, undefined and thread sanitizers.
