@@ -491,9 +491,9 @@ def an_absent_process_is_found(groups):
             with pytest.raises(RuntimeError) as error:
                 (model(x) if y is None else y).sum().backward()
             messages.append(str(error.value))
-        store.add(f"through {step}", 1)
-        while store.add(f"through {step}", 0) < PROCESSES:
-            time.sleep(0.05)
+        store.set(f"{rank} through {step}", "")
+        through = [f"{each} through {step}" for each in range(PROCESSES)]
+        store.wait(through, datetime.timedelta(seconds=30))
     whereabouts = ["SyncBatchNorm '1.0'", "SyncBatchNorm '1.0' (after 1 batches)"]
     for message, where in zip(messages, whereabouts, strict=rank != 2):
         assert message.startswith(f"{where} could not add up its statistics with the other")
