@@ -4,7 +4,7 @@ IN_VENV := $(VENV)/bin/
 OLDEST := .venv-oldest-jax
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize bench clean
+.PHONY: help demo test lint format sanitize bench bench-quick clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -57,9 +57,11 @@ sanitize: $(VENV)/dev ## Run the native tests under the address, undefined and t
 	  $(IN_VENV)ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; \
 	done
 
-bench: $(VENV)/bench ## Time the kernels and the doors beside their peers.
-	$(IN_VENV)python benchmarks/kernels.py
-	$(IN_VENV)python benchmarks/mlx_layers.py
+bench: $(VENV)/bench ## Time the kernels and the layers beside their peers; writes docs/benchmarks.md.
+	$(IN_VENV)python benchmarks/report.py
+
+bench-quick: $(VENV)/bench ## See that the benchmarks run.
+	$(IN_VENV)python benchmarks/report.py --quick
 
 clean: ## Remove what the other targets made.
 	rm -rf $(VENV) $(OLDEST) build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png

@@ -1,209 +1,183 @@
-"""Time the native kernels, through the NumPy door, as a ratio to a threaded copy of x.
+"""Time the native kernels, through the NumPy door, beside oneDNN's where it is installed.
 
-The work is the 53 batch normalizations of ResNet-50 at batch 32: each shape once, its times counted
-as often as the network has it. The unit is the faster of an ordinary copy and one past the cache,
-on as many threads. Everything runs interleaved in one process, with outputs written to beforehand;
-medians of the rounds are printed.
+Outputs are allocated beforehand. "forward" takes new statistics, "evaluation" given ones. The
+variants are measured against plain float32 on all threads.
 """
 
-import argparse
 import ctypes
-import os
-import statistics
-import subprocess
-import tempfile
-import time
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import measure
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from measure import LAST, THREADS, Work
 
 import batchnorm
 from batchnorm.native import _cpu
 from batchnorm.numpy import _address, _addresses, _Call, batch_norm
 
-# (height and width, channels): how many of the 53
-RESNET50 = {
-    (112, 64): 1,
-    (56, 64): 6,
-    (56, 256): 4,
-    (56, 128): 1,
-    (28, 128): 7,
-    (28, 512): 5,
-    (28, 256): 1,
-    (14, 256): 11,
-    (14, 1024): 7,
-    (14, 512): 1,
-    (7, 512): 5,
-    (7, 2048): 4,
-}
-OTHERS = {"(8192, 1024)": (8192, 1024), "(32, 4096, 128)": (32, 4096, 128), "(16, 32)": (16, 32)}
-LARGE = {"1.6 GB NHWC": (512, 56, 56, 256)}
-STAGES = ["statistics", "normalize", "forward", "gradient_sums", "input_gradient", "backward"]
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+# From 0.8 MB to 1.6 GB.
+SIZES = [Work((n, 64, 56, 56)) for n in (1, 8, 128, 512, 2048)]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": np.dtype(ml_dtypes.bfloat16)},
+    "float16": {"dtype": np.dtype(np.float16)},
+    "relu": {"activation": "relu"},
+    "silu": {"activation": "silu"},
+    "residual": {"residual": True},
+    "mask": {"mask": True},
 }
 
-Copy = Callable[[np.ndarray, np.ndarray, int, bool], None]
+
+def forward_and_backward(
+    each: Work,
+    layout: str,
+    *,
+    dtype: np.dtype[Any] = np.dtype(np.float32),  # noqa: B008
+    activation: str | None = None,
+    residual: bool = False,
+    mask: bool = False,
+) -> tuple[dict[str, Callable[[], object]], np.ndarray]:
+    """Calls that allocate nothing like x; and x."""
+    random, shape = np.random.default_rng(0), each.shape_in(layout)
+    axis = -1 if layout == LAST else 1
+
+    def normal() -> np.ndarray:
+        return random.standard_normal(shape, np.float32).astype(dtype)
+
+    x, dy, y, dx = normal(), normal(), normal(), normal()
+    added, dadded = (normal(), normal()) if residual else (None, None)
+    weights = None
+    if mask:
+        weights = random.random([s if i != axis % len(shape) else 1 for i, s in enumerate(shape)])
+        weights = weights < 0.8
+    scale, bias = np.ones(shape[axis]), np.zeros(shape[axis])
+    call = _Call(x, scale, bias, axis, 1e-5, weights, added, activation)
+    statistics, _ = call.new_statistics()
+    sums = np.empty((2, shape[axis]))
+    problem, moments = call.native_arguments(), _addresses(statistics)
+    held = (call, statistics, sums, dy, y, dx, dadded)  # as long as their addresses are in use
+    gradients = (_address(dy), *_addresses(sums), _address(dx), _address(dadded))
+    to = _address(y)
+
+    def forward() -> object:
+        return _cpu.batch_norm(*problem, *moments, to), held
+
+    def backward() -> object:
+        return _cpu.batch_norm_gradients(*problem, *moments, *gradients)
+
+    def evaluation() -> object:
+        return _cpu.normalize(*problem, *moments[1:], to)
+
+    forward()
+    return {"forward": forward, "backward": backward, "evaluation": evaluation}, x
 
 
-def compiled_copy() -> Copy:
-    here = Path(__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/copy.so"
-        sources = [here / "copy.cc", here.parent / "csrc/parallel.cc"]
-        options = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
-        include = f"-I{here.parent / 'csrc'}"
-        compiler = os.environ.get("CXX", "c++")
-        subprocess.run([compiler, *options, include, *sources, "-o", library], check=True)
-        function = ctypes.CDLL(library).copy
-    function.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+def onednn(each: Work, layout: str) -> dict[str, Callable[[], object]]:
+    """oneDNN's calls, none where it is not installed or has not this shape."""
+    compiled = measure.library("onednn", "benchmarks/onednn.cc", link="dnnl")
+    if compiled is None or len(each.shape) != 4:
+        return {}
+    compiled.onednn_new.restype = ctypes.c_void_p
+    channels, shape = each.shape[1], each.shape_in(layout)
+    sizes = map(ctypes.c_int64, each.shape)
+    handle = ctypes.c_void_p(compiled.onednn_new(*sizes, int(layout == LAST), ctypes.c_float(1e-5)))
+    random = np.random.default_rng(0)
+    x, dy, y, dx = (random.standard_normal(shape, np.float32) for _ in range(4))
+    scale, bias, mean, var, dscale, dbias = (np.ones(channels, np.float32) for _ in range(6))
 
-    def copy(to: np.ndarray, source: np.ndarray, threads: int, streaming: bool) -> None:
-        function(_address(to), _address(source), source.nbytes, threads, streaming)
+    def pointers(*arrays: np.ndarray) -> list[ctypes.c_void_p]:
+        return [ctypes.c_void_p(array.ctypes.data) for array in arrays]
 
-    return copy
+    to_forward = pointers(x, scale, bias, mean, var, y)
+    to_backward = pointers(x, scale, bias, mean, var, dy, dx, dscale, dbias)
+    held = (x, dy, y, dx, scale, bias, mean, var, dscale, dbias)
+    return {
+        "forward": lambda: (compiled.onednn_forward(handle, *to_forward), held),
+        "backward": lambda: compiled.onednn_backward(handle, *to_backward),
+    }
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def kernels(arguments: Any) -> Iterator[measure.Result]:
+    for each, layout in measure.work(arguments.quick):
+        ours, x = forward_and_backward(each, layout)
+        theirs = onednn(each, layout)
+        for call in ours:
+            sides = {"kernels": ours[call]}
+            if call in theirs:
+                sides["oneDNN"] = theirs[call]
+            calls = sides | measure.copies_of(x)
+            yield from measure.results("Kernels", each, layout, call, calls, quick=arguments.quick)
+    for each in SIZES[: 2 if arguments.quick else None]:
+        for layout in (LAST, measure.FIRST):
+            ours, x = forward_and_backward(each, layout)
+            for call in ("forward", "backward"):
+                calls = {"kernels": ours[call]} | measure.copies_of(x)
+                found = measure.results("Kernels", each, layout, call, calls, quick=arguments.quick)
+                yield from (dataclasses.replace(one, call=f"growth, {call}") for one in found)
 
 
-def growth_of_memory(function: Callable[[], object]) -> int:
-    """KiB by which the resident memory grows while the function runs, at the most (Linux)."""
+def variants(arguments: Any) -> Iterator[measure.Result]:
+    """Forward and backward in one time."""
+
+    def both(calls: dict[str, Callable[[], object]]) -> Callable[[], object]:
+        return lambda: (calls["forward"](), calls["backward"]())
+
+    def on_one_thread(call: Callable[[], object]) -> Callable[[], object]:
+        def alone() -> None:
+            batchnorm.set_num_threads(1)
+            call()
+            batchnorm.set_num_threads(THREADS)
+
+        return alone
+
+    for each in (Work((32, 64, 56, 56)), Work((32, 256, 14, 14))):
+        for layout in (LAST, measure.FIRST):
+            calls = {}
+            for name, keywords in VARIANTS.items():
+                one, x = forward_and_backward(each, layout, **keywords)
+                calls[name] = both(one)
+                if name == "float32":
+                    calls["float32, one thread"] = on_one_thread(calls[name])
+                    copies = measure.copies_of(x)
+            yield from measure.results(
+                "Variants",
+                each,
+                layout,
+                "forward + backward",
+                calls | copies,
+                quick=arguments.quick,
+            )
+
+
+def growth_of_memory(call: Callable[[], object]) -> int:
+    """KiB by which the resident memory grows while the call runs, at the most (Linux)."""
 
     def status(name: str) -> int:
         return int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
 
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to VmRSS
     before = status("VmRSS")
-    function()
+    call()
     return status("VmHWM") - before
 
 
-def functions_of(
-    shape: tuple[int, ...], axis: int, copy: Copy, options: argparse.Namespace
-) -> dict[str, Callable[[], object]]:
-    """The copies and each kernel, as functions without arguments that allocate nothing like x."""
-    random, dtype = np.random.default_rng(0), DTYPES[options.dtype]
-
-    def normal() -> np.ndarray:
-        return random.standard_normal(shape, np.float32).astype(dtype)
-
-    x, dy, y, dx = normal(), normal(), normal(), normal()
-    residual = normal() if options.residual else None
-    mask = None
-    if options.mask:
-        one = [1 if i == axis % len(shape) else size for i, size in enumerate(shape)]
-        mask = random.random(one) < 0.8
-    channels = shape[axis]
-    scale, bias = np.ones(channels), np.zeros(channels)
-    call = _Call(x, scale, bias, axis, 1e-5, mask, residual, options.activation)
-    moments, _ = call.new_statistics()
-    problem, addresses = call.native_arguments(), _addresses(moments)
-    sums = np.empty((2, channels))
-    dresidual = _address(normal()) if options.residual else 0
-    to_y, to_dx, from_dy, to_sums = _address(y), _address(dx), _address(dy), _addresses(sums)
-    keep = (x, dy, y, dx, residual, mask, call, moments, sums)
-    backward = (*problem, *addresses)
-    return {
-        "copy": lambda: copy(y, x, options.threads, False),
-        "copy past the cache": lambda: copy(y, x, options.threads, True),
-        "statistics": lambda: (_cpu.statistics(*problem, *addresses), keep),
-        "normalize": lambda: _cpu.normalize(*problem, *addresses[1:], to_y),
-        "forward": lambda: _cpu.batch_norm(*problem, *addresses, to_y),
-        "gradient_sums": lambda: _cpu.gradient_sums(*problem, *addresses[1:], from_dy, *to_sums),
-        "input_gradient": lambda: _cpu.input_gradient(
-            *backward, *to_sums, from_dy, to_dx, dresidual
-        ),
-        "backward": lambda: _cpu.batch_norm_gradients(
-            *backward, from_dy, *to_sums, to_dx, dresidual
-        ),
-    }
-
-
-def times_of(functions: dict[str, Callable[[], object]], limit: float) -> dict[str, float]:
-    """Medians over interleaved rounds, about `limit` seconds of them, at least five."""
-    rounds: list[dict[str, float]] = []
-    start = time.perf_counter()
-    while len(rounds) < 6 or time.perf_counter() - start < limit:
-        rounds.append({name: seconds(function) for name, function in functions.items()})
-    times = {name: statistics.median(each[name] for each in rounds[1:]) for name in functions}
-    times["copy"] = min(times["copy"], times["copy past the cache"])
-    return times
-
-
-def work(options: argparse.Namespace) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
-    """Label, shape, axis and count of each tensor; 0 of those outside the network."""
-    layouts = ["NHWC", "NCHW"] if options.layout == "both" else [options.layout]
-    for layout in layouts:
-        for (size, channels), count in RESNET50.items():
-            if layout == "NHWC":
-                shape, axis = (32, size, size, channels), -1
-            else:
-                shape, axis = (32, channels, size, size), 1
-            yield f"{layout} {size} x {size} x {channels}", shape, axis, count
-    if not options.quick:
-        for label, shape in (OTHERS | (LARGE if options.large else {})).items():
-            yield label, shape, -1, 0
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2, help="for each shape (default: 2)")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--layout", choices=["NHWC", "NCHW", "both"], default="both")
-    parser.add_argument("--activation", choices=["relu", "silu"])
-    parser.add_argument("--residual", action="store_true")
-    parser.add_argument("--mask", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="little time, only the network's")
-    parser.add_argument("--large", action="store_true", help="a tensor of 1.6 GB, too")
-    options = parser.parse_args()
-    if options.quick:
-        options.seconds = 0.2
-
-    batchnorm.set_num_threads(options.threads)
-    copy = compiled_copy()
-    columns = ("tensor", "count", "MB", "copy, ms", *STAGES, "KiB more")
-    table = Table(
-        title=f"{options.dtype}: ratio of times to a copy of x, {options.threads} threads"
-    )
-    for column in columns:
-        table.add_column(column, justify="right")
-    totals: dict[str, dict[str, float]] = {}
-    for label, shape, axis, count in work(options):
-        functions = functions_of(shape, axis, copy, options)
-        extra = growth_of_memory(lambda f=functions: [function() for function in f.values()])
-        times = times_of(functions, options.seconds)
-        ratios = [f"{times[name] / times['copy']:.2f}" for name in STAGES]
-        megabytes = f"{np.prod(shape) * DTYPES[options.dtype].itemsize / 1e6:.1f}"
-        table.add_row(
-            label, str(count), megabytes, f"{1e3 * times['copy']:.3f}", *ratios, str(extra)
-        )
-        if count:
-            total = totals.setdefault(label.split()[0], dict.fromkeys(times, 0.0))
-            for name in times:
-                total[name] += count * times[name]
-    for layout, total in totals.items():
-        ratios = [f"{total[name] / total['copy']:.2f}" for name in STAGES]
-        table.add_row(f"{layout}: all", "53", "", f"{1e3 * total['copy']:.1f}", *ratios, "")
-
-    console = Console(width=160)
-    console.print(batchnorm.native_status())
-    console.print(table)
+    arguments = measure.options(__doc__)
+    batchnorm.set_num_threads(THREADS)
     x, scale = np.ones((16, 32), np.float32), np.ones(32, np.float32)
-    calls = [
-        seconds(lambda: [batch_norm(x, scale, scale) for _ in range(1000)]) * 1e3 for _ in range(9)
-    ]
-    console.print(f"batch_norm on (16, 32) float32: {statistics.median(calls):.1f} µs a call")
+    seconds = measure.measure({"call": lambda: batch_norm(x, scale, scale)}, 0.2)["call"]
+    ours, _ = forward_and_backward(Work((32, 64, 56, 56)), LAST)
+    memory = max(growth_of_memory(call) for call in ours.values())
+    title = (
+        f"{batchnorm.native_status()} batchnorm.numpy.batch_norm on (16, 32): "
+        f"{1e6 * sorted(seconds)[len(seconds) // 2]:.1f} µs a call. "
+        f"Memory beyond the arrays, (32, 56, 56, 64): {memory} KiB."
+    )
+    measure.show([*kernels(arguments), *variants(arguments)], title, arguments.json)
 
 
 if __name__ == "__main__":
