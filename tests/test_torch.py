@@ -165,6 +165,7 @@ def test_an_instance_of_the_class_of_torch(ours, theirs, shape):
 @pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
 def test_state_dict_goes_both_ways(ours, theirs, shape):
     for kinds in ((ours, theirs), (theirs, ours)):
+        assert ours(4, skip_nonfinite=True).state_dict().keys() == theirs(4).state_dict().keys()
         one = with_parameters(kinds[0](4))
         one(tensor(*shape, dtype=torch.float32))
         loaded = saved_and_loaded(one.state_dict(), weights_only=True)
@@ -302,6 +303,14 @@ def test_without_parameters_or_statistics(keywords):
     assert state(one).keys() == state(other).keys()
 
 
+def test_running_statistics_may_be_taken_away():
+    one, other = (kind(4, dtype=torch.float64) for kind in (bt.BatchNorm1d, nn.BatchNorm1d))
+    for layer in (one, other):
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    for training in (True, False):
+        close(one.train(training)(tensor(7, 4)), other.train(training)(tensor(7, 4)))
+
+
 def test_as_patched_for_functorch():
     one = torch.func.replace_all_batch_norm_modules_(bt.BatchNorm1d(4, dtype=torch.float64))
     x = tensor(3, 7, 4)
@@ -321,8 +330,11 @@ def test_an_empty_batch_changes_nothing(shape):
         assert x.grad.shape == shape
         assert torch.equal(layer.weight.grad, torch.zeros(4))
     same(state(layer), before)
-    layer.freeze(update_running=True)(x)
-    same(state(layer), before)
+    plain = with_parameters(bt.BatchNorm1d(4))
+    before = state(plain)
+    plain(x)
+    plain.freeze(update_running=True)(x)
+    same(state(plain), before)
 
 
 def test_all_zero_mask_is_an_empty_batch():
@@ -456,6 +468,7 @@ def test_momentum_none_of_equal_batches_is_that_of_torch():
     )
     for seed in range(6):
         if seed == 3:  # after which ours knows num_batches_tracked alone
+            other(tensor(4, 3, seed=9))
             one.load_state_dict(other.state_dict())
         one(tensor(4, 3, seed=seed)), other(tensor(4, 3, seed=seed))
         for got, wanted in zip(one.buffers(), other.buffers(), strict=True):

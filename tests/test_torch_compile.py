@@ -110,7 +110,7 @@ def test_inductor_is_as_accurate():
         assert np.isfinite(y).all()
         return y
 
-    size = (1_000_000, 2)
+    size = (250_000, 2)
     x = np.float32(1e4 + 3e-4 * np.arange(2) + 0.01 * random.standard_normal(size))
     np.testing.assert_allclose(result(x), truth.batch_norm(x).y, rtol=0, atol=5e-3)
     np.testing.assert_allclose(result(np.full(size, 1234.567, np.float32)), 0, atol=1e-3)
