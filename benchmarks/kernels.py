@@ -32,6 +32,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins with a cache line, as the tensors of PyTorch and JAX do."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    copy = memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def forward_and_backward(
     each: Work,
     layout: str,
@@ -46,7 +55,7 @@ def forward_and_backward(
     axis = -1 if layout == LAST else 1
 
     def normal() -> np.ndarray:
-        return random.standard_normal(shape, np.float32).astype(dtype)
+        return aligned(random.standard_normal(shape, np.float32).astype(dtype))
 
     x, dy, y, dx = normal(), normal(), normal(), normal()
     added, dadded = (normal(), normal()) if residual else (None, None)
@@ -86,7 +95,7 @@ def onednn(each: Work, layout: str) -> dict[str, Callable[[], object]]:
     sizes = map(ctypes.c_int64, each.shape)
     handle = ctypes.c_void_p(compiled.onednn_new(*sizes, int(layout == LAST), ctypes.c_float(1e-5)))
     random = np.random.default_rng(0)
-    x, dy, y, dx = (random.standard_normal(shape, np.float32) for _ in range(4))
+    x, dy, y, dx = (aligned(random.standard_normal(shape, np.float32)) for _ in range(4))
     scale, bias, mean, var, dscale, dbias = (np.ones(channels, np.float32) for _ in range(6))
 
     def pointers(*arrays: np.ndarray) -> list[ctypes.c_void_p]:

@@ -27,16 +27,19 @@ int64_t ask_system() {
     if (sysctlbyname(name, &found, &size, nullptr, 0) == 0) bytes = std::max(bytes, found);
   }
 #else
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  bytes = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
-#endif
-  // Where the C library does not know, as on Arm, the kernel may: "32768K".
+  // "32768K". The C library, where it knows, can mean all caches of that level of a processor of
+  // several dies together, of which a core has but one.
   for (int index = 0; bytes <= 0 && index < 8; ++index) {
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(7 - index) +
                        "/size");
     int64_t kilobytes = 0;
     if (file >> kilobytes) bytes = kilobytes << 10;
   }
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  if (bytes <= 0) {
+    bytes = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), sysconf(_SC_LEVEL2_CACHE_SIZE));
+  }
+#endif
 #endif
   return bytes > 0 ? bytes : kSmallCache;
 }

@@ -25,6 +25,7 @@ constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot 
 constexpr int kStripLanes = 2048;         // lanes whose sums and coefficients stay in the caches
 constexpr int64_t kShortRun = 32;         // shorter runs are walked as rows
 constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
+constexpr int64_t kLongBytes = 1 << 10;   // of a stretch that is written past the cache
 constexpr int64_t kTileBytes = 16 << 10;  // half of a small first-level cache
 
 // Rows of few lanes are folded to about this many: as many as have their sums in registers, and
@@ -32,7 +33,6 @@ constexpr int64_t kTileBytes = 16 << 10;  // half of a small first-level cache
 constexpr int kPacksOfSums = kRegisterBytes == 64 ? 8 : 4;
 constexpr int64_t kFoldedForSums = 128;
 constexpr int64_t kFolded = 256;
-constexpr int kNarrow = 512;  // lanes whose sums take a small part of the first-level cache
 
 template <class F>
 constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;  // of a run, in four sums
@@ -150,6 +150,12 @@ const W* weights_of_row(const Problem& problem, const Strip& strip, int64_t row,
   return buffer;
 }
 
+// Whether a stretch is worth a store past the cache, which the lines at both its ends are not.
+template <class T>
+bool is_long(int64_t length) {
+  return length * static_cast<int64_t>(sizeof(T)) >= kLongBytes;
+}
+
 // ---- coefficients of consecutive elements: all of one channel, or one channel to a lane
 
 template <class F>
@@ -252,20 +258,14 @@ inline BATCHNORM_INLINE void add_run(int64_t start, int64_t end, Pack<F>& first,
 // Rows [start, end), lane by lane, to first[lane] and second[lane]. `ahead` is 0 where memory is
 // read straight on, else how many rows further on body should fetch.
 //
-// Sums stay in registers from row to row. Where they are too many for that, memory is read row by
-// row, since it is fastest straight on; but what is in the cache, and rows so wide that their sums
-// crowd it, group by group through a tile of rows, while the next tile is on its way.
+// Sums stay in registers from row to row. Where they are too many for that, memory is read group by
+// group through a tile of rows, while the next tile is on its way.
 template <class F, class T, class Body>
-inline BATCHNORM_INLINE void add_rows(int lanes, int64_t start, int64_t end, bool beyond_cache,
-                                      F* first, F* second, const Body& body) {
+inline BATCHNORM_INLINE void add_rows(int lanes, int64_t start, int64_t end, F* first, F* second,
+                                      const Body& body) {
   constexpr int kGroup = kPacksOfSums * kLanes<F>;
   int64_t step = end - start, ahead = 0;
-  if (lanes > kGroup) {
-    step = beyond_cache && lanes <= kNarrow
-               ? 1
-               : std::max<int64_t>(4, kTileBytes / (lanes * sizeof(T)));
-    ahead = step > 1 ? step : 0;
-  }
+  if (lanes > kGroup) step = ahead = std::max<int64_t>(4, kTileBytes / (lanes * sizeof(T)));
   for (int64_t row0 = start; row0 < end; row0 += step) {
     const int64_t row1 = std::min(end, row0 + step);
     int lane = 0;
@@ -453,7 +453,7 @@ void moments_of_strip(const Problem& problem, const Range& range, const Strip& s
       for (int64_t row = start; row < end; ++row) {
         const Weight<T>* w = weights_of_row(problem, strip, row, sums.weights);
         add_rows<F, T>(
-            strip.lanes, row, row + 1, true, sums.first, sums.second,
+            strip.lanes, row, row + 1, sums.first, sums.second,
             [&](int64_t, int64_t i, int n, int64_t, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
               Pack<F> weight = load<F>(sums.weight + i);
               add_weighted<F>(load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i),
@@ -463,7 +463,7 @@ void moments_of_strip(const Problem& problem, const Range& range, const Strip& s
       }
     } else {
       std::fill_n(sums.weight, strip.lanes, static_cast<F>(end - start));
-      add_rows<F, T>(strip.lanes, start, end, range.beyond_cache, sums.first, sums.second,
+      add_rows<F, T>(strip.lanes, start, end, sums.first, sums.second,
                      [&](int64_t row, int64_t i, int n, int64_t ahead, Pack<F>& a, Pack<F>& b)
                          BATCHNORM_INLINE {
                            const T* from = x + row * stride + i;
@@ -523,7 +523,7 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
         const T* x = static_cast<const T*>(problem.x) + first;
         const T* residual =
             problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
-        const Writer<F, T> y(static_cast<T*>(output) + first, far);
+        const Writer<F, T> y(static_cast<T*>(output) + first, far && is_long<T>(length));
         for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
           if (far) fetch_soon(x + i);
           Pack<F> z = (load<F>(x + i, n) - of.center.at(i)) * of.slope.at(i) + of.shift.at(i);
@@ -630,7 +630,7 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
       clear(second, strip.lanes);
       const auto add = [&](int64_t from, int64_t to, const Weight<T>* weights) BATCHNORM_INLINE {
         const GradientInputs<F, T, A> inputs(problem, dy, strip.first, weights);
-        add_rows<F, T>(strip.lanes, from, to, range.beyond_cache, first, second,
+        add_rows<F, T>(strip.lanes, from, to, first, second,
                        [&](int64_t row, int64_t i, int n, int64_t ahead, Pack<F>& a, Pack<F>& b)
                            BATCHNORM_INLINE {
                              if (ahead) fetch(inputs.x + (row + ahead) * stride + i);
@@ -664,7 +664,7 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
       problem, range, channels,
       [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
         const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
-        const Writer<F, T> dx(static_cast<T*>(output) + first, far);
+        const Writer<F, T> dx(static_cast<T*>(output) + first, far && is_long<T>(length));
         T* dresidual = residual_output ? static_cast<T*>(residual_output) + first : nullptr;
         for_packs<F>(dx.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
           if (far) fetch_soon(inputs.x + i);
