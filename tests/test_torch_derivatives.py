@@ -1,6 +1,8 @@
 """Derivatives of the PyTorch door, and whatever else computes with its computations."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -376,3 +378,20 @@ def test_some_arguments_alone_require_gradients():
             close(got, wanted)
     with torch.no_grad():
         assert not bt.batch_norm(x.requires_grad_())[0].requires_grad
+
+
+@pytest.mark.parametrize("call", [lambda x: bt.batch_norm(x)[0], bt.BatchNorm1d(3)])
+def test_a_graph_goes_with_its_output(call):
+    class Mark:
+        pass
+
+    gc.collect()
+    gc.disable()  # which would find a cycle, late
+    try:
+        y = call(torch.randn(4, 3, requires_grad=True))
+        y.grad_fn.mark = Mark()
+        mark = weakref.ref(y.grad_fn.mark)
+        del y
+        assert mark() is None
+    finally:
+        gc.enable()

@@ -236,7 +236,8 @@ class _BatchNorm(torch.autograd.Function):
             # Running statistics may have moved on when the backward pass comes.
             mean = var = None
         ctx.save_for_backward(x, scale, bias, residual, weights, mean, var)
-        return y if problem.is_layer else (y, statistics)
+        # An output that its own node held would never be freed.
+        return y if problem.is_layer else (y, statistics.detach())
 
     @staticmethod
     def backward(
