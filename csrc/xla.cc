@@ -169,6 +169,19 @@ ffi::Error xla_input_gradient(Attributes attributes, ffi::RemainingArgs operands
   return ffi::Error::Success();
 }
 
+// dy -> sum g, sum g*xhat, dx, g
+ffi::Error xla_gradients(Attributes attributes, ffi::RemainingArgs operands, Result sum_g,
+                         Result sum_g_xhat, Result dx, Result dresidual) {
+  const Inputs inputs(attributes, operands);
+  Values g(attributes.channels), g_xhat(attributes.channels);
+  batch_norm_gradients(inputs.problem, inputs.channel_values(5).data(), inputs.mean().data(),
+                       inputs.var().data(), elements(inputs.operand(10)), g.data(), g_xhat.data(),
+                       dx->untyped_data(), elements(*dresidual));
+  g.store(sum_g);
+  g_xhat.store(sum_g_xhat);
+  return ffi::Error::Success();
+}
+
 auto bind() { return ffi::Ffi::Bind().Attrs<Attributes>().RemainingArgs(); }
 
 XLA_FFI_DEFINE_HANDLER(
@@ -179,6 +192,8 @@ XLA_FFI_DEFINE_HANDLER(gradient_sums_handler, xla_gradient_sums,
                        bind().Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER(input_gradient_handler, xla_input_gradient,
                        bind().Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER(gradients_handler, xla_gradients,
+                       bind().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
 
 XlaHandler named(const char* name, XLA_FFI_Handler* handler) {
   return {name, reinterpret_cast<void*>(handler)};
@@ -187,11 +202,9 @@ XlaHandler named(const char* name, XLA_FFI_Handler* handler) {
 }  // namespace
 
 const XlaHandler xla_handlers[] = {
-    named("statistics", statistics_handler),
-    named("normalize", normalize_handler),
-    named("gradient_sums", gradient_sums_handler),
-    named("input_gradient", input_gradient_handler),
-    {nullptr, nullptr},
+    named("statistics", statistics_handler),       named("normalize", normalize_handler),
+    named("gradient_sums", gradient_sums_handler), named("input_gradient", input_gradient_handler),
+    named("gradients", gradients_handler),         {nullptr, nullptr},
 };
 
 }  // namespace batchnorm

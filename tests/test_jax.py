@@ -279,14 +279,14 @@ def test_exported_programs_need_no_batchnorm():
 def test_what_is_native():
     def kernels(function, *arrays, platform="cpu"):
         lowered = jax.jit(function).trace(*arrays).lower(lowering_platforms=(platform,))
-        names = ("statistics", "normalize", "gradient_sums", "input_gradient")
+        names = ("statistics", "normalize", "gradients", "gradient_sums", "input_gradient")
         return [name for name in names if f"batchnorm_{name}_" in lowered.as_text()]
 
     def loss(x, **keywords):
         return (batch_norm(x, **keywords)[0] ** 3).sum()
 
     assert kernels(loss, X) == ["statistics", "normalize"]
-    everything = ["statistics", "normalize", "gradient_sums", "input_gradient"]
+    everything = ["statistics", "normalize", "gradients"]
     for keywords in ({}, {"axis": 1}, {"axis": (1, 2)}, {"mask": X > 0}, {"residual": X}):
         assert kernels(jax.grad(partial(loss, **keywords)), X) == everything
     for dtype in (jnp.bfloat16, jnp.float16):
@@ -294,6 +294,8 @@ def test_what_is_native():
     with enable_x64(True):
         assert kernels(jax.grad(loss), np.float64(X)) == everything
     assert kernels(jax.vmap(jax.grad(loss)), X) == everything
+    mapped = jax.vmap(jax.grad(partial(loss, axis_name="i")), axis_name="i")
+    assert kernels(mapped, X) == [*everything[:2], "gradient_sums", "input_gradient"]
     assert kernels(batch_statistics, X) == ["statistics"]
     assert kernels(lambda x: normalize(x, x[0, 0], x[0, 0]), X) == ["normalize"]
     assert kernels(partial(loss, axis=(0, 2)), X) == [], "no kernel for features apart"

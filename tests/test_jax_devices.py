@@ -293,7 +293,8 @@ def in_sharded_jit() -> None:
     )
     sharded = jax.device_put(x, NamedSharding(mesh, P(("i", "j"))))
     compiled = jax.jit(partly).lower(sharded).compile()
-    assert max(floats_sent(compiled.as_text(), "all-gather"), default=0) <= x.size // 50
+    if jax.config.jax_use_shardy_partitioner:  # The one before it gathers all of x.
+        assert max(floats_sent(compiled.as_text(), "all-gather"), default=0) <= x.size // 50
     close(compiled(sharded), batch_norm(x)[0])
 
 

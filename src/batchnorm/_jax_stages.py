@@ -1,6 +1,6 @@
 """The stages of batch normalization as JAX primitives, native on the CPU.
 
-Two of them go forward and four are linear, in two pairs of transposes:
+Two of them go forward and six are linear, in three pairs of transposes:
 
     statistics      x             ->  count, mean, var
     normalize       x             ->  y = act(z),  z = x̂·scale + bias + residual
@@ -8,12 +8,15 @@ Two of them go forward and four are linear, in two pairs of transposes:
     output_tangent  p, s₀, s₁     ->  ẏ = p + act′·(s₀ + s₁·x̂)
     gradient_sums   dy            ->  Σ g,  Σ g·x̂,  g = act′·dy
     input_gradient  dy, s₀, s₁    ->  dx = slope·(g − w/m·(s₀ + s₁·x̂)),  dr = g
+    tangent         ẋ, ṙ, s₀, s₁  ->  ẏ:  tangent_sums and output_tangent, s₀ and s₁ added between
+    gradients       dy            ->  Σ g,  Σ g·x̂,  dx,  dr:  gradient_sums and input_gradient
 
 where slope = scale/√(var + eps) and r is the residual. The derivative of a batch norm is
 tangent_sums, a sum over the devices, and output_tangent; bias and scale have a part in s₀ and s₁.
 Transposed, in reverse order, these are gradient_sums, a sum over the devices, and input_gradient:
 the two passes over memory that reverse mode needs, with the sum put between them by JAX itself.
-What p carries from the one to the other is in reverse mode dy, which costs nothing.
+What p carries from the one to the other is in reverse mode dy, which costs nothing. On one device
+nothing comes between them, and the last pair does both at once.
 
 A primitive is defined by a function in jnp: that is what runs on other platforms, and what JAX
 differentiates for the derivatives of second and higher order. On the CPU the two forward ones and
@@ -175,6 +178,23 @@ def _input_gradient(
     sums = _along(problem, sum_g, g) + _along(problem, sum_g_x_hat, g) * standard.x_hat
     dx = standard.slope * (g - standard.share * sums)
     return [dx] if inputs.residual is None else [dx, g]
+
+
+def _tangent(
+    problem: Problem,
+    inputs: Inputs,
+    x_dot: Array,
+    residual_dot: Array | None,
+    shift: Array,
+    slope: Array,
+) -> Sequence[Array]:
+    partial, *sums = _tangent_sums(problem, inputs, x_dot, residual_dot)
+    return _output_tangent(problem, inputs, partial, shift + sums[0], slope + sums[1])
+
+
+def _gradients(problem: Problem, inputs: Inputs, dy: Array) -> Sequence[Array]:
+    sums = _gradient_sums(problem, inputs, dy)
+    return [*sums, *_input_gradient(problem, inputs, dy, *sums)]
 
 
 # ---- the primitives
@@ -386,6 +406,8 @@ tangent_sums = _Stage("tangent_sums", _tangent_sums, "xff")
 output_tangent = _Stage("output_tangent", _output_tangent, "x")
 gradient_sums = _Stage("gradient_sums", _gradient_sums, "ff", native=True)
 input_gradient = _Stage("input_gradient", _input_gradient, "xr", native=True)
+tangent = _Stage("tangent", _tangent, "x")
+gradients = _Stage("gradients", _gradients, "ffxr", native=True)
 
 
 # ---- the derivative of statistics, and the transposes
@@ -479,3 +501,24 @@ _linear_in(tangent_sums, _tangent_sums_transpose)
 _linear_in(output_tangent, _output_tangent_transpose)
 _linear_in(gradient_sums, _gradient_sums_transpose)
 _linear_in(input_gradient, _input_gradient_transpose)
+
+
+def _tangent_transpose(problem: Problem, inputs: Inputs, dy: Array) -> Sequence[Array | None]:
+    sum_g, sum_g_x_hat, dx, *dresidual = gradients(problem, inputs, dy)
+    return [dx, dresidual[0] if dresidual else None, sum_g, sum_g_x_hat]
+
+
+def _gradients_transpose(
+    problem: Problem,
+    inputs: Inputs,
+    shift: Array | None,
+    slope: Array | None,
+    x_dot: Array | None,
+    residual_dot: Array | None = None,
+) -> Sequence[Array]:
+    shift, slope = (_or_zeros(each, inputs.moments.var) for each in (shift, slope))
+    return tangent(problem, inputs, _or_zeros(x_dot, inputs.x), residual_dot, shift, slope)
+
+
+_linear_in(tangent, _tangent_transpose)
+_linear_in(gradients, _gradients_transpose)

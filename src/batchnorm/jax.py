@@ -331,16 +331,20 @@ def _normalized_jvp(
     x_dot, _, residual_dot, slope, shift, _ = (
         None if _is_zero(each) else each for each in tangents[0]
     )
-    partial = None
-    if x_dot is not None or residual_dot is not None:
-        x_dot = jnp.zeros_like(inputs.x) if x_dot is None else x_dot
-        partial, *own_sums = stages.tangent_sums(problem, inputs, x_dot, residual_dot)
-        sums = devices.sum(*own_sums, like=inputs.x)
-        shift = sums[0] if shift is None else shift + sums[0]
-        slope = sums[1] if slope is None else slope + sums[1]
     zero = jnp.zeros_like(moments.var)
     shift, slope = (zero if each is None else each for each in (shift, slope))
-    (y_dot,) = stages.output_tangent(problem, inputs, partial, shift, slope)
+    if x_dot is None and residual_dot is None:
+        (y_dot,) = stages.output_tangent(problem, inputs, None, shift, slope)
+    else:
+        x_dot = jnp.zeros_like(inputs.x) if x_dot is None else x_dot
+        if devices.axis_name is None:
+            (y_dot,) = stages.tangent(problem, inputs, x_dot, residual_dot, shift, slope)
+        else:
+            partial, *own_sums = stages.tangent_sums(problem, inputs, x_dot, residual_dot)
+            sums = devices.sum(*own_sums, like=inputs.x)
+            (y_dot,) = stages.output_tangent(
+                problem, inputs, partial, shift + sums[0], slope + sums[1]
+            )
     return stages.normalize(problem, inputs)[0], y_dot
 
 
