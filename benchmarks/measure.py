@@ -1,10 +1,10 @@
 """What the benchmarks share: the work, the clock, and the form of the results.
 
-A program times its sides in turn in one process, round after round, and keeps the median time of
-each and the median of its ratio to ours, formed in each round: other work on the machine then slows
-all sides alike. A fresh array of many megabytes costs page faults, more of them or fewer by what
-was freed before: a program starts itself again with an allocator that keeps what is freed, for all
-sides alike.
+A program times its sides in turn in one process, round after round, in another order each, and
+keeps the median time of each and the median of its ratio to ours, formed in each round: other work
+on the machine then slows all sides alike. A fresh array of many megabytes costs page faults, more
+of them or fewer by what was freed before: a program starts itself again with an allocator that
+keeps what is freed, for all sides alike.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import numpy as np
 from rich.console import Console
@@ -145,9 +146,11 @@ def measure(calls: Calls, seconds: float) -> dict[str, list[float]]:
     round_seconds = sum(min(each) for each in times.values())
     rounds = min(max(5, math.ceil(seconds / round_seconds)), 1000)
     times = {name: [] for name in calls}
+    order, random = list(calls), Random(0)
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_time(call))
+        random.shuffle(order)  # what runs before leaves its data in the caches
+        for name in order:
+            times[name].append(_time(calls[name]))
     return times
 
 
@@ -155,7 +158,7 @@ def results(
     framework: str, each: Work, layout: str, call: str, calls: Calls, *, quick: bool
 ) -> list[Result]:
     """The results of one shape; the first call is ours, and those of `copies_of` the unit."""
-    times = measure(calls, 0.2 if quick else 2.0)
+    times = measure(calls, 0.2 if quick else 1.0)
     ours = next(iter(times.values()))
     copy = min((times.pop(COPY), times.pop(COPY_PAST_CACHE)), key=statistics.median)
     times["copy"] = copy
