@@ -766,6 +766,7 @@ def test_functional_refuses(arguments, keywords, message):
 # ---- lazy layers
 
 
+# torch.nn says so of its own lazy layers, too.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
 def test_lazy_layers(ours, theirs, shape):
