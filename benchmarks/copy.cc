@@ -1,4 +1,4 @@
-// The unit of the kernels' benchmark: a copy, on as many threads and by the same pool. kernels.py
+// The unit of the benchmarks: a copy, on as many threads and by the same pool or team. measure.py
 // compiles it, together with csrc/parallel.cc.
 #include <cstdint>
 #include <cstring>
@@ -45,9 +45,10 @@ void copy_streaming(char* to, const char* from, int64_t bytes) {
 
 }  // namespace
 
-extern "C" void copy(char* to, const char* from, int64_t bytes, int threads, int streaming) {
+extern "C" void copy(char* to, const char* from, int64_t bytes, int threads, int streaming,
+                     batchnorm::Team team) {
   batchnorm::set_num_threads(threads);
-  batchnorm::parallel_for(threads, [&](int task) {
+  const auto copy_part = [&](int task) {
     const int64_t begin = bytes / threads * task;
     const int64_t end = task + 1 == threads ? bytes : bytes / threads * (task + 1);
     if (streaming) {
@@ -55,5 +56,6 @@ extern "C" void copy(char* to, const char* from, int64_t bytes, int threads, int
     } else {
       std::memcpy(to + begin, from + begin, end - begin);
     }
-  });
+  };
+  batchnorm::parallel_for(threads, copy_part, team);
 }

@@ -122,8 +122,11 @@ def library(name: str, *sources: str, link: str | None = None) -> ctypes.CDLL | 
     return ctypes.CDLL(str(path)) if finished.returncode == 0 else None
 
 
-def copies_of(x: np.ndarray, threads: int = THREADS) -> Calls:
-    """Two ways to copy x, into memory that has been written to: the faster is the unit."""
+def copies_of(x: np.ndarray, threads: int = THREADS, team: int = 0) -> Calls:
+    """Two ways to copy x, into memory that has been written to: the faster is the unit.
+
+    `team`: see csrc/parallel.h.
+    """
     compiled = library("copy", "benchmarks/copy.cc", "csrc/parallel.cc")
     assert compiled is not None, "benchmarks need a C++ compiler"
     bits = x.view(f"u{x.itemsize}")  # of bfloat16, too, which has no buffer
@@ -132,7 +135,7 @@ def copies_of(x: np.ndarray, threads: int = THREADS) -> Calls:
     pointers = ctypes.c_void_p(to), ctypes.c_void_p(source)
 
     def copy(past_the_cache: int) -> object:
-        compiled.copy(*pointers, size, threads, past_the_cache)
+        compiled.copy(*pointers, size, threads, past_the_cache, ctypes.c_void_p(team))
         return x, y
 
     return {COPY: lambda: copy(0), COPY_PAST_CACHE: lambda: copy(1)}

@@ -7,6 +7,7 @@ from measure import LAST, Work
 
 import batchnorm
 import batchnorm.torch
+from batchnorm.torch._stages import _TEAM
 
 
 def calls(each: Work, layout: str, backward: bool, activation: str | None) -> measure.Calls:
@@ -34,7 +35,7 @@ def calls(each: Work, layout: str, backward: bool, activation: str | None) -> me
         "batchnorm.torch": lambda: ours_or_theirs(ours),
         "torch.nn": lambda: ours_or_theirs(theirs),
         "torch.nn, compiled": lambda: ours_or_theirs(compiled),
-        **measure.copies_of(x.detach().numpy()),
+        **measure.copies_of(x.detach().numpy(), team=_TEAM),
     }
 
 

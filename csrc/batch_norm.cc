@@ -139,13 +139,14 @@ Range part_of(Range range, int task, int tasks) {
 // body(task, part of the range) on several threads, the first part of memory first or last.
 enum class Order { upwards, downwards };
 template <class Body>
-void for_parts(const Range& range, Order order, const Body& body) {
+void for_parts(const Range& range, Order order, Team team, const Body& body) {
   if (size_of(range) == 0) return;
   const int tasks = tasks_of(range);
-  parallel_for(tasks, [&](int task) {
+  const auto run = [&](int task) {
     const int place = order == Order::upwards ? task : tasks - 1 - task;
     body(task, part_of(range, place, tasks));
-  });
+  };
+  parallel_for(tasks, run, team);
 }
 
 // Of the channels of the range; the others stay 0.
@@ -153,7 +154,7 @@ std::vector<Moments> moments_of(const Problem& problem, const Range& range, bool
   const int64_t channels = problem.shape.channels;
   const int tasks = tasks_of(range);
   std::vector<Moments> parts(tasks * channels);
-  for_parts(range, Order::upwards, [&](int task, const Range& part) {
+  for_parts(range, Order::upwards, problem.team, [&](int task, const Range& part) {
     kernels().moments(problem, part, wide, parts.data() + task * channels);
   });
   for (int task = 1; task < tasks; ++task) {
@@ -206,7 +207,7 @@ void statistics(const Problem& problem, const Range& range, double* count, doubl
 void normalize(const Problem& problem, const Range& range, const double* mean, const double* var,
                void* y) {
   const std::vector<Coefficients> channels = coefficients_of(problem, range, mean, var);
-  for_parts(range, Order::downwards, [&](int, const Range& part) {
+  for_parts(range, Order::downwards, problem.team, [&](int, const Range& part) {
     kernels().normalize(problem, part, channels.data(), y);
   });
 }
@@ -217,7 +218,7 @@ void gradient_sums(const Problem& problem, const Range& range, const double* mea
   const std::vector<Coefficients> channels = coefficients_of(problem, range, mean, var);
   const int tasks = tasks_of(range);
   std::vector<GradientSums> parts(tasks * count);
-  for_parts(range, Order::upwards, [&](int task, const Range& part) {
+  for_parts(range, Order::upwards, problem.team, [&](int task, const Range& part) {
     kernels().gradient_sums(problem, part, channels.data(), dy, parts.data() + task * count);
   });
   for (int64_t c = range.channel0; c < range.channel1; ++c) {
@@ -241,7 +242,7 @@ void input_gradient(const Problem& problem, const Range& range, const double* co
     channels[c].share = (sum_g[c] - channels[c].remainder * sum_g_xhat[c]) / count[c];
     channels[c].share_xhat = channels[c].rstd * sum_g_xhat[c] / count[c];
   }
-  for_parts(range, Order::downwards, [&](int, const Range& part) {
+  for_parts(range, Order::downwards, problem.team, [&](int, const Range& part) {
     kernels().input_gradient(problem, part, channels.data(), dy, dx, dresidual);
   });
 }

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "parallel.h"
+
 namespace batchnorm {
 
 enum class Dtype : int { float32, float64, float16, bfloat16 };
@@ -39,6 +41,7 @@ struct Problem {
   const void* weights;      // [outer, weight_channels, inner] or null (1); float64 if x is, else
                             // float32
   int64_t weight_channels;  // 1 or channels
+  Team team;                // whose threads do the work, or null (the pool's)
 };
 
 // count, mean, var: out, [channels]. All 0 for a channel without elements.

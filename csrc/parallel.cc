@@ -212,11 +212,39 @@ class Pool {
 alignas(Pool) unsigned char pool_memory[sizeof(Pool)];
 Pool& pool = *new (pool_memory) Pool;
 
+bool forked = false;  // this process is the child of a fork
+
 #ifndef _WIN32
 // Allocates nothing and locks nothing, as threads that are no more may have held any lock.
-void replace_pool() { new (pool_memory) Pool; }
-[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, replace_pool);
+void start_anew() {
+  new (pool_memory) Pool;
+  forked = true;
+}
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, start_anew);
 #endif
+
+// A job on the threads of a team, of which the first `seats` that come take part.
+class TeamJob {
+ public:
+  TeamJob(Job& job, int seats) : job_(job), seats_(seats) {}
+
+  void run(Team team) {
+    team([](void* self) { static_cast<TeamJob*>(self)->join(); }, this, 0, 0);
+  }
+
+ private:
+  void join() {
+    if (seats_.fetch_sub(1, std::memory_order_relaxed) <= 0) return;
+    std::fenv_t own;  // the thread is not ours
+    std::fegetenv(&own);
+    std::fesetenv(&job_.environment);
+    job_.work();
+    std::fesetenv(&own);
+  }
+
+  Job& job_;
+  std::atomic<int> seats_;
+};
 
 std::atomic<int> thread_limit{0};  // 0: nobody has asked yet
 
@@ -274,7 +302,8 @@ double cgroup_cpus() {
 
 }  // namespace
 
-void detail::parallel_for(int tasks, void (*run)(const void* body, int task), const void* body) {
+void detail::parallel_for(int tasks, void (*run)(const void* body, int task), const void* body,
+                          Team team) {
   const int threads = std::min(tasks, num_threads());
   if (threads <= 1) {
     for (int task = 0; task < tasks; ++task) run(body, task);
@@ -282,6 +311,7 @@ void detail::parallel_for(int tasks, void (*run)(const void* body, int task), co
   }
   Job job{run, body, tasks, {}};
   std::fegetenv(&job.environment);
+  if (team && !forked) return TeamJob(job, threads).run(team);
   pool.offer(job, threads - 1);
   job.work();
   pool.withdraw(job);

@@ -31,6 +31,12 @@
 // Exit. Workers are detached and the pool is never destroyed: a process may end while they sleep,
 // look or work.
 //
+// Teams. A program around us may have threads of its own for its loops, in an OpenMP runtime, that go
+// on looking for work for milliseconds after each loop, on the CPUs that a second pool would need.
+// A call that is given the way into that runtime runs its tasks on those threads: on as many as are
+// its setting, up to num_threads(). OpenMP's threads are not there in the child of a fork, whose
+// loops would wait for them for ever; there the pool serves.
+//
 // Workers handle no signals, except those that report a fault of their own. A task computes in the
 // caller's floating-point environment (rounding, flushing of denormals) whichever thread runs it.
 
@@ -38,15 +44,20 @@
 
 namespace batchnorm {
 
+// An OpenMP runtime's GOMP_parallel(function, argument, threads, flags), to which compilers translate
+// a parallel region: every thread of the team calls function(argument). 0 threads: as many as are set.
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
 namespace detail {
-void parallel_for(int tasks, void (*run)(const void* body, int task), const void* body);
+void parallel_for(int tasks, void (*run)(const void* body, int task), const void* body, Team team);
 }
 
-// Runs body(task) for every task in [0, tasks); returns when all are done. It must not throw.
+// Runs body(task) for every task in [0, tasks), on the threads of `team` or, where it is null, of
+// the pool; returns when all are done. It must not throw.
 template <typename Body>
-void parallel_for(int tasks, const Body& body) {
+void parallel_for(int tasks, const Body& body, Team team = nullptr) {
   const auto run = [](const void* object, int task) { (*static_cast<const Body*>(object))(task); };
-  detail::parallel_for(tasks, run, &body);
+  detail::parallel_for(tasks, run, &body, team);
 }
 
 // How many threads one call may use, the caller included; available_cpus() until it is set.

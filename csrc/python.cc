@@ -53,6 +53,7 @@ class Arguments {
     problem.bias = parameter(problem.shape.channels, &bias_);
     problem.weights = address<void>();
     problem.weight_channels = integer();
+    problem.team = reinterpret_cast<Team>(address<void>());
     return problem;
   }
   Dtype parameter_dtype = Dtype::float64;  // of scale, bias and their gradients; or float32

@@ -4,6 +4,8 @@ import copy
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import batchnorm.torch as bt
+from batchnorm.native import _cpu
 
 LAYERS = [
     (bt.BatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -823,3 +826,31 @@ def test_any_call_is_that_of_torch(call):
         results.append([each.double() for each in (y, x.grad, mean, var)])
     for got, wanted in zip(*results, strict=True):
         close(got, wanted, 5 * ROUNDING[dtype])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP runtime is another one there")
+@pytest.mark.skipif(_cpu is None, reason="native kernels are not built")
+def test_work_is_done_by_the_threads_of_torch():
+    """No others are started; in the child of a fork, where those are lost, it is done as well."""
+    program = """
+import os, warnings
+import torch
+import batchnorm, batchnorm.torch
+warnings.simplefilter("ignore")
+batchnorm.set_num_threads(8)
+torch.set_num_threads(3)
+threads = lambda: len(os.listdir("/proc/self/task"))
+x = torch.randn(64, 16, 56, 56)
+layer = batchnorm.torch.BatchNorm2d(16)
+torch.relu(x)
+before = threads()
+wanted = layer(x).detach()
+assert threads() == before, (before, threads())
+child = os.fork()
+if child == 0:
+    found = layer(x).detach()  # an operation of torch's own would wait for lost threads
+    os._exit(0 if (found.numpy() == wanted.numpy()).all() else 1)
+_, status = os.waitpid(child, 0)
+assert status == 0, status
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

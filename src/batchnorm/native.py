@@ -42,7 +42,8 @@ def native_status() -> str:
 def set_num_threads(threads: int) -> None:
     """Set how many threads one call of a native kernel may use.
 
-    The default is the number of CPUs that the process may use.
+    The default is the number of CPUs that the process may use. For PyTorch's tensors, whose kernels
+    run on PyTorch's own threads, torch.set_num_threads is a limit as well.
 
     Parameters
     ----------

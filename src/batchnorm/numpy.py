@@ -464,6 +464,7 @@ class _Call:
             _address(self.bias),
             _address(weights),
             weight_channels,
+            0,  # no host's threads
         )
 
     def new_statistics(self) -> tuple[Statistics, tuple[int, int, int]]:

@@ -135,7 +135,7 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
   const Problem problem = {shape,          dtype,       activation,
                            1e-3,           x.bytes,     with_residual ? residual.bytes : nullptr,
                            scale.data(),   bias.data(), weight_channels ? weights.bytes : nullptr,
-                           weight_channels};
+                           weight_channels, nullptr};
   if (one_call) {
     batch_norm(problem, count.data(), mean.data(), var.data(), y.bytes);
     batch_norm_gradients(problem, count.data(), mean.data(), var.data(), dy.bytes, sum_g.data(),

@@ -24,6 +24,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -185,6 +187,48 @@ void test_floating_point_environment() {
   }
 }
 
+// A team of four, started anew for every call.
+std::atomic<int> team_calls{0};
+thread_local bool in_team = false;
+void team_of_four(void (*function)(void*), void* argument, unsigned, unsigned) {
+  ++team_calls;
+  std::vector<std::thread> members;
+  for (int member = 0; member < 4; ++member) {
+    members.emplace_back([=] {
+      in_team = true;
+      std::fesetround(FE_DOWNWARD);
+      function(argument);
+      CHECK(std::fegetround() == FE_DOWNWARD);
+    });
+  }
+  for (std::thread& member : members) member.join();
+}
+
+void test_team() {
+  for (int threads : {2, 3, 8}) {
+    set_num_threads(threads);
+    for (int tasks : {2, 3, 7, 1000}) {
+      std::vector<int> runs(static_cast<std::size_t>(tasks));
+      std::mutex mutex;
+      std::set<std::thread::id> members;
+      const auto run = [&](int task) {
+        CHECK(in_team);
+        CHECK(std::fegetround() == FE_TONEAREST);
+        ++runs[static_cast<std::size_t>(task)];
+        std::lock_guard<std::mutex> lock(mutex);
+        members.insert(std::this_thread::get_id());
+      };
+      parallel_for(tasks, run, team_of_four);
+      CHECK(std::count(runs.begin(), runs.end(), 1) == tasks);
+      CHECK(static_cast<int>(members.size()) <= threads);
+    }
+  }
+  set_num_threads(1);
+  const int calls = team_calls;
+  parallel_for(3, [](int) { CHECK(!in_team); }, team_of_four);
+  CHECK(team_calls == calls);
+}
+
 void test_signals() {
   set_num_threads(2);
   const pthread_t caller = pthread_self();
@@ -245,6 +289,7 @@ void test_fork() {
     if (round % 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     in_child([] {
       use_pool_after_fork();
+      parallel_for(8, [](int) { CHECK(!in_team); }, team_of_four);
       in_child(use_pool_after_fork);
       use_pool_after_fork();
     });
@@ -372,6 +417,7 @@ int main(int argc, char** argv) {
   test_concurrent_callers();
   test_set_num_threads_during_calls();
   test_floating_point_environment();
+  test_team();
   test_signals();
   if (kThreadSanitizer) {
     std::puts("left out: fork (with ThreadSanitizer a child can start no threads)");

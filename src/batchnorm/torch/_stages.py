@@ -9,9 +9,12 @@ The statistics of a batch are one tensor of shape (3, *feature shape): mean, var
 ones, which normalize without being the batch's own, have no count: (2, *feature shape).
 """
 
+import ctypes
 import math
+import os
 from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -458,6 +461,7 @@ class _Native:
             _address(bias),
             _address(weights),
             weight_channels,
+            _TEAM,
         )
 
     def in_order(self, tensor: Tensor) -> Tensor:
@@ -529,6 +533,21 @@ class _Native:
         return self.x.new_empty((number, *self.feature_shape), dtype=dtype)
 
 
+def _team() -> int:
+    """The way into the OpenMP runtime of PyTorch's own operations, 0 where they have none.
+
+    Its threads go on looking for work for a while after each operation, and another pool's would
+    wait for them (csrc/parallel.h).
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError):
+        return 0
+
+
+_TEAM = _team()
 _CODES = {} if _cpu is None else {getattr(torch, name): code for name, code in _cpu.DTYPES.items()}
 
 
