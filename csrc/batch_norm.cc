@@ -55,7 +55,12 @@ constexpr int64_t kElementsPerThread = 1 << 16;
 constexpr int64_t kElementsPerTask = 1 << 20;
 constexpr int64_t kTasksPerThread = 4;
 
-// Reading shorter stretches than this costs more in jumps than the cache saves.
+// Of a block of channels that one thread takes through all stages, what it reads there: with as
+// much of the next block, within a small second-level cache.
+constexpr int64_t kBlockBytes = 1 << 18;
+
+// Where all threads work on the same block of channels, shorter stretches of memory than this cost
+// more in jumps than the cache saves.
 constexpr int64_t kStretchBytes = 1 << 16;
 
 // The part of [0, n) that belongs to `task` of `tasks`.
@@ -76,34 +81,8 @@ int64_t bytes_of(const Problem& problem) {
 
 Range whole(const Problem& problem) {
   const Shape& shape = problem.shape;
-  return {0,
-          shape.outer,
-          0,
-          shape.channels,
-          0,
-          shape.inner,
-          bytes_of(problem) > last_level_cache_bytes() / 4};
-}
-
-// What a stage works on at a time: channels whose tensors stay in the cache until the next stage
-// comes for them, or all of them.
-//
-// A block of channels is stretches of memory, each of block * inner elements.
-std::vector<Range> blocks_of(const Problem& problem, int tensors) {
-  const Shape& shape = problem.shape;
-  const Range all = whole(problem);
-  if (!all.beyond_cache || shape.channels == 0) return {all};
-  const int64_t bytes = bytes_of(problem) / shape.channels;
-  const int64_t channels =
-      std::clamp<int64_t>(last_level_cache_bytes() / 4 / (tensors * bytes), 1, shape.channels);
-  if (channels * bytes / shape.outer < kStretchBytes) return {all};
-  std::vector<Range> blocks;
-  for (int64_t c = 0; c < shape.channels; c += channels) {
-    blocks.push_back(all);
-    blocks.back().channel0 = c;
-    blocks.back().channel1 = std::min(shape.channels, c + channels);
-  }
-  return blocks;
+  const bool beyond_cache = bytes_of(problem) > last_level_cache_bytes() / 4;
+  return {0, shape.outer, 0, shape.channels, 0, shape.inner, beyond_cache, 0, false};
 }
 
 int64_t size_of(const Range& range) {
@@ -111,11 +90,16 @@ int64_t size_of(const Range& range) {
          (range.inner1 - range.inner0);
 }
 
+int threads_for(int64_t size) {
+  return static_cast<int>(std::clamp<int64_t>(size / kElementsPerThread, 1, num_threads()));
+}
+
 int tasks_of(const Range& range) {
+  if (range.on_one_thread) return 1;
   const int64_t size = size_of(range);
-  const int64_t threads = std::clamp<int64_t>(size / kElementsPerThread, 1, num_threads());
-  return static_cast<int>(
-      threads * std::clamp<int64_t>(size / threads / kElementsPerTask, 1, kTasksPerThread));
+  const int threads = threads_for(size);
+  return threads * static_cast<int>(
+                       std::clamp<int64_t>(size / threads / kElementsPerTask, 1, kTasksPerThread));
 }
 
 // Cuts along the axis that gives each task the longest stretches of memory and enough to do.
@@ -149,21 +133,123 @@ void for_parts(const Range& range, Order order, Team team, const Body& body) {
   parallel_for(tasks, run, team);
 }
 
-// Of the channels of the range; the others stay 0.
-std::vector<Moments> moments_of(const Problem& problem, const Range& range, bool wide) {
+// How many channels a thread takes through all stages at a time; 0 if it is better that all threads
+// work on the same ones.
+int64_t channels_of_own_block(const Problem& problem, int64_t channel_bytes, int threads) {
+  const int64_t all = problem.shape.channels;
+  const int64_t channels = std::clamp<int64_t>(kBlockBytes / channel_bytes, 1, all);
+  const int64_t blocks = (all + channels - 1) / channels;
+  if (blocks % threads != 0 && blocks < 4 * threads) return 0;  // some would have more to do
+  return 2 * channels * channel_bytes * threads <= last_level_cache_bytes() / 2 ? channels : 0;
+}
+
+// How many of which all threads do one stage before the next.
+int64_t channels_of_shared_block(const Problem& problem, int64_t channel_bytes, int tensors) {
+  const int64_t all = problem.shape.channels;
+  const int64_t channels =
+      std::clamp<int64_t>(last_level_cache_bytes() / 4 / channel_bytes, 1, all);
+  const int64_t stretch = channels * channel_bytes / tensors / problem.shape.outer;
+  return whole(problem).beyond_cache && stretch >= kStretchBytes ? channels : all;
+}
+
+// body(block) for blocks of channels that cover the problem, each of which the body takes through
+// all stages of a call. `tensors`: how many like x these read.
+//
+// What one stage has read is in the cache for the next. A thread that has blocks of its own keeps
+// them in its core's cache, and fetches the next one while it works on this one: so some read while
+// others write.
+template <class Body>
+void for_blocks(const Problem& problem, int tensors, const Body& body) {
   const int64_t channels = problem.shape.channels;
-  const int tasks = tasks_of(range);
-  std::vector<Moments> parts(tasks * channels);
-  for_parts(range, Order::upwards, problem.team, [&](int task, const Range& part) {
-    kernels().moments(problem, part, wide, parts.data() + task * channels);
+  const Range all = whole(problem);
+  if (size_of(all) == 0 || by_rows(problem.shape)) return body(all);
+  const int64_t channel_bytes = tensors * bytes_of(problem) / channels;
+  const int threads = threads_for(size_of(all));
+  const int64_t own = channels_of_own_block(problem, channel_bytes, threads);
+  const int64_t step = own ? own : channels_of_shared_block(problem, channel_bytes, tensors);
+  const auto block_at = [&](int64_t channel) {
+    Range block = all;
+    block.channel0 = channel;
+    block.channel1 = std::min(channels, channel + step);
+    return block;
+  };
+  if (!own) {
+    for (int64_t c = 0; c < channels; c += step) body(block_at(c));
+    return;
+  }
+  std::atomic<int64_t> free{0};
+  const auto take_blocks = [&](int) {
+    for (int64_t c = free.fetch_add(step), next; c < channels; c = next) {
+      next = free.fetch_add(step);
+      Range block = block_at(c);
+      block.on_one_thread = true;
+      if (next < channels) block.ahead = (next - c) * problem.shape.inner;
+      body(block);
+    }
+  };
+  parallel_for(threads, take_blocks, problem.team);
+}
+
+// For all stages of a block but the last.
+Range without_fetching(Range block) {
+  block.ahead = 0;
+  return block;
+}
+
+// ---- passes over the memory of a block
+
+// Of the channels of the block; the other elements are left alone.
+void find_moments(const Problem& problem, const Range& block, bool wide, Moments* channels) {
+  const int64_t row = problem.shape.channels;
+  const int tasks = tasks_of(block);
+  std::fill(channels + block.channel0, channels + block.channel1, Moments());
+  std::vector<Moments> others((tasks - 1) * row);
+  for_parts(block, Order::upwards, problem.team, [&](int task, const Range& part) {
+    Moments* moments = task == 0 ? channels : others.data() + (task - 1) * row;
+    kernels().moments(problem, part, wide, moments);
   });
   for (int task = 1; task < tasks; ++task) {
-    for (int64_t c = range.channel0; c < range.channel1; ++c) {
-      parts[c].merge(parts[task * channels + c]);
+    const Moments* moments = others.data() + (task - 1) * row;
+    for (int64_t c = block.channel0; c < block.channel1; ++c) channels[c].merge(moments[c]);
+  }
+}
+
+void find_gradient_sums(const Problem& problem, const Range& block, const Coefficients* channels,
+                        const void* dy, GradientSums* sums) {
+  const int64_t row = problem.shape.channels;
+  const int tasks = tasks_of(block);
+  std::fill(sums + block.channel0, sums + block.channel1, GradientSums());
+  std::vector<GradientSums> others((tasks - 1) * row);
+  for_parts(block, Order::upwards, problem.team, [&](int task, const Range& part) {
+    GradientSums* own = task == 0 ? sums : others.data() + (task - 1) * row;
+    kernels().gradient_sums(problem, part, channels, dy, own);
+  });
+  for (int task = 1; task < tasks; ++task) {
+    const GradientSums* own = others.data() + (task - 1) * row;
+    for (int64_t c = block.channel0; c < block.channel1; ++c) {
+      sums[c].g += own[c].g;
+      sums[c].g_xhat += own[c].g_xhat;
     }
   }
-  parts.resize(channels);
-  return parts;
+}
+
+// ---- the stages for the channels of a block
+
+void statistics(const Problem& problem, const Range& block, Moments* channels, double* count,
+                double* mean, double* var) {
+  find_moments(problem, block, false, channels);
+  // A square can overflow a float where the variance of float data does not overflow a double.
+  const bool overflow = problem.dtype != Dtype::float64 &&
+                        std::any_of(channels + block.channel0, channels + block.channel1,
+                                    [](const Moments& of) { return !std::isfinite(of.squares); });
+  if (overflow) find_moments(problem, block, true, channels);
+  for (int64_t c = block.channel0; c < block.channel1; ++c) {
+    const Moments& moments = channels[c];
+    count[c] = moments.count;
+    mean[c] = moments.mean;
+    var[c] = moments.count > 0 ? std::max(0.0, moments.squares / moments.count) : 0;
+    if (moments.squares != moments.squares) var[c] = moments.squares;
+  }
 }
 
 Coefficients coefficients_of(const Problem& problem, int64_t c, double mean, double var) {
@@ -175,75 +261,38 @@ Coefficients coefficients_of(const Problem& problem, int64_t c, double mean, dou
   return {center, rstd, (mean - center) * rstd, slope, bias - (mean - center) * slope, 0, 0};
 }
 
-std::vector<Coefficients> coefficients_of(const Problem& problem, const Range& range,
-                                          const double* mean, const double* var) {
-  std::vector<Coefficients> channels(problem.shape.channels);
-  for (int64_t c = range.channel0; c < range.channel1; ++c) {
+void find_coefficients(const Problem& problem, const Range& block, const double* mean,
+                       const double* var, Coefficients* channels) {
+  for (int64_t c = block.channel0; c < block.channel1; ++c) {
     channels[c] = coefficients_of(problem, c, mean[c], var[c]);
   }
-  return channels;
 }
 
-// The stages, each on the channels of a range.
+void normalize(const Problem& problem, const Range& block, const Coefficients* channels, void* y) {
+  for_parts(block, Order::downwards, problem.team,
+            [&](int, const Range& part) { kernels().normalize(problem, part, channels, y); });
+}
 
-void statistics(const Problem& problem, const Range& range, double* count, double* mean,
-                double* var) {
-  std::vector<Moments> channels = moments_of(problem, range, false);
-  // A square can overflow a float where the variance of float data does not overflow a double.
-  const bool overflow = problem.dtype != Dtype::float64 &&
-                        std::any_of(channels.begin(), channels.end(), [](const Moments& moments) {
-                          return !std::isfinite(moments.squares);
-                        });
-  if (overflow) channels = moments_of(problem, range, true);
-  for (int64_t c = range.channel0; c < range.channel1; ++c) {
-    const Moments& moments = channels[c];
-    count[c] = moments.count;
-    mean[c] = moments.mean;
-    var[c] = moments.count > 0 ? std::max(0.0, moments.squares / moments.count) : 0;
-    if (moments.squares != moments.squares) var[c] = moments.squares;
+void gradient_sums(const Problem& problem, const Range& block, const Coefficients* channels,
+                   const void* dy, GradientSums* sums, double* sum_g, double* sum_g_xhat) {
+  find_gradient_sums(problem, block, channels, dy, sums);
+  for (int64_t c = block.channel0; c < block.channel1; ++c) {
+    sum_g[c] = sums[c].g;
+    sum_g_xhat[c] = sums[c].g_xhat - channels[c].remainder * sums[c].g;
   }
 }
 
-void normalize(const Problem& problem, const Range& range, const double* mean, const double* var,
-               void* y) {
-  const std::vector<Coefficients> channels = coefficients_of(problem, range, mean, var);
-  for_parts(range, Order::downwards, problem.team, [&](int, const Range& part) {
-    kernels().normalize(problem, part, channels.data(), y);
-  });
-}
-
-void gradient_sums(const Problem& problem, const Range& range, const double* mean,
-                   const double* var, const void* dy, double* sum_g, double* sum_g_xhat) {
-  const int64_t count = problem.shape.channels;
-  const std::vector<Coefficients> channels = coefficients_of(problem, range, mean, var);
-  const int tasks = tasks_of(range);
-  std::vector<GradientSums> parts(tasks * count);
-  for_parts(range, Order::upwards, problem.team, [&](int task, const Range& part) {
-    kernels().gradient_sums(problem, part, channels.data(), dy, parts.data() + task * count);
-  });
-  for (int64_t c = range.channel0; c < range.channel1; ++c) {
-    GradientSums sums;
-    for (int task = 0; task < tasks; ++task) {
-      sums.g += parts[task * count + c].g;
-      sums.g_xhat += parts[task * count + c].g_xhat;
-    }
-    sum_g[c] = sums.g;
-    sum_g_xhat[c] = sums.g_xhat - channels[c].remainder * sums.g;
-  }
-}
-
-void input_gradient(const Problem& problem, const Range& range, const double* count,
-                    const double* mean, const double* var, const double* sum_g,
-                    const double* sum_g_xhat, const void* dy, void* dx, void* dresidual) {
-  std::vector<Coefficients> channels = coefficients_of(problem, range, mean, var);
-  for (int64_t c = range.channel0; c < range.channel1; ++c) {
+void input_gradient(const Problem& problem, const Range& block, Coefficients* channels,
+                    const double* count, const double* sum_g, const double* sum_g_xhat,
+                    const void* dy, void* dx, void* dresidual) {
+  for (int64_t c = block.channel0; c < block.channel1; ++c) {
     if (!count || !(count[c] > 0)) continue;
     // (sum g + xhat * sum g*xhat) / m as a line in x - center
     channels[c].share = (sum_g[c] - channels[c].remainder * sum_g_xhat[c]) / count[c];
     channels[c].share_xhat = channels[c].rstd * sum_g_xhat[c] / count[c];
   }
-  for_parts(range, Order::downwards, problem.team, [&](int, const Range& part) {
-    kernels().input_gradient(problem, part, channels.data(), dy, dx, dresidual);
+  for_parts(block, Order::downwards, problem.team, [&](int, const Range& part) {
+    kernels().input_gradient(problem, part, channels, dy, dx, dresidual);
   });
 }
 
@@ -267,38 +316,58 @@ bool set_instruction_set(const char* name) {
 }
 
 void statistics(const Problem& problem, double* count, double* mean, double* var) {
-  statistics(problem, whole(problem), count, mean, var);
+  std::vector<Moments> moments(problem.shape.channels);
+  for_blocks(problem, 1, [&](const Range& block) {
+    statistics(problem, block, moments.data(), count, mean, var);
+  });
 }
 
 void normalize(const Problem& problem, const double* mean, const double* var, void* y) {
-  normalize(problem, whole(problem), mean, var, y);
+  std::vector<Coefficients> channels(problem.shape.channels);
+  find_coefficients(problem, whole(problem), mean, var, channels.data());
+  normalize(problem, whole(problem), channels.data(), y);
 }
 
 void batch_norm(const Problem& problem, double* count, double* mean, double* var, void* y) {
-  for (const Range& block : blocks_of(problem, 1)) {
-    statistics(problem, block, count, mean, var);
-    normalize(problem, block, mean, var, y);
-  }
+  std::vector<Moments> moments(problem.shape.channels);
+  std::vector<Coefficients> channels(problem.shape.channels);
+  for_blocks(problem, 1, [&](const Range& block) {
+    statistics(problem, without_fetching(block), moments.data(), count, mean, var);
+    find_coefficients(problem, block, mean, var, channels.data());
+    normalize(problem, block, channels.data(), y);
+  });
 }
 
 void gradient_sums(const Problem& problem, const double* mean, const double* var, const void* dy,
                    double* sum_g, double* sum_g_xhat) {
-  gradient_sums(problem, whole(problem), mean, var, dy, sum_g, sum_g_xhat);
+  std::vector<GradientSums> sums(problem.shape.channels);
+  std::vector<Coefficients> channels(problem.shape.channels);
+  for_blocks(problem, 2, [&](const Range& block) {
+    find_coefficients(problem, block, mean, var, channels.data());
+    gradient_sums(problem, block, channels.data(), dy, sums.data(), sum_g, sum_g_xhat);
+  });
 }
 
 void input_gradient(const Problem& problem, const double* count, const double* mean,
                     const double* var, const double* sum_g, const double* sum_g_xhat,
                     const void* dy, void* dx, void* dresidual) {
-  input_gradient(problem, whole(problem), count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual);
+  std::vector<Coefficients> channels(problem.shape.channels);
+  find_coefficients(problem, whole(problem), mean, var, channels.data());
+  input_gradient(problem, whole(problem), channels.data(), count, sum_g, sum_g_xhat, dy, dx,
+                 dresidual);
 }
 
 void batch_norm_gradients(const Problem& problem, const double* count, const double* mean,
                           const double* var, const void* dy, double* sum_g, double* sum_g_xhat,
                           void* dx, void* dresidual) {
-  for (const Range& block : blocks_of(problem, 2)) {
-    gradient_sums(problem, block, mean, var, dy, sum_g, sum_g_xhat);
-    input_gradient(problem, block, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual);
-  }
+  std::vector<GradientSums> sums(problem.shape.channels);
+  std::vector<Coefficients> channels(problem.shape.channels);
+  for_blocks(problem, 2, [&](const Range& block) {
+    find_coefficients(problem, block, mean, var, channels.data());
+    gradient_sums(problem, without_fetching(block), channels.data(), dy, sums.data(), sum_g,
+                  sum_g_xhat);
+    input_gradient(problem, block, channels.data(), count, sum_g, sum_g_xhat, dy, dx, dresidual);
+  });
 }
 
 namespace {

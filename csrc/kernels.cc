@@ -23,9 +23,8 @@ namespace {
 constexpr int kBlock = 64;                // elements added in float before they go into a double,
 constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot may be an outlier
 constexpr int kStripLanes = 2048;         // lanes whose sums and coefficients stay in the caches
-constexpr int64_t kShortRun = 32;         // shorter runs are walked as rows
 constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
-constexpr int64_t kLongBytes = 1 << 10;   // of a stretch that is written past the cache
+constexpr int64_t kLongBytes = 1 << 9;   // of a stretch that is written past the cache
 constexpr int64_t kTileBytes = 16 << 10;  // half of a small first-level cache
 
 // Rows of few lanes are folded to about this many: as many as have their sums in registers, and
@@ -42,8 +41,6 @@ template <class T>
 using Weight = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // ---- the two walks
-
-bool by_rows(const Shape& shape) { return shape.inner < kShortRun; }
 
 // Part of a matrix: element (row, lane) is at first + row * stride + lane. In a folded row, lane
 // column0 + lane is the element (fold, channel, inner) of column0 + lane in that order.
@@ -96,16 +93,6 @@ Run<T> run_at(const Problem& problem, const Range& range, int64_t outer, int64_t
   return {channel, (outer * shape.channels + channel) * shape.inner + range.inner0,
           range.inner1 - range.inner0,
           weights ? weights + row * shape.inner + range.inner0 : nullptr};
-}
-
-// body(run) for the runs of the range, upwards in memory.
-template <class T, class Body>
-void for_runs(const Problem& problem, const Range& range, const Body& body) {
-  for (int64_t outer = range.outer0; outer < range.outer1; ++outer) {
-    for (int64_t channel = range.channel0; channel < range.channel1; ++channel) {
-      body(run_at<T>(problem, range, outer, channel));
-    }
-  }
 }
 
 // body(i) for i in [0, n), each of which stands for `bytes` of memory: the last chunk first.
@@ -237,22 +224,66 @@ void for_stretches(const Problem& problem, const Range& range, const Coefficient
   });
 }
 
-// ---- sums of two quantities; body(i or row, i, count, first, second) adds a pack to both
+// ---- sums of two quantities
 
-// Elements [start, end) of a run.
-template <class F, class Body>
-inline BATCHNORM_INLINE void add_run(int64_t start, int64_t end, Pack<F>& first, Pack<F>& second,
-                                     const Body& body) {
-  constexpr int kChains = 4;  // independent sums, so that no addition waits for the one before
-  Pack<F> a[kChains] = {}, b[kChains] = {};
-  int64_t i = start;
-  for (; i + kChains * kLanes<F> <= end; i += kChains * kLanes<F>) {
-    for (int k = 0; k < kChains; ++k) body(i + k * kLanes<F>, kLanes<F>, a[k], b[k]);
+// Independent sums of one channel, so that no addition waits for the one before.
+template <class F>
+struct Chains {
+  static constexpr int kNumber = 4;
+  Pack<F> first[kNumber] = {}, second[kNumber] = {};
+
+  double sum_of_first() const { return sum_of(first); }
+  double sum_of_second() const { return sum_of(second); }
+
+ private:
+  static double sum_of(const Pack<F>* chains) {
+    return horizontal_sum<F>((chains[0] + chains[1]) + (chains[2] + chains[3]));
   }
-  for (; i + kLanes<F> <= end; i += kLanes<F>) body(i, kLanes<F>, a[0], b[0]);
-  if (i < end) body(i, static_cast<int>(end - i), a[1], b[1]);
-  first += (a[0] + a[1]) + (a[2] + a[3]);
-  second += (b[0] + b[1]) + (b[2] + b[3]);
+};
+
+// Elements [start, end) of a run; body(i, count, first, second) adds the pack at i.
+template <class F, class Body>
+inline BATCHNORM_INLINE void add_run(int64_t start, int64_t end, Chains<F>& sums,
+                                     const Body& body) {
+  constexpr int kNumber = Chains<F>::kNumber;
+  int64_t i = start;
+  for (; i + kNumber * kLanes<F> <= end; i += kNumber * kLanes<F>) {
+    for (int k = 0; k < kNumber; ++k) {
+      body(i + k * kLanes<F>, kLanes<F>, sums.first[k], sums.second[k]);
+    }
+  }
+  if (i + 2 * kLanes<F> <= end) {
+    body(i, kLanes<F>, sums.first[0], sums.second[0]);
+    body(i + kLanes<F>, kLanes<F>, sums.first[1], sums.second[1]);
+    i += 2 * kLanes<F>;
+  }
+  if (i + kLanes<F> <= end) {
+    body(i, kLanes<F>, sums.first[2], sums.second[2]);
+    i += kLanes<F>;
+  }
+  if (i < end) body(i, static_cast<int>(end - i), sums.first[3], sums.second[3]);
+}
+
+// The runs of a channel in blocks of about `limit` elements, and 4 times as many from block to
+// block up to kBlockElements: add(run, start, end), and finish(elements) at the end of each block.
+template <class F, class T, class Add, class Finish>
+inline BATCHNORM_INLINE void for_blocks_of_channel(const Problem& problem, const Range& range,
+                                                   int64_t channel, int64_t limit, const Add& add,
+                                                   const Finish& finish) {
+  int64_t elements = 0;
+  for (int64_t outer = range.outer0; outer < range.outer1; ++outer) {
+    const Run<T> run = run_at<T>(problem, range, outer, channel);
+    for (int64_t start = 0, end; start < run.length; start = end) {
+      end = std::min(run.length, start + limit);
+      add(run, start, end);
+      elements += end - start;
+      if (elements < limit) continue;
+      finish(elements);
+      elements = 0;
+      limit = std::min<int64_t>(4 * limit, kBlockElements<F>);
+    }
+  }
+  finish(elements);
 }
 
 // Rows [start, end), lane by lane, to first[lane] and second[lane]. `ahead` is 0 where memory is
@@ -317,76 +348,55 @@ inline void add_weighted(Pack<F> t, Pack<F> w, Pack<F>& weight, Pack<F>& first, 
   second += w * inside * inside;
 }
 
-// The sums of a channel's block in progress, over `elements` from one or several runs.
-template <class F>
-struct BlockSums {
-  Pack<F> weight = {}, first = {}, second = {};
-  F pivot = 0;
-  bool has_pivot = false;
-  int64_t elements = 0, limit = kLanes<F>;
-};
-
-// The pivot starts at an element that counts, since it is one of those near their mean.
+// An element that counts is one of those near their mean, so that a pivot may start there.
 template <class F, class T>
-void find_pivot(const T* x, const Weight<T>* weights, int64_t n, BlockSums<F>& block) {
-  int64_t i = 0;
-  while (weights && i < n && !(weights[i] > 0)) ++i;
-  if (i == n) return;
-  block.pivot = load<F>(x + i, 1)[0];
-  block.has_pivot = true;
-}
-
-template <class F>
-void finish_block(bool weighted, BlockSums<F>& block, Moments& moments) {
-  const double elements = static_cast<double>(block.elements);
-  const double weight = weighted ? horizontal_sum<F>(block.weight) : elements;
-  const Moments found =
-      about(block.pivot, weight, horizontal_sum<F>(block.first), horizontal_sum<F>(block.second));
-  moments.merge(found);
-  if (found.count > 0) block.pivot = static_cast<F>(found.mean);
-  block.weight = block.first = block.second = Pack<F>{};
-  block.elements = 0;
-  block.limit = std::min<int64_t>(4 * block.limit, kBlockElements<F>);
+F first_pivot(const Problem& problem, const Range& range, int64_t channel) {
+  for (int64_t outer = range.outer0; outer < range.outer1; ++outer) {
+    const Run<T> run = run_at<T>(problem, range, outer, channel);
+    const T* x = static_cast<const T*>(problem.x) + run.first;
+    for (int64_t i = 0; i < run.length; ++i) {
+      if (!run.weights || run.weights[i] > 0) return load<F>(x + i, 1)[0];
+    }
+  }
+  return 0;
 }
 
 template <class F, class T>
 void moments_by_runs(const Problem& problem, const Range& range, Moments* channels) {
-  const bool far = range.beyond_cache;
-  std::vector<BlockSums<F>> blocks(range.channel1 - range.channel0);
-  for_runs<T>(problem, range, [&](const Run<T>& run) {
-    const T* x = static_cast<const T*>(problem.x) + run.first;
-    BlockSums<F>& block = blocks[run.channel - range.channel0];
-    if (!block.has_pivot) find_pivot<F>(x, run.weights, run.length, block);
-    int64_t end;
-    for (int64_t start = 0; start < run.length; start = end) {
-      end = std::min(run.length, start + block.limit);
-      const Pack<F> pivot = all(block.pivot);
-      if (run.weights) {
-        Pack<F> weight = block.weight;
-        add_run<F>(start, end, block.first, block.second,
+  const bool weighted = problem.weights;
+  const int64_t ahead = range.ahead;
+  for (int64_t c = range.channel0; c < range.channel1; ++c) {
+    Pack<F> pivot = all(first_pivot<F, T>(problem, range, c));
+    Pack<F> weights = {};
+    Chains<F> sums;
+    const auto add = [&](const Run<T>& run, int64_t start, int64_t end) BATCHNORM_INLINE {
+      const T* x = static_cast<const T*>(problem.x) + run.first;
+      if (weighted) {
+        add_run<F>(start, end, sums,
                    [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                     add_weighted<F>(load<F>(x + i, n) - pivot, load<F>(run.weights + i, n), weight,
-                                     a, b);
+                     add_weighted<F>(load<F>(x + i, n) - pivot, load<F>(run.weights + i, n),
+                                     weights, a, b);
                    });
-        block.weight = weight;
       } else {
-        add_run<F>(start, end, block.first, block.second,
+        add_run<F>(start, end, sums,
                    [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                     if (far) fetch_for_later(x + i);
+                     if (ahead) fetch(x + i + ahead);
                      Pack<F> t = load<F>(x + i, n) - pivot;
                      if (n < kLanes<F>) t = select<F>(first_lanes<F>(n), t, Pack<F>{});
                      a += t;
                      b += t * t;
                    });
       }
-      block.elements += end - start;
-      if (block.elements >= block.limit) {
-        finish_block<F>(problem.weights, block, channels[run.channel]);
-      }
-    }
-  });
-  for (int64_t c = range.channel0; c < range.channel1; ++c) {
-    finish_block<F>(problem.weights, blocks[c - range.channel0], channels[c]);
+    };
+    const auto finish = [&](int64_t elements) {
+      const double weight = weighted ? horizontal_sum<F>(weights) : static_cast<double>(elements);
+      const Moments found = about(pivot[0], weight, sums.sum_of_first(), sums.sum_of_second());
+      channels[c].merge(found);
+      if (found.count > 0) pivot = all(static_cast<F>(found.mean));
+      weights = Pack<F>{};
+      sums = Chains<F>();
+    };
+    for_blocks_of_channel<F, T>(problem, range, c, kLanes<F>, add, finish);
   }
 }
 
@@ -517,6 +527,7 @@ template <class F, class T, Activation A>
 void normalize(const Problem& problem, const Range& range, const Coefficients* channels,
                void* output) {
   const bool far = range.beyond_cache;
+  const int64_t ahead = range.ahead;
   for_stretches<F, T>(
       problem, range, channels,
       [&](int64_t first, int64_t length, const Weight<T>*, const auto& of) {
@@ -525,7 +536,10 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
             problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
         const Writer<F, T> y(static_cast<T*>(output) + first, far && is_long<T>(length));
         for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
-          if (far) fetch_soon(x + i);
+          if (ahead)
+            fetch(x + i + ahead);
+          else if (far)
+            fetch_soon(x + i);
           Pack<F> z = (load<F>(x + i, n) - of.center.at(i)) * of.slope.at(i) + of.shift.at(i);
           if (residual) z += load<F>(residual + i, n);
           y.put(i, activate<F, A>(z), n);
@@ -582,34 +596,29 @@ struct GradientInputs {
 template <class F, class T, Activation A>
 void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coefficients* channels,
                            const void* dy, GradientSums* sums) {
-  const bool far = range.beyond_cache;
-  std::vector<BlockSums<F>> blocks(range.channel1 - range.channel0);
-  const auto finish = [&](int64_t c) {
-    BlockSums<F>& block = blocks[c - range.channel0];
-    sums[c].g += horizontal_sum<F>(block.first);
-    sums[c].g_xhat += horizontal_sum<F>(block.second);
-    block = BlockSums<F>();
-  };
-  for_runs<T>(problem, range, [&](const Run<T>& run) {
-    const GradientInputs<F, T, A> inputs(problem, dy, run.first, run.weights);
-    const Spreads<One, F> of = spread<F>(channels[run.channel]);
-    BlockSums<F>& block = blocks[run.channel - range.channel0];
-    for (int64_t start = 0; start < run.length; start += kBlockElements<F>) {
-      const int64_t end = std::min(run.length, start + kBlockElements<F>);
-      add_run<F>(start, end, block.first, block.second,
+  const int64_t ahead = range.ahead;
+  for (int64_t c = range.channel0; c < range.channel1; ++c) {
+    const Spreads<One, F> of = spread<F>(channels[c]);
+    Chains<F> chains;
+    const auto add = [&](const Run<T>& run, int64_t start, int64_t end) BATCHNORM_INLINE {
+      const GradientInputs<F, T, A> inputs(problem, dy, run.first, run.weights);
+      add_run<F>(start, end, chains,
                  [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                   if (far) fetch_for_later(inputs.x + i);
-                   if (far) fetch_for_later(inputs.dy + i);
+                   if (ahead) fetch(inputs.x + i + ahead);
+                   if (ahead) fetch(inputs.dy + i + ahead);
                    Pack<F> t, g;
                    inputs.get(i, n, of, t, g);
                    a += g;
                    b += g * (t * of.rstd.at(i));
                  });
-      block.elements += end - start;
-      if (block.elements >= kBlockElements<F>) finish(run.channel);
-    }
-  });
-  for (int64_t c = range.channel0; c < range.channel1; ++c) finish(c);
+    };
+    const auto finish = [&](int64_t) {
+      sums[c].g += chains.sum_of_first();
+      sums[c].g_xhat += chains.sum_of_second();
+      chains = Chains<F>();
+    };
+    for_blocks_of_channel<F, T>(problem, range, c, kBlockElements<F>, add, finish);
+  }
 }
 
 template <class F, class T, Activation A>
@@ -660,6 +669,7 @@ template <class F, class T, Activation A>
 void input_gradient(const Problem& problem, const Range& range, const Coefficients* channels,
                     const void* dy, void* output, void* residual_output) {
   const bool far = range.beyond_cache;
+  const int64_t ahead = range.ahead;
   for_stretches<F, T>(
       problem, range, channels,
       [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
@@ -667,8 +677,13 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
         const Writer<F, T> dx(static_cast<T*>(output) + first, far && is_long<T>(length));
         T* dresidual = residual_output ? static_cast<T*>(residual_output) + first : nullptr;
         for_packs<F>(dx.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
-          if (far) fetch_soon(inputs.x + i);
-          if (far) fetch_soon(inputs.dy + i);
+          if (ahead) {
+            fetch(inputs.x + i + ahead);
+            fetch(inputs.dy + i + ahead);
+          } else if (far) {
+            fetch_soon(inputs.x + i);
+            fetch_soon(inputs.dy + i);
+          }
           Pack<F> t, g;
           inputs.get(i, n, of, t, g);
           Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);

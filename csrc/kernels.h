@@ -8,10 +8,16 @@
 
 namespace batchnorm {
 
+// Shorter runs of a channel are seen as parts of rows, of all channels, which blocks of channels
+// would break up.
+inline bool by_rows(const Shape& shape) { return shape.inner < 32; }
+
 // The elements [outer0, outer1) x [channel0, channel1) x [inner0, inner1).
 struct Range {
   int64_t outer0, outer1, channel0, channel1, inner0, inner1;
   bool beyond_cache;  // what the call reads and writes is more than the caches hold
+  int64_t ahead;      // how far behind each element lies one that is wanted next; 0 for none
+  bool on_one_thread;
 };
 
 // Of a set of elements: sum w, mean, and sum w*(x - mean)^2.

@@ -31,11 +31,11 @@
 // Exit. Workers are detached and the pool is never destroyed: a process may end while they sleep,
 // look or work.
 //
-// Teams. A program around us may have threads of its own for its loops, in an OpenMP runtime, that go
-// on looking for work for milliseconds after each loop, on the CPUs that a second pool would need.
-// A call that is given the way into that runtime runs its tasks on those threads: on as many as are
-// its setting, up to num_threads(). OpenMP's threads are not there in the child of a fork, whose
-// loops would wait for them for ever; there the pool serves.
+// Teams. A program around us may have threads of its own for its loops, in an OpenMP runtime, that
+// go on looking for work for milliseconds after each loop, on the CPUs that a second pool would
+// need. A call that is given the way into that runtime runs its tasks on those threads: on as many
+// as are its setting, up to num_threads(). OpenMP's threads are not there in the child of a fork,
+// whose loops would wait for them for ever; there the pool serves.
 //
 // Workers handle no signals, except those that report a fault of their own. A task computes in the
 // caller's floating-point environment (rounding, flushing of denormals) whichever thread runs it.
@@ -44,8 +44,9 @@
 
 namespace batchnorm {
 
-// An OpenMP runtime's GOMP_parallel(function, argument, threads, flags), to which compilers translate
-// a parallel region: every thread of the team calls function(argument). 0 threads: as many as are set.
+// An OpenMP runtime's GOMP_parallel(function, argument, threads, flags), to which compilers
+// translate a parallel region: every thread of the team calls function(argument). 0 threads: as
+// many as are set.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 namespace detail {

@@ -203,10 +203,6 @@ inline BATCHNORM_INLINE void fetch(const T* from) {
   __builtin_prefetch(from, 0, 2);
 }
 template <class T>
-inline BATCHNORM_INLINE void fetch_for_later(const T* from) {
-  fetch(reinterpret_cast<const char*>(from) + 4096);
-}
-template <class T>
 inline BATCHNORM_INLINE void fetch_soon(const T* from) {
   __builtin_prefetch(reinterpret_cast<const char*>(from) + 1024, 0, 3);
 }
