@@ -24,8 +24,9 @@ constexpr int kBlock = 64;                // elements added in float before they
 constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot may be an outlier
 constexpr int kStripLanes = 2048;         // lanes whose sums and coefficients stay in the caches
 constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
-constexpr int64_t kLongBytes = 1 << 9;   // of a stretch that is written past the cache
-constexpr int64_t kTileBytes = 16 << 10;  // half of a small first-level cache
+constexpr int64_t kLongBytes = 1 << 9;    // of a stretch that is written past the cache
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk through memory that writes
 
 // Rows of few lanes are folded to about this many: as many as have their sums in registers, and
 // more where there are none.
@@ -286,43 +287,43 @@ inline BATCHNORM_INLINE void for_blocks_of_channel(const Problem& problem, const
   finish(elements);
 }
 
-// Rows [start, end), lane by lane, to first[lane] and second[lane]. `ahead` is 0 where memory is
-// read straight on, else how many rows further on body should fetch.
+// Rows [start, end), lane by lane, to first[lane] and second[lane]; body(row, i, count, first,
+// second) adds the pack at lane i.
 //
-// Sums stay in registers from row to row. Where they are too many for that, memory is read group by
-// group through a tile of rows, while the next tile is on its way.
-template <class F, class T, class Body>
+// Sums stay in registers from row to row where there are as many as fit, else in the first-level
+// cache, and kRowsAtOnce rows are read side by side.
+template <class F, class Body>
 inline BATCHNORM_INLINE void add_rows(int lanes, int64_t start, int64_t end, F* first, F* second,
                                       const Body& body) {
   constexpr int kGroup = kPacksOfSums * kLanes<F>;
-  int64_t step = end - start, ahead = 0;
-  if (lanes > kGroup) step = ahead = std::max<int64_t>(4, kTileBytes / (lanes * sizeof(T)));
-  for (int64_t row0 = start; row0 < end; row0 += step) {
-    const int64_t row1 = std::min(end, row0 + step);
-    int lane = 0;
-    for (; lane + kGroup <= lanes; lane += kGroup) {
-      Pack<F> a[kPacksOfSums], b[kPacksOfSums];
-      for (int k = 0; k < kPacksOfSums; ++k) {
-        a[k] = load<F>(first + lane + k * kLanes<F>);
-        b[k] = load<F>(second + lane + k * kLanes<F>);
-      }
-      for (int64_t row = row0; row < row1; ++row) {
-        for (int k = 0; k < kPacksOfSums; ++k) {
-          body(row, lane + k * kLanes<F>, kLanes<F>, ahead, a[k], b[k]);
-        }
-      }
-      for (int k = 0; k < kPacksOfSums; ++k) {
-        store(first + lane + k * kLanes<F>, a[k]);
-        store(second + lane + k * kLanes<F>, b[k]);
-      }
+  if (lanes == kGroup) {
+    Pack<F> a[kPacksOfSums], b[kPacksOfSums];
+    for (int k = 0; k < kPacksOfSums; ++k) {
+      a[k] = load<F>(first + k * kLanes<F>);
+      b[k] = load<F>(second + k * kLanes<F>);
     }
-    for_packs<F>(lanes - lane, [&](int64_t i, int n) BATCHNORM_INLINE {
-      Pack<F> a = load<F>(first + lane + i), b = load<F>(second + lane + i);
-      for (int64_t row = row0; row < row1; ++row) body(row, lane + i, n, ahead, a, b);
-      store(first + lane + i, a);
-      store(second + lane + i, b);
-    });
+    for (int64_t row = start; row < end; ++row) {
+      for (int k = 0; k < kPacksOfSums; ++k) body(row, k * kLanes<F>, kLanes<F>, a[k], b[k]);
+    }
+    for (int k = 0; k < kPacksOfSums; ++k) {
+      store(first + k * kLanes<F>, a[k]);
+      store(second + k * kLanes<F>, b[k]);
+    }
+    return;
   }
+  const auto add = [&](int64_t row, auto rows) BATCHNORM_INLINE {
+    for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
+      Pack<F> a = load<F>(first + i), b = load<F>(second + i);
+      for (int k = 0; k < rows; ++k) body(row + k, i, n, a, b);
+      store(first + i, a);
+      store(second + i, b);
+    });
+  };
+  int64_t row = start;
+  for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+    add(row, std::integral_constant<int, kRowsAtOnce>());
+  }
+  for (; row < end; ++row) add(row, std::integral_constant<int, 1>());
 }
 
 // Sets as many packs to 0 as hold the lanes.
@@ -462,26 +463,24 @@ void moments_of_strip(const Problem& problem, const Range& range, const Strip& s
       clear(sums.weight, strip.lanes);
       for (int64_t row = start; row < end; ++row) {
         const Weight<T>* w = weights_of_row(problem, strip, row, sums.weights);
-        add_rows<F, T>(
-            strip.lanes, row, row + 1, sums.first, sums.second,
-            [&](int64_t, int64_t i, int n, int64_t, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-              Pack<F> weight = load<F>(sums.weight + i);
-              add_weighted<F>(load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i),
-                              load<F>(w + i, n), weight, a, b);
-              store(sums.weight + i, weight);
-            });
+        add_rows<F>(strip.lanes, row, row + 1, sums.first, sums.second,
+                    [&](int64_t, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+                      Pack<F> weight = load<F>(sums.weight + i);
+                      add_weighted<F>(
+                          load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i),
+                          load<F>(w + i, n), weight, a, b);
+                      store(sums.weight + i, weight);
+                    });
       }
     } else {
       std::fill_n(sums.weight, strip.lanes, static_cast<F>(end - start));
-      add_rows<F, T>(strip.lanes, start, end, sums.first, sums.second,
-                     [&](int64_t row, int64_t i, int n, int64_t ahead, Pack<F>& a, Pack<F>& b)
-                         BATCHNORM_INLINE {
-                           const T* from = x + row * stride + i;
-                           if (ahead) fetch(from + ahead * stride);
-                           const Pack<F> t = load<F>(from, n) - load<F>(sums.pivot + i);
-                           a += t;
-                           b += t * t;
-                         });
+      add_rows<F>(strip.lanes, start, end, sums.first, sums.second,
+                  [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+                    const T* from = x + row * stride + i;
+                    const Pack<F> t = load<F>(from, n) - load<F>(sums.pivot + i);
+                    a += t;
+                    b += t * t;
+                  });
     }
     merge_blocks(strip.lanes, sums);
   }
@@ -527,7 +526,8 @@ template <class F, class T, Activation A>
 void normalize(const Problem& problem, const Range& range, const Coefficients* channels,
                void* output) {
   const bool far = range.beyond_cache;
-  const int64_t ahead = range.ahead;
+  const bool fetching = far || range.ahead;
+  const int64_t ahead = range.ahead ? range.ahead : kFetchedBytes / sizeof(T);
   for_stretches<F, T>(
       problem, range, channels,
       [&](int64_t first, int64_t length, const Weight<T>*, const auto& of) {
@@ -536,10 +536,7 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
             problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
         const Writer<F, T> y(static_cast<T*>(output) + first, far && is_long<T>(length));
         for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
-          if (ahead)
-            fetch(x + i + ahead);
-          else if (far)
-            fetch_soon(x + i);
+          if (fetching) fetch(x + i + ahead);
           Pack<F> z = (load<F>(x + i, n) - of.center.at(i)) * of.slope.at(i) + of.shift.at(i);
           if (residual) z += load<F>(residual + i, n);
           y.put(i, activate<F, A>(z), n);
@@ -639,16 +636,13 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
       clear(second, strip.lanes);
       const auto add = [&](int64_t from, int64_t to, const Weight<T>* weights) BATCHNORM_INLINE {
         const GradientInputs<F, T, A> inputs(problem, dy, strip.first, weights);
-        add_rows<F, T>(strip.lanes, from, to, first, second,
-                       [&](int64_t row, int64_t i, int n, int64_t ahead, Pack<F>& a, Pack<F>& b)
-                           BATCHNORM_INLINE {
-                             if (ahead) fetch(inputs.x + (row + ahead) * stride + i);
-                             if (ahead) fetch(inputs.dy + (row + ahead) * stride + i);
-                             Pack<F> t, g;
-                             inputs.row(row * stride).get(i, n, of, t, g);
-                             a += g;
-                             b += g * (t * of.rstd.at(i));
-                           });
+        add_rows<F>(strip.lanes, from, to, first, second,
+                    [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+                      Pack<F> t, g;
+                      inputs.row(row * stride).get(i, n, of, t, g);
+                      a += g;
+                      b += g * (t * of.rstd.at(i));
+                    });
       };
       if (problem.weights) {
         for (int64_t row = start; row < end; ++row) {
@@ -669,7 +663,8 @@ template <class F, class T, Activation A>
 void input_gradient(const Problem& problem, const Range& range, const Coefficients* channels,
                     const void* dy, void* output, void* residual_output) {
   const bool far = range.beyond_cache;
-  const int64_t ahead = range.ahead;
+  const bool fetching = far || range.ahead;
+  const int64_t ahead = range.ahead ? range.ahead : kFetchedBytes / sizeof(T);
   for_stretches<F, T>(
       problem, range, channels,
       [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
@@ -677,13 +672,8 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
         const Writer<F, T> dx(static_cast<T*>(output) + first, far && is_long<T>(length));
         T* dresidual = residual_output ? static_cast<T*>(residual_output) + first : nullptr;
         for_packs<F>(dx.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
-          if (ahead) {
-            fetch(inputs.x + i + ahead);
-            fetch(inputs.dy + i + ahead);
-          } else if (far) {
-            fetch_soon(inputs.x + i);
-            fetch_soon(inputs.dy + i);
-          }
+          if (fetching) fetch(inputs.x + i + ahead);
+          if (fetching) fetch(inputs.dy + i + ahead);
           Pack<F> t, g;
           inputs.get(i, n, of, t, g);
           Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
