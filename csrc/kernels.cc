@@ -504,8 +504,9 @@ template <class F, Activation A>
 inline Pack<F> activate(Pack<F> z) {
   if constexpr (A == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, z);
   if constexpr (A == Activation::silu) {
-    // From -100 down, z * sigmoid(z) is its limit 0 for any purpose, also at -infinity.
-    return select<F>(Bits<F>(z < -100), all(F(-100)), z) * sigmoid<F>(z);
+    // From -87 down, z * sigmoid(z) is its limit 0 for any purpose, also at -infinity.
+    z = at_least<F>(-kMostExponent<F>, z);
+    return z / (F(1) + exponential(-at_most<F>(kMostExponent<F>, z)));
   }
   return z;
 }
@@ -515,9 +516,10 @@ template <class F, Activation A>
 inline Pack<F> through_activation(Pack<F> dy, Pack<F> z) {
   if constexpr (A == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, dy);
   if constexpr (A == Activation::silu) {
-    z = clamp<F>(z, 100);  // beyond, the slope is 0 or 1, not infinity * 0
-    const Pack<F> s = sigmoid<F>(z);
-    return dy * (s * (F(1) + z * (F(1) - s)));
+    // Beyond the limits, the slope is 0 or 1, not infinity * 0.
+    z = at_least<F>(-kMostExponent<F>, at_most<F>(kMostExponent<F>, z));
+    const Pack<F> e = exponential(-z), sigmoid = F(1) / (F(1) + e);
+    return dy * (sigmoid * (F(1) + z * (e * sigmoid)));
   }
   return dy;
 }

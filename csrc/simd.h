@@ -104,6 +104,25 @@ inline Vector<float, N> load_floats(const float* from) {
 }
 template <int N>
 inline Vector<float, N> load_floats(const Bfloat* from) {
+  // A compiler may widen in several steps where there is an instruction that does it in one.
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    const __m512i wide = _mm512_cvtepu16_epi32(load_bytes<__m256i>(from));
+    return as<Vector<float, N>>(_mm512_slli_epi32(wide, 16));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) {
+    const __m256i wide = _mm256_cvtepu16_epi32(load_bytes<__m128i>(from));
+    return as<Vector<float, N>>(_mm256_slli_epi32(wide, 16));
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (N == 4) {
+    const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return as<Vector<float, N>>(_mm_unpacklo_epi16(_mm_setzero_si128(), bits));
+  }
+#endif
   const auto bits = load_bytes<Vector<uint16_t, N>>(from);
   return as<Vector<float, N>>(__builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
 }
@@ -132,13 +151,22 @@ inline Pack<F> load(const T* from) {
 inline void store(float* to, Pack<float> v) { std::memcpy(to, &v, sizeof v); }
 inline void store(double* to, Pack<double> v) { std::memcpy(to, &v, sizeof v); }
 inline void store(Bfloat* to, Pack<float> v) {
-  constexpr int N = kLanes<float>;
-  using U = Vector<uint32_t, N>;
+  using U = Vector<uint32_t, kLanes<float>>;
   const U u = as<U>(v);
-  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  const U nan = U(v != v);
+  // To nearest, ties to even. A NaN stays one by its upper half, as those of arithmetic are quiet.
+  const U up = (0x7fffu + ((u >> 16) & 1u)) & U(v == v);
+  const Bits<float> rounded = as<Bits<float>>(u + up) >> 16;
+#if defined(__AVX512F__)
+  const auto bits = _mm512_cvtepi32_epi16(as<__m512i>(rounded));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_packs_epi32(as<__m256i>(rounded), as<__m256i>(rounded));
+  const auto bits = _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+#elif defined(__SSE2__)
   const auto bits =
-      __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Vector<uint16_t, N>);
+      as<Vector<int64_t, 2>>(_mm_packs_epi32(as<__m128i>(rounded), as<__m128i>(rounded)))[0];
+#else
+  const auto bits = __builtin_convertvector(rounded, Vector<int16_t, kLanes<float>>);
+#endif
   std::memcpy(to, &bits, sizeof bits);
 }
 inline void store(Half* to, Pack<float> v) {
@@ -160,13 +188,29 @@ inline Bits<F> first_lanes(int count) {
   return Bits<F>(lane < count);
 }
 
+// Copies fewer elements than a pack has, without a call.
+template <class F, class T>
+inline BATCHNORM_INLINE void copy_few(T* to, const T* from, int count) {
+  for (int n = kLanes<F> / 2; n > 0; n /= 2) {
+    if (!(count & n)) continue;
+    std::memcpy(to, from, n * sizeof(T));
+    to += n;
+    from += n;
+  }
+}
+
 // The first `count` elements, the other lanes 0: for the end of a row.
 template <class F, class T>
 inline BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
   if (count == kLanes<F>) return load<F>(from);
 #if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
   if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
-    return as<Pack<F>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from));
+    return as<Pack<F>>(_mm512_maskz_loadu_ps(mask, from));
+  }
+  if constexpr (sizeof(T) == 2 && std::is_same_v<F, float>) {
+    const __m256i elements = _mm256_maskz_loadu_epi16(mask, from);
+    return load<F>(reinterpret_cast<const T*>(&elements));
   }
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
@@ -174,15 +218,21 @@ inline BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
   }
 #endif
   T buffer[kLanes<F>] = {};
-  std::memcpy(buffer, from, count * sizeof(T));
+  copy_few<F>(buffer, from, count);
   return load<F>(buffer);
 }
 template <class F, class T>
 inline BATCHNORM_INLINE void store(T* to, Pack<F> v, int count) {
   if (count == kLanes<F>) return store(to, v);
 #if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
   if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
-    return _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), as<__m512>(v));
+    return _mm512_mask_storeu_ps(to, mask, as<__m512>(v));
+  }
+  if constexpr (sizeof(T) == 2 && std::is_same_v<F, float>) {
+    T buffer[kLanes<F>];
+    store(buffer, v);
+    return _mm256_mask_storeu_epi16(to, mask, load_bytes<__m256i>(buffer));
   }
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
@@ -191,7 +241,7 @@ inline BATCHNORM_INLINE void store(T* to, Pack<F> v, int count) {
 #endif
   T buffer[kLanes<F>];
   store(buffer, v);
-  std::memcpy(to, buffer, count * sizeof(T));
+  copy_few<F>(to, buffer, count);
 }
 
 // ---- around the caches
@@ -295,39 +345,55 @@ inline double horizontal_sum(Pack<F> v) {
   return sum[0];
 }
 
-// exp for |x| <= 88, to about one unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and the
-// Taylor series of e^r, whose first omitted term is below 0.35^8 / 8! = 6e-9.
+// The limit or v, whichever is larger (smaller); v where it is NaN, which the instructions return
+// where it is their second operand.
+template <class F>
+inline Pack<F> at_least(F limit, Pack<F> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return _mm512_max_ps(all(limit), v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(F) == 4) return _mm256_max_ps(all(limit), v);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(F) == 4) return _mm_max_ps(all(limit), v);
+#endif
+  return select<F>(Bits<F>(v < limit), all(limit), v);
+}
+template <class F>
+inline Pack<F> at_most(F limit, Pack<F> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) return _mm512_min_ps(all(limit), v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(F) == 4) return _mm256_min_ps(all(limit), v);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(F) == 4) return _mm_min_ps(all(limit), v);
+#endif
+  return select<F>(Bits<F>(v > limit), all(limit), v);
+}
+
+// exp(x) is finite and normal for |x| <= kMostExponent.
+template <class F>
+constexpr F kMostExponent = sizeof(F) == 4 ? 87 : 700;
+
+// exp within those limits, to about one unit in the last place: x = n ln 2 + r, |r| <= ln 2 / 2,
+// and of e^r the polynomial of degree 6 whose largest relative error, 4e-9, is least.
 inline Pack<float> exponential(Pack<float> x) {
-  const Pack<float> shift = all(0x1.8p23f);  // adding it rounds to an integer
-  const Pack<float> n = (x * 0x1.715476p+0f + shift) - shift;
+  // Adding it rounds to an integer, n + 127, in the lowest bits: the exponent of 2^n.
+  const Pack<float> shift = all(0x1.8p23f + 127);
+  const Pack<float> shifted = x * 0x1.715476p+0f + shift;
+  const Pack<float> n = shifted - shift;
   const Pack<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-  Pack<float> e = all(1.0f / 5040);
-  e = e * r + 1.0f / 720;
-  e = e * r + 1.0f / 120;
-  e = e * r + 1.0f / 24;
-  e = e * r + 1.0f / 6;
+  Pack<float> e = all(0x1.6b799p-10f);
+  e = e * r + 0x1.123060p-7f;
+  e = e * r + 0x1.55567ep-5f;
+  e = e * r + 0x1.5554a2p-3f;
   e = e * r + 0.5f;
   e = e * r + 1.0f;
   e = e * r + 1.0f;
-  const Bits<float> exponent = (__builtin_convertvector(n, Bits<float>) + 127) << 23;
-  return e * as<Pack<float>>(exponent);
+  return e * as<Pack<float>>(as<Bits<float>>(shifted) << 23);
 }
 inline Pack<double> exponential(Pack<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
-}
-
-// Within [-limit, limit]; a NaN stays one.
-template <class F>
-inline Pack<F> clamp(Pack<F> v, F limit) {
-  v = select<F>(Bits<F>(v > limit), all(limit), v);
-  return select<F>(Bits<F>(v < -limit), all(-limit), v);
-}
-
-template <class F>
-inline Pack<F> sigmoid(Pack<F> z) {
-  constexpr F limit = sizeof(F) == 4 ? 87 : 700;  // e^limit is finite
-  return F(1) / (F(1) + exponential(clamp<F>(-z, limit)));
 }
 
 }  // namespace

@@ -310,3 +310,41 @@ def test_levels_are_accurate(level, reach, layout):
         assert np.abs(y.std(axis=0) - wanted.y.std(axis=0)).max() <= 1e-3, name
         assert np.abs(y.mean(axis=0)).max() <= 1e-3, name
         np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
+def test_levels_round_to_nearest(level, dtype):
+    """The bits of a float32 come as a bias: of all kinds, and a NaN with every bit set."""
+    random = np.random.default_rng(0)
+    bits = random.integers(0, 1 << 32, 50_000, np.uint32)
+    ties = bits & 0xFFFF0000 | 0x8000
+    edges = np.uint32([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 1, 0x80018000])
+    bias = np.concatenate([edges, ties, bits]).view(np.float32)
+    zeros, ones = np.zeros(bias.size), np.ones(bias.size)
+    with np.errstate(all="ignore"):
+        wanted = bias.astype(dtype)
+        y = bn.normalize(np.ones((1, bias.size), dtype), zeros, ones, zeros, bias)
+    np.testing.assert_array_equal(np.float32(y[0]), np.float32(wanted))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_levels_follow_activations_to_their_ends(level, dtype, activation):
+    inside = np.array([-5, -0.5, 0, 0.5, 5], dtype)
+    z = np.array([-np.inf, -1e30, -1000, -90, *inside, 90, 1e30, np.inf, np.nan], dtype)
+    zeros, ones = np.zeros(z.size), np.ones(z.size)
+    x = np.zeros((1, z.size), dtype)
+    y = bn.normalize(x, zeros, ones, bias=z, activation=activation)[0]
+    statistics = bn.Statistics(ones, zeros, ones)
+    dy = np.ones_like(x)
+    gradients = bn.batch_norm_gradients(dy, x, statistics, bias=z, activation=activation)
+    if activation == "relu":
+        wanted, slope, slope_at_nan = np.maximum(inside, 0), inside > 0, 1
+    else:
+        sigmoid = 1 / (1 + np.exp(-inside.astype(np.float64)))
+        wanted, slope = inside * sigmoid, sigmoid * (1 + inside * (1 - sigmoid))
+        slope_at_nan = np.nan
+    few_units = 4 * np.finfo(dtype).eps
+    np.testing.assert_allclose(y, [0, 0, 0, 0, *wanted, *z[9:]], rtol=few_units, atol=1e-35)
+    slope = [0, 0, 0, 0, *slope, 1, 1, 1, slope_at_nan]
+    np.testing.assert_allclose(gradients.bias, slope, rtol=few_units, atol=few_units)
