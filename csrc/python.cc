@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <forward_list>
 #include <vector>
 
 #include "batch_norm.h"
@@ -37,20 +38,29 @@ class Arguments {
     PyObject* value = take();
     return value ? static_cast<T*>(PyLong_AsVoidPtr(value)) : nullptr;
   }
-  // The result points into this object.
+  Dtype dtype() { return static_cast<Dtype>(integer()); }
+  // What is float32 or float64, one value a channel. The result may point into this object.
+  const double* doubles(Dtype dtype, int64_t channels) {
+    const void* values = address<void>();
+    if (!values || dtype == Dtype::float64) return static_cast<const double*>(values);
+    const float* floats = static_cast<const float*>(values);
+    converted_.emplace_front(floats, floats + channels);
+    return converted_.front().data();
+  }
+  // The result may point into this object.
   Problem problem() {
     Problem problem;
     problem.shape.outer = integer();
     problem.shape.channels = integer();
     problem.shape.inner = integer();
-    problem.dtype = static_cast<Dtype>(integer());
+    problem.dtype = dtype();
     problem.activation = static_cast<Activation>(integer());
     problem.eps = real();
     problem.x = address<void>();
     problem.residual = address<void>();
-    parameter_dtype = static_cast<Dtype>(integer());
-    problem.scale = parameter(problem.shape.channels, &scale_);
-    problem.bias = parameter(problem.shape.channels, &bias_);
+    parameter_dtype = dtype();
+    problem.scale = doubles(parameter_dtype, problem.shape.channels);
+    problem.bias = doubles(parameter_dtype, problem.shape.channels);
     problem.weights = address<void>();
     problem.weight_channels = integer();
     problem.team = reinterpret_cast<Team>(address<void>());
@@ -74,19 +84,9 @@ class Arguments {
     return *values_++;
   }
 
-  const double* parameter(int64_t channels, std::vector<double>* values) {
-    const void* parameter = address<void>();
-    if (!parameter || parameter_dtype == Dtype::float64) {
-      return static_cast<const double*>(parameter);
-    }
-    const float* floats = static_cast<const float*>(parameter);
-    values->assign(floats, floats + channels);
-    return values->data();
-  }
-
   PyObject* const* values_;
   Py_ssize_t left_;
-  std::vector<double> scale_, bias_;
+  std::forward_list<std::vector<double>> converted_;
 };
 
 // A parameter's gradient in double, for the kernels, and then in the caller's memory: that may be
@@ -143,8 +143,9 @@ PyObject* py_statistics(PyObject*, PyObject* const* values, Py_ssize_t n) {
 PyObject* py_normalize(PyObject*, PyObject* const* values, Py_ssize_t n) {
   Arguments arguments(values, n);
   const Problem problem = arguments.problem();
-  const double* mean = arguments.address<double>();
-  const double* var = arguments.address<double>();
+  const Dtype dtype = arguments.dtype();
+  const double* mean = arguments.doubles(dtype, problem.shape.channels);
+  const double* var = arguments.doubles(dtype, problem.shape.channels);
   void* y = arguments.address<void>();
   if (!arguments.ok()) return nullptr;
   return without_gil([&] { normalize(problem, mean, var, y); });
@@ -208,7 +209,7 @@ PyObject* py_update_running(PyObject*, PyObject* const* values, Py_ssize_t n) {
   const double* var = arguments.address<double>();
   const double rate = arguments.real();
   const double correction = arguments.real();
-  const Dtype dtype = static_cast<Dtype>(arguments.integer());
+  const Dtype dtype = arguments.dtype();
   void* running_mean = arguments.address<void>();
   void* running_var = arguments.address<void>();
   if (!arguments.ok()) return nullptr;
@@ -288,7 +289,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 PyMethodDef methods[] = {
     {"batch_norm", fast(py_batch_norm), METH_FASTCALL, "(*problem, count, mean, var, y)"},
     {"statistics", fast(py_statistics), METH_FASTCALL, "(*problem, count, mean, var)"},
-    {"normalize", fast(py_normalize), METH_FASTCALL, "(*problem, mean, var, y)"},
+    {"normalize", fast(py_normalize), METH_FASTCALL, "(*problem, dtype, mean, var, y)"},
     {"batch_norm_gradients", fast(py_batch_norm_gradients), METH_FASTCALL,
      "(*problem, count, mean, var, dy, dbias, dscale, dx, dresidual)"},
     {"gradient_sums", fast(py_gradient_sums), METH_FASTCALL,

@@ -356,6 +356,15 @@ def test_negative_bits_and_zero_tensors():
     assert torch.equal(torch.autograd.grad(NORM(x), x, zeros)[0], torch.zeros(5, 3).double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_with_negative_bits(dtype):
+    x, parameter = tensor(5, 3).to(dtype), torch.tensor([0.5, 1, 2], dtype=dtype)
+    negative = torch._neg_view(-parameter)
+    assert negative.is_neg()
+    close(bt.normalize(x, *[negative] * 4), bt.normalize(x, *[parameter] * 4))
+    close(bt.batch_norm(x, negative, negative)[0], bt.batch_norm(x, parameter, parameter)[0])
+
+
 def test_a_mode_that_looks_at_operations():
     graph = make_fx(NORM)(tensor(5, 3))
     x = tensor(5, 3, seed=1)

@@ -150,7 +150,13 @@ def normalize(
     mean, var = call.parameter("mean", mean), call.parameter("var", var)
     y = call.output(out)
     if call.native:
-        _cpu.normalize(*call.native_arguments(), _address(mean), _address(var), _address(y))
+        _cpu.normalize(
+            *call.native_arguments(),
+            _cpu.DTYPES["float64"],
+            _address(mean),
+            _address(var),
+            _address(y),
+        )
         return call.finished(y, out)
     wide_x, scale, bias = call.wide_arrays()
     options = call.options()

@@ -27,7 +27,15 @@ from ..definition import Statistics
 from ..native import _cpu
 from ._sync import Sync
 
-__all__ = ["Inputs", "Problem", "batch_norm", "batch_statistics", "move_running", "wide"]
+__all__ = [
+    "Inputs",
+    "Problem",
+    "batch_norm",
+    "batch_statistics",
+    "is_watched",
+    "move_running",
+    "wide",
+]
 
 # torch.compile can't look into what this finds out, but can into the dict that keeps it.
 for _kind in (Tensor, torch.nn.Parameter):
@@ -37,11 +45,13 @@ for _kind in (Tensor, torch.nn.Parameter):
 class Problem(NamedTuple):
     """What is not a tensor. Without `sync`, the batch is that of this process.
 
-    With `is_layer`, the statistics have no derivative, which saves time in a small call.
+    `watched` is `is_watched(x)`. With `is_layer`, the statistics have no derivative, which saves
+    time in a small call.
     """
 
     features: tuple[int, ...]
     eps: float
+    watched: bool
     activation: str | None = None
     sync: Sync | None = None
     is_layer: bool = False
@@ -72,10 +82,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def batch_norm(
     problem: Problem, inputs: Inputs, given: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """y and the statistics that normalized it: the batch's own, or a given mean and variance."""
     weights = inputs.weights
-    if _is_watched(inputs.x) or (weights is not None and weights.requires_grad):
+    if problem.watched or (weights is not None and weights.requires_grad):
         return _by_definition(problem, inputs, given)
     mean, var = given or (None, None)
     if not torch.is_grad_enabled() or not (
@@ -88,20 +98,21 @@ def batch_norm(
 
 
 def batch_statistics(problem: Problem, inputs: Inputs) -> Tensor:
-    if _is_watched(inputs.x) or (torch.is_grad_enabled() and inputs.x.requires_grad):
+    if problem.watched or (torch.is_grad_enabled() and inputs.x.requires_grad):
         return batch_norm(problem, inputs)[1]
     statistics = _stages(problem, inputs).statistics()
     return statistics if problem.sync is None else problem.sync.pooled(statistics)
 
 
 def move_running(
-    running_mean: Tensor, running_var: Tensor, statistics: Tensor, rate: float | Tensor
+    problem: Problem, running: tuple[Tensor, Tensor], statistics: Tensor, rate: float | Tensor
 ) -> None:
     """Move running statistics in place towards those of a batch, the variance with correction 1."""
+    running_mean, running_var = running
     if (
         _cpu is not None
         and type(rate) is float
-        and not _is_watched(statistics)
+        and not problem.watched
         and _is_in_native_memory(running_mean)
         and _is_in_native_memory(running_var)
         and statistics.dtype == torch.float64
@@ -133,7 +144,7 @@ def move_running(
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
-def _is_watched(x: Tensor) -> bool:
+def is_watched(x: Tensor) -> bool:
     """Whether anything but autograd looks at the operations on x."""
     return (
         torch.compiler.is_compiling()
@@ -183,7 +194,7 @@ def _over_processes(problem: Problem, sync: Sync, inputs: Inputs) -> tuple[Tenso
         inputs = inputs._replace(x=torch.where(valid, inputs.x, 0.0))
     stages = _Definition(problem, inputs)
     statistics = sync.pooled(stages.statistics())
-    y = stages.normalize(statistics)
+    y = stages.normalize(statistics[0], statistics[1])
     if valid is not None:
         y = torch.where(valid, y, math.nan)
     return y[tuple(slice(size) for size in shape)], statistics
@@ -208,15 +219,14 @@ def _one_that_does_not_count(inputs: Inputs) -> Inputs:
 
 def _forward(
     problem: Problem, inputs: Inputs, given: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     stages = _stages(problem, inputs)
     if given is not None:
-        statistics = torch.stack(given).to(_statistics_dtype(inputs.x))
-    elif problem.sync is None:
+        return stages.normalize(*given), given
+    if problem.sync is None:
         return stages.batch_norm()
-    else:
-        statistics = problem.sync.pooled(stages.statistics())
-    return stages.normalize(statistics), statistics
+    statistics = problem.sync.pooled(stages.statistics())
+    return stages.normalize(statistics[0], statistics[1]), statistics
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -231,13 +241,15 @@ class _BatchNorm(torch.autograd.Function):
         inputs = Inputs(x, scale, bias, residual, weights)
         y, statistics = _forward(problem, inputs, None if mean is None else (mean, var))
         ctx.set_materialize_grads(False)
-        ctx.problem, ctx.statistics = problem, statistics
         ctx.has_residual = residual is not None
         if problem.activation is None:
             residual = None
-        if mean is not None and not any(ctx.needs_input_grad[6:]):
+        if mean is not None:
             # Running statistics may have moved on when the backward pass comes.
-            mean = var = None
+            statistics = torch.stack(statistics).to(_statistics_dtype(x))
+            if not any(ctx.needs_input_grad[6:]):
+                mean = var = None
+        ctx.problem, ctx.statistics = problem, statistics
         ctx.save_for_backward(x, scale, bias, residual, weights, mean, var)
         # An output that its own node held would never be freed.
         return y if problem.is_layer else (y, statistics.detach())
@@ -316,7 +328,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 def _stages(problem: Problem, inputs: Inputs, dy: Tensor | None = None) -> "_Native | _Definition":
     x = inputs.x
-    watched = dy is not None and (_is_watched(x) or not _has_memory(dy))
+    watched = dy is not None and (is_watched(x) or not _has_memory(dy))
     if x.is_cpu and x.dtype in _CODES and not watched:
         layout = _layout(x.shape, x.stride(), problem.features)
         if layout is None or x.is_neg():  # gaps, or a view that negates what is in memory
@@ -343,7 +355,7 @@ class _Definition:
 
     def batch_norm(self) -> tuple[Tensor, Tensor]:
         statistics = self.statistics()
-        return self.normalize(statistics), statistics
+        return self.normalize(statistics[0], statistics[1]), statistics
 
     def statistics(self) -> Tensor:
         count, pivot, unit, offset, var = (
@@ -357,8 +369,9 @@ class _Definition:
         )
         return torch.stack((pivot + unit * offset, unit * unit * var, count))
 
-    def normalize(self, statistics: Tensor) -> Tensor:
-        u, mean, var, _ = self.standard(statistics)
+    def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
+        dtype = self.statistics_dtype
+        u, mean, var, _ = self.standard(mean.to(dtype), var.to(dtype))
         options = self.options()
         del options["weights"]
         y: Tensor = definition.normalize(
@@ -374,7 +387,7 @@ class _Definition:
         return *self.given.parameter_gradients(sums), dx, g
 
     def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
-        u, mean, var, _ = self.standard(statistics)
+        u, mean, var, _ = self.standard(statistics[0], statistics[1])
         sums = definition.gradient_sums(
             dy.to(u.dtype), u, mean, var, self.inputs.scale, self.inputs.bias, **self.options()
         )
@@ -383,7 +396,7 @@ class _Definition:
     def input_gradient(
         self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
     ) -> tuple[Tensor, Tensor | None]:
-        u, mean, var, unit = self.standard(statistics)
+        u, mean, var, unit = self.standard(statistics[0], statistics[1])
         count = statistics[2].to(u.dtype) if _is_of_batch(statistics) else torch.ones_like(mean)
         sums = sums.to(u.dtype) if _is_of_batch(statistics) else torch.zeros_like(statistics)
         du, g = definition.input_gradient(
@@ -397,10 +410,10 @@ class _Definition:
         )
         return (du / unit).to(self.dtype), g.to(self.dtype) if with_g else None
 
-    def standard(self, statistics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def standard(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u, its mean, and its variance plus eps, of the feature shape; and the unit along x."""
         x, features = self.inputs.x, self.problem.features
-        mean, var = statistics[0], statistics[1] + self.problem.eps
+        var = var + self.problem.eps
         pivot, unit = mean.detach().to(x.dtype), var.detach().sqrt().to(x.dtype)
         along = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
         u = (x - pivot.reshape(along)) / unit.reshape(along)
@@ -439,13 +452,8 @@ class _Native:
             weights = self.in_order(weights.expand(shape))
         if residual is not None:
             residual = self.in_order(residual)
-        # In which the kernels read scale and bias, and write their gradients.
-        self.parameter_dtype = torch.float32
-        if not (_is_float32(scale) and _is_float32(bias)):
-            self.parameter_dtype = torch.float64
-            scale = None if scale is None else scale.to(torch.float64).contiguous()
-            bias = None if bias is None else bias.to(torch.float64).contiguous()
-        self.scale, self.bias = scale, bias
+        # In that dtype the kernels write the gradients of scale and bias as well.
+        self.parameter_dtype, self.scale, self.bias = _parameters(scale, bias)
         self.held = (residual, weights)  # as long as their addresses are in use
         self.arguments = (
             layout.outer,
@@ -457,8 +465,8 @@ class _Native:
             x.data_ptr(),
             _address(residual),
             _CODES[self.parameter_dtype],
-            _address(scale),
-            _address(bias),
+            _address(self.scale),
+            _address(self.bias),
             _address(weights),
             weight_channels,
             _TEAM,
@@ -480,10 +488,10 @@ class _Native:
         _cpu.statistics(*self.arguments, *_addresses(statistics))
         return statistics
 
-    def normalize(self, statistics: Tensor) -> Tensor:
+    def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
         y = torch.empty_like(self.x)
-        _, mean, var = _addresses(statistics)
-        _cpu.normalize(*self.arguments, mean, var, y.data_ptr())
+        dtype, *held = _parameters(mean, var)
+        _cpu.normalize(*self.arguments, _CODES[dtype], *map(_address, held), y.data_ptr())
         return y
 
     def gradients(
@@ -530,7 +538,7 @@ class _Native:
         return dx, g
 
     def per_feature(self, number: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self.x.new_empty((number, *self.feature_shape), dtype=dtype)
+        return self.x.new_empty(number, *self.feature_shape, dtype=dtype)
 
 
 def _team() -> int:
@@ -557,8 +565,23 @@ def _has_memory(dy: Tensor) -> bool:
     return type(dy) is Tensor and not is_batch and not dy._is_zerotensor()
 
 
+def _parameters(
+    first: Tensor | None, second: Tensor | None
+) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
+    """Two parameters as the kernels read them: in float32 where both are, else in float64."""
+    if _is_float32(first) and _is_float32(second):
+        return torch.float32, first, second
+    first, second = (
+        None if each is None else each.to(torch.float64).contiguous().resolve_neg()
+        for each in (first, second)
+    )
+    return torch.float64, first, second
+
+
 def _is_float32(parameter: Tensor | None) -> bool:
-    return parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous())
+    return parameter is None or (
+        parameter.dtype == torch.float32 and parameter.is_contiguous() and not parameter.is_neg()
+    )
 
 
 class _Layout(NamedTuple):
@@ -613,8 +636,9 @@ def _address(tensor: Tensor | None) -> int:
 
 def _addresses(rows: Tensor) -> tuple[int, int, int]:
     """Of count (0 if there is none), mean and var: of the rows 2, 0 and 1."""
-    first, size = rows.data_ptr(), rows.stride(0) * rows.itemsize
-    return first + 2 * size if rows.shape[0] == 3 else 0, first, first + size
+    first, number = rows.data_ptr(), rows.shape[0]
+    size = rows.nbytes // number
+    return first + 2 * size if number == 3 else 0, first, first + size
 
 
 def _is_in_native_memory(running: Tensor) -> bool:

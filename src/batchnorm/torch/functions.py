@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, definition
 from ..definition import Statistics
-from ._stages import Inputs, Problem, wide
+from ._stages import Inputs, Problem, is_watched, wide
 from ._stages import batch_norm as _batch_norm
 from ._stages import batch_statistics as _batch_statistics
 from ._sync import Group, Sync, group_of
@@ -243,6 +243,7 @@ def checked(
     problem = Problem(
         features,
         checks.positive_eps(eps),
+        is_watched(x),
         checks.activation(activation),
         None if group is None else Sync(group, lambda: "batch_norm"),
     )

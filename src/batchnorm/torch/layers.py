@@ -92,31 +92,34 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             if another process of a `SyncBatchNorm` does not take part.
         """
         self._check_input_dim(input)
-        by_running, moves = self._normalizes_by_running(), self._moves_running()
-        if by_running and not moves and _is_exporting():
+        # Once, since torch.nn.Module takes its time to find a tensor.
+        running = self.running_mean, self.running_var
+        is_tracked = running[0] is not None
+        by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
+        watched = _stages.is_watched(input)
+        if watched and by_running and not moves and _is_exporting():
             return self._exported(input, residual)
-        if _is_traced() and torch.onnx.is_in_onnx_export():
+        if watched and _is_traced() and torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 f"{type(self).__name__} can be exported to ONNX in evaluation mode only: call "
                 "eval() on the model first."
             )
-        problem, inputs = self._checked(input, residual, mask)
+        problem, inputs = self._checked(input, residual, mask, running, watched)
         # An empty batch says nothing; one that checkpointing computes again, nothing new.
         is_empty = input.numel() == 0 and problem.sync is None
         moves = moves and not is_empty and not _is_in_backward_pass()
         if by_running:
-            running = self.running_mean, self.running_var
             y = _stages.batch_norm(problem, inputs, running)[0]
             if moves:
                 with torch.no_grad():
                     statistics = _stages.batch_statistics(problem, inputs)
-                self._move_running(statistics, mask, problem.sync)
+                self._move_running(problem, running, statistics, mask)
             return y
         if problem.sync is None:
             checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
         y, statistics = _stages.batch_norm(problem, inputs)
         if moves:
-            self._move_running(statistics, mask, problem.sync)
+            self._move_running(problem, running, statistics, mask)
         return y
 
     def freeze(
@@ -201,7 +204,12 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
                 setattr(self, name, local_metadata[name])
 
     def _checked(
-        self, input: Tensor, residual: Tensor | None, mask: Tensor | None
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        running: tuple[Any, Any],
+        watched: bool,
     ) -> tuple[Problem, Inputs]:
         dtype, device, shape = input.dtype, input.device, input.shape
         checks.floating("input", dtype, dtype.is_floating_point)
@@ -211,8 +219,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         for name, each in (
             ("weight", weight),
             ("bias", bias),
-            ("running_mean", self.running_mean),
-            ("running_var", self.running_var),
+            ("running_mean", running[0]),
+            ("running_var", running[1]),
         ):
             if each is not None and (
                 each.dtype != dtype or each.device != device or each.shape != channels
@@ -225,16 +233,16 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
         eps = checks.positive_eps(self.eps)
-        problem = Problem((1,), eps, self.activation, self._sync(), is_layer=True)
+        problem = Problem((1,), eps, watched, self.activation, self._sync(), is_layer=True)
         return problem, Inputs(input, weight, bias, residual, weights)
 
-    def _normalizes_by_running(self) -> bool:
+    def _normalizes_by_running(self, is_tracked: bool) -> bool:
         if self.normalize_by is not None:
             return self.normalize_by == "running"
-        return not self.training and self.running_mean is not None
+        return not self.training and is_tracked
 
-    def _moves_running(self) -> bool:
-        if self.running_mean is None:
+    def _moves_running(self, is_tracked: bool) -> bool:
+        if not is_tracked:
             return False
         if self.update_running is not None:
             return self.update_running
@@ -251,7 +259,13 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         y = y if residual is None else y + residual.to(y.dtype)
         return y if self.activation is None else getattr(F, self.activation)(y)
 
-    def _move_running(self, statistics: Tensor, mask: Tensor | None, sync: Sync | None) -> None:
+    def _move_running(
+        self,
+        problem: Problem,
+        running: tuple[Tensor, Tensor],
+        statistics: Tensor,
+        mask: Tensor | None,
+    ) -> None:
         tracked: Tensor | int = 1
         finite: Tensor | None = None
         if self.skip_nonfinite:
@@ -259,7 +273,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             statistics = statistics.detach()
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
-        if self.skip_nonfinite or mask is not None or sync is not None:
+        if self.skip_nonfinite or mask is not None or problem.sync is not None:
             tracked = (statistics[2] > 0).any()
         rate: float | Tensor
         if self.momentum is None:
@@ -275,7 +289,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         else:
             rate = _CONVENTION.rate(checks.fraction("momentum", self.momentum))
         try:
-            _stages.move_running(self.running_mean, self.running_var, statistics, rate)
+            _stages.move_running(problem, running, statistics, rate)
             self.num_batches_tracked.add_(tracked)
             if finite is not None:
                 self.num_batches_skipped.add_(~finite)
