@@ -93,7 +93,7 @@ def batch_norm(
         or any(each is not None and each.requires_grad for each in (*inputs, mean, var))
     ):
         return _forward(problem, inputs, given)
-    results = _apply(problem, *inputs, mean, var)
+    results = _apply(problem, inputs, *inputs, mean, var)
     return (results, results.grad_fn.statistics) if problem.is_layer else results
 
 
@@ -236,9 +236,11 @@ class _BatchNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, *tensors: Any) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, problem: Problem, inputs: Inputs, *tensors: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # One by one as well, for autograd to see them.
         x, scale, bias, residual, weights, mean, var = tensors
-        inputs = Inputs(x, scale, bias, residual, weights)
         y, statistics = _forward(problem, inputs, None if mean is None else (mean, var))
         ctx.set_materialize_grads(False)
         ctx.has_residual = residual is not None
@@ -247,7 +249,7 @@ class _BatchNorm(torch.autograd.Function):
         if mean is not None:
             # Running statistics may have moved on when the backward pass comes.
             statistics = torch.stack(statistics).to(_statistics_dtype(x))
-            if not any(ctx.needs_input_grad[6:]):
+            if not any(ctx.needs_input_grad[-2:]):
                 mean = var = None
         ctx.problem, ctx.statistics = problem, statistics
         ctx.save_for_backward(x, scale, bias, residual, weights, mean, var)
@@ -262,9 +264,9 @@ class _BatchNorm(torch.autograd.Function):
         *values, mean, _ = ctx.saved_tensors
         inputs, statistics = Inputs(*values), ctx.statistics
         if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
-            return None, *_differentiable_gradients(ctx, dy, dstatistics)
+            return None, None, *_differentiable_gradients(ctx, dy, dstatistics)
         if dy is None:
-            return (None,) * 8
+            return (None,) * 9
         problem: Problem = ctx.problem
         stages = _stages(problem, inputs, dy)
         if problem.sync is None or not _is_of_batch(statistics):
@@ -273,7 +275,7 @@ class _BatchNorm(torch.autograd.Function):
             sums = stages.gradient_sums(statistics, dy)
             dx, g = stages.input_gradient(statistics, problem.sync.sum(sums), dy, ctx.has_residual)
             dscale, dbias = inputs.parameter_gradients(sums)
-        return None, dx, dscale, dbias, g, None, None, None
+        return None, None, dx, dscale, dbias, g, None, None, None
 
 
 # What Function.apply does besides is for torch.func, which is not at work here.
@@ -537,8 +539,8 @@ class _Native:
         )
         return dx, g
 
-    def per_feature(self, number: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        return self.x.new_empty(number, *self.feature_shape, dtype=dtype)
+    def per_feature(self, number: int) -> Tensor:
+        return self.x.new_empty(number, *self.feature_shape, dtype=torch.float64)
 
 
 def _team() -> int:
@@ -569,19 +571,18 @@ def _parameters(
     first: Tensor | None, second: Tensor | None
 ) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
     """Two parameters as the kernels read them: in float32 where both are, else in float64."""
-    if _is_float32(first) and _is_float32(second):
+    for each in (first, second):
+        if each is not None and (
+            each.dtype != torch.float32 or not each.is_contiguous() or each.is_neg()
+        ):
+            break
+    else:
         return torch.float32, first, second
     first, second = (
         None if each is None else each.to(torch.float64).contiguous().resolve_neg()
         for each in (first, second)
     )
     return torch.float64, first, second
-
-
-def _is_float32(parameter: Tensor | None) -> bool:
-    return parameter is None or (
-        parameter.dtype == torch.float32 and parameter.is_contiguous() and not parameter.is_neg()
-    )
 
 
 class _Layout(NamedTuple):
