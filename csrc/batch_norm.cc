@@ -381,7 +381,10 @@ void move(double rate, double value, T* running) {
 
 void update_running(int64_t channels, const double* count, const double* mean, const double* var,
                     double rate, double correction, Dtype dtype, void* running_mean,
-                    void* running_var) {
+                    void* running_var, int64_t* batches) {
+  if (batches && std::any_of(count, count + channels, [](double each) { return each > 0; })) {
+    ++*batches;
+  }
   for (int64_t c = 0; c < channels; ++c) {
     if (!(count[c] > correction)) continue;
     const double unbiased = var[c] * (count[c] / (count[c] - correction));

@@ -72,9 +72,10 @@ void batch_norm_gradients(const Problem& problem, const double* count, const dou
 // The step that follows, of a running mean and variance of that dtype, float32 or float64:
 // running = (1 - rate) * running + rate * new, the new variance multiplied by
 // count / (count - correction). A channel of no more than `correction` elements stays as it was.
+// batches, or null, is one more after a batch with any element.
 void update_running(int64_t channels, const double* count, const double* mean, const double* var,
                     double rate, double correction, Dtype dtype, void* running_mean,
-                    void* running_var);
+                    void* running_var, int64_t* batches);
 
 // The instruction set in use: the widest of instruction_sets() until another is set.
 const char* instruction_set();

@@ -212,8 +212,10 @@ PyObject* py_update_running(PyObject*, PyObject* const* values, Py_ssize_t n) {
   const Dtype dtype = arguments.dtype();
   void* running_mean = arguments.address<void>();
   void* running_var = arguments.address<void>();
+  int64_t* batches = arguments.address<int64_t>();
   if (!arguments.ok()) return nullptr;
-  update_running(channels, count, mean, var, rate, correction, dtype, running_mean, running_var);
+  update_running(channels, count, mean, var, rate, correction, dtype, running_mean, running_var,
+                 batches);
   Py_RETURN_NONE;
 }
 
@@ -297,7 +299,7 @@ PyMethodDef methods[] = {
     {"input_gradient", fast(py_input_gradient), METH_FASTCALL,
      "(*problem, count, mean, var, sum_g, sum_g_xhat, dy, dx, dresidual)"},
     {"update_running", fast(py_update_running), METH_FASTCALL,
-     "(channels, count, mean, var, rate, correction, dtype, running_mean, running_var)"},
+     "(channels, count, mean, var, rate, correction, dtype, running_mean, running_var, batches)"},
     {"address", py_address, METH_O, "The address of a buffer's first element."},
     {"num_threads", py_num_threads, METH_NOARGS, nullptr},
     {"set_num_threads", py_set_num_threads, METH_O, nullptr},

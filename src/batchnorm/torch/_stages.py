@@ -105,9 +105,16 @@ def batch_statistics(problem: Problem, inputs: Inputs) -> Tensor:
 
 
 def move_running(
-    problem: Problem, running: tuple[Tensor, Tensor], statistics: Tensor, rate: float | Tensor
+    problem: Problem,
+    running: tuple[Tensor, Tensor],
+    batches: Tensor | None,
+    statistics: Tensor,
+    rate: float | Tensor,
 ) -> None:
-    """Move running statistics in place towards those of a batch, the variance with correction 1."""
+    """Move running statistics in place towards those of a batch, the variance with correction 1.
+
+    `batches` counts those that have any element.
+    """
     running_mean, running_var = running
     if (
         _cpu is not None
@@ -117,6 +124,7 @@ def move_running(
         and _is_in_native_memory(running_var)
         and statistics.dtype == torch.float64
         and running_mean.dtype == running_var.dtype
+        and (batches is None or _is_in_native_memory(batches, (torch.int64,)))
     ):
         _cpu.update_running(
             running_mean.numel(),
@@ -126,6 +134,7 @@ def move_running(
             _CODES[running_mean.dtype],
             running_mean.data_ptr(),
             running_var.data_ptr(),
+            _address(batches),
         )
         return
     mean, var, count = statistics.detach()
@@ -139,6 +148,8 @@ def move_running(
     )
     running_mean.copy_(new_mean)
     running_var.copy_(new_var)
+    if batches is not None:
+        batches.add_((count > 0).any())
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -492,8 +503,10 @@ class _Native:
 
     def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
         y = torch.empty_like(self.x)
-        dtype, *held = _parameters(mean, var)
-        _cpu.normalize(*self.arguments, _CODES[dtype], *map(_address, held), y.data_ptr())
+        dtype, first, second = _parameters(mean, var)
+        _cpu.normalize(
+            *self.arguments, _CODES[dtype], _address(first), _address(second), y.data_ptr()
+        )
         return y
 
     def gradients(
@@ -642,10 +655,12 @@ def _addresses(rows: Tensor) -> tuple[int, int, int]:
     return first + 2 * size if number == 3 else 0, first, first + size
 
 
-def _is_in_native_memory(running: Tensor) -> bool:
+def _is_in_native_memory(
+    buffer: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+) -> bool:
     return (
-        type(running) is Tensor
-        and running.is_cpu
-        and running.dtype in (torch.float32, torch.float64)
-        and running.is_contiguous()
+        type(buffer) is Tensor
+        and buffer.is_cpu
+        and buffer.dtype in dtypes
+        and buffer.is_contiguous()
     )

@@ -68,5 +68,5 @@ def batch_norm(
     checks.torch_values(values_of(problem, inputs), input.shape)
     y, statistics = _stages.batch_norm(problem, inputs)
     if running is not None:
-        _stages.move_running(problem, running, statistics, rate)
+        _stages.move_running(problem, running, None, statistics, rate)
     return y

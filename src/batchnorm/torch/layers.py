@@ -113,13 +113,13 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             if moves:
                 with torch.no_grad():
                     statistics = _stages.batch_statistics(problem, inputs)
-                self._move_running(problem, running, statistics, mask)
+                self._move_running(problem, running, statistics)
             return y
         if problem.sync is None:
             checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
         y, statistics = _stages.batch_norm(problem, inputs)
         if moves:
-            self._move_running(problem, running, statistics, mask)
+            self._move_running(problem, running, statistics)
         return y
 
     def freeze(
@@ -260,28 +260,22 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         return y if self.activation is None else getattr(F, self.activation)(y)
 
     def _move_running(
-        self,
-        problem: Problem,
-        running: tuple[Tensor, Tensor],
-        statistics: Tensor,
-        mask: Tensor | None,
+        self, problem: Problem, running: tuple[Tensor, Tensor], statistics: Tensor
     ) -> None:
-        tracked: Tensor | int = 1
+        batches = self.num_batches_tracked
         finite: Tensor | None = None
         if self.skip_nonfinite:
             # Without a count they change nothing.
             statistics = statistics.detach()
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
-        if self.skip_nonfinite or mask is not None or problem.sync is not None:
-            tracked = (statistics[2] > 0).any()
         rate: float | Tensor
         if self.momentum is None:
             count = statistics[2].detach()
             before = self._elements_tracked
             is_transformed = torch._C._are_functorch_transforms_active()
             if before is None or is_transformed:
-                before = self.num_batches_tracked * count
+                before = batches * count
             tracked_now = before.to(count) + count
             if not is_transformed:  # or a value would escape from the transformation
                 self._elements_tracked = tracked_now
@@ -289,8 +283,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         else:
             rate = _CONVENTION.rate(checks.fraction("momentum", self.momentum))
         try:
-            _stages.move_running(problem, running, statistics, rate)
-            self.num_batches_tracked.add_(tracked)
+            _stages.move_running(problem, running, batches, statistics, rate)
             if finite is not None:
                 self.num_batches_skipped.add_(~finite)
         except RuntimeError as error:
