@@ -109,33 +109,89 @@ void for_chunks_downwards(int64_t n, int64_t bytes, const Body& body) {
   }
 }
 
-// The weights of a strip's row, one a lane: in place where they lie so, else copied to `buffer`.
+// The weights of consecutive elements, or null.
 template <class W>
-const W* weights_of_row(const Problem& problem, const Strip& strip, int64_t row, W* buffer) {
-  const W* weights = static_cast<const W*>(problem.weights);
+struct Weights {
+  const W* first;
+  int64_t mask;  // 0 where all have the same, of which there is a pack; else all bits set
+
+  Weights(const W* weights, bool same = false) : first(weights), mask(same ? 0 : -1) {}
+  explicit operator bool() const { return first; }
+  Weights further(int64_t distance) const {
+    Weights other = *this;
+    other.first += distance;
+    return other;
+  }
+  template <class F>
+  Pack<F> at(int64_t i, int n) const {
+    return load<F>(first + (i & mask), n);
+  }
+};
+
+// The weights of rows of a strip.
+template <class W>
+struct RowsOfWeights {
+  Weights<W> first;
+  int64_t stride;
+
+  Weights<W> row(int64_t k) const { return first.further(k * stride); }
+};
+template <class W>
+struct WeightBuffer {
+  W lanes[kRowsAtOnce * kStripLanes + kLanes<W>];
+};
+int64_t rows_in_buffer(const Strip& strip) {
+  return std::max<int64_t>(kRowsAtOnce, kStripLanes / strip.lanes);
+}
+
+bool has_one_weight_a_row(const Problem& problem) {
+  return problem.weights && problem.weight_channels == 1 && problem.shape.inner == 1;
+}
+
+// Rows are folded to about as many lanes, for sums. A weight that all of a row has in common need
+// not be spread over its lanes, so that rows of several packs are left alone.
+int64_t lanes_for_sums(const Problem& problem) {
+  const bool alone = has_one_weight_a_row(problem) && problem.shape.channels >= 4 * kLanes<float>;
+  return alone ? 1 : kFoldedForSums;
+}
+
+// Weights in place where they lie as the elements do, else copied to the buffer, which has room for
+// rows_in_buffer(strip).
+template <class W>
+RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int64_t start,
+                                 int64_t end, WeightBuffer<W>& buffer) {
   const Shape& shape = problem.shape;
-  if (!weights) return nullptr;
-  if (problem.weight_channels == shape.channels) return weights + strip.first + row * strip.stride;
-  int64_t inner = strip.column0 % shape.inner;
-  int64_t channel = strip.column0 / shape.inner % shape.channels;
-  weights += (strip.outer0 + row * strip.fold) * shape.inner;
-  if (shape.inner == 1) {
-    for (int lane = 0; lane < strip.lanes; ++weights, channel = 0) {
-      const int64_t n = std::min<int64_t>(shape.channels - channel, strip.lanes - lane);
-      std::fill_n(buffer + lane, n, *weights);
-      lane += static_cast<int>(n);
+  const W* weights = static_cast<const W*>(problem.weights);
+  if (!weights) return {nullptr, 0};
+  if (problem.weight_channels == shape.channels) {
+    return {weights + strip.first + start * strip.stride, strip.stride};
+  }
+  weights += (strip.outer0 + start * strip.fold) * shape.inner;
+  W* lanes = buffer.lanes;
+  if (has_one_weight_a_row(problem)) {
+    // Writes whole packs, the last of them beyond the lanes that they are for.
+    const bool folded = strip.fold > 1;
+    const int64_t width = folded ? shape.channels : kLanes<W>;
+    for (int64_t row = start * strip.fold; row < end * strip.fold; ++row, lanes += width) {
+      const Pack<W> weight = all(*weights++);
+      for (int64_t i = 0; i < width; i += kLanes<W>) store(lanes + i, weight);
     }
-    return buffer;
+    return {{buffer.lanes, !folded}, folded ? strip.lanes : width};
   }
-  for (int lane = 0; lane < strip.lanes; ++lane) {
-    buffer[lane] = weights[inner];
-    if (++inner < shape.inner) continue;
-    inner = 0;
-    if (++channel < shape.channels) continue;
-    channel = 0;
-    weights += shape.inner;
+  for (int64_t row = start; row < end; ++row, weights += strip.fold * shape.inner) {
+    const W* of_fold = weights;
+    int64_t inner = strip.column0 % shape.inner;
+    int64_t channel = strip.column0 / shape.inner % shape.channels;
+    for (int lane = 0; lane < strip.lanes; ++lane) {
+      *lanes++ = of_fold[inner];
+      if (++inner < shape.inner) continue;
+      inner = 0;
+      if (++channel < shape.channels) continue;
+      channel = 0;
+      of_fold += shape.inner;
+    }
   }
-  return buffer;
+  return {buffer.lanes, strip.lanes};
 }
 
 // Whether a stretch is worth a store past the cache, which the lines at both its ends are not.
@@ -197,8 +253,8 @@ void spread(const Shape& shape, const Strip& strip, const Coefficients* channels
   });
 }
 
-// each(first element, length, weights or null, coefficients) for stretches of consecutive
-// elements that cover the range, downwards.
+// each(first element, length, weights, coefficients) for stretches of consecutive elements that
+// cover the range, downwards.
 template <class F, class T, class Each>
 void for_stretches(const Problem& problem, const Range& range, const Coefficients* channels,
                    const Each& each) {
@@ -209,18 +265,19 @@ void for_stretches(const Problem& problem, const Range& range, const Coefficient
     for_chunks_downwards(runs, bytes, [&](int64_t i) {
       const Run<T> run =
           run_at<T>(problem, range, range.outer0 + i / width, range.channel0 + i % width);
-      each(run.first, run.length, run.weights, spread<F>(channels[run.channel]));
+      each(run.first, run.length, Weights<Weight<T>>(run.weights),
+           spread<F>(channels[run.channel]));
     });
     return;
   }
   Spreads<PerLane, F> lanes;
-  Weight<T> buffer[kStripLanes];
+  WeightBuffer<Weight<T>> buffer;
   for_strips(problem.shape, range, kFolded, [&](const Strip& strip) {
     spread(problem.shape, strip, channels, lanes);
     const int64_t bytes = strip.stride * static_cast<int64_t>(sizeof(T));
     for_chunks_downwards(strip.rows, bytes, [&](int64_t row) {
       each(strip.first + row * strip.stride, strip.lanes,
-           weights_of_row(problem, strip, row, buffer), lanes);
+           weights_of_rows(problem, strip, row, row + 1, buffer).first, lanes);
     });
   });
 }
@@ -342,9 +399,8 @@ inline Moments about(double pivot, double weight, double first, double second) {
 
 // Where w is 0, t may be anything.
 template <class F>
-inline void add_weighted(Pack<F> t, Pack<F> w, Pack<F>& weight, Pack<F>& first, Pack<F>& second) {
+inline void add_weighted(Pack<F> t, Pack<F> w, Pack<F>& first, Pack<F>& second) {
   const Pack<F> inside = select<F>(Bits<F>(w > 0), t, Pack<F>{});
-  weight += w;
   first += w * inside;
   second += w * inside * inside;
 }
@@ -375,8 +431,9 @@ void moments_by_runs(const Problem& problem, const Range& range, Moments* channe
       if (weighted) {
         add_run<F>(start, end, sums,
                    [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                     add_weighted<F>(load<F>(x + i, n) - pivot, load<F>(run.weights + i, n),
-                                     weights, a, b);
+                     const Pack<F> w = load<F>(run.weights + i, n);
+                     weights += w;
+                     add_weighted<F>(load<F>(x + i, n) - pivot, w, a, b);
                    });
       } else {
         add_run<F>(start, end, sums,
@@ -405,7 +462,7 @@ template <class F, class T>
 struct StripSums {
   alignas(64) F pivot[kStripLanes], weight[kStripLanes], first[kStripLanes], second[kStripLanes];
   alignas(64) double count[kStripLanes], mean[kStripLanes], squares[kStripLanes];
-  Weight<T> weights[kStripLanes];
+  WeightBuffer<Weight<T>> weights;
 };
 
 template <class F, class T>
@@ -417,14 +474,26 @@ void start_pivots(const Problem& problem, const Strip& strip, StripSums<F, T>& s
   bool started[kStripLanes] = {};
   int waiting = strip.lanes;
   for (int64_t row = 0; row < strip.rows && waiting > 0; ++row) {
-    const Weight<T>* w = weights_of_row(problem, strip, row, sums.weights);
+    const Weights<Weight<T>> w = weights_of_rows(problem, strip, row, row + 1, sums.weights).first;
     for (int lane = 0; lane < strip.lanes; ++lane) {
-      if (started[lane] || !(w[lane] > 0)) continue;
+      if (started[lane] || !(w.first[lane & w.mask] > 0)) continue;
       sums.pivot[lane] = load<F>(x + row * strip.stride + lane, 1)[0];
       started[lane] = true;
       --waiting;
     }
   }
+}
+
+template <class F, class W>
+void add_weights(int lanes, int64_t rows, const RowsOfWeights<W>& weights, F* sums) {
+  Pack<F> sum = {};
+  for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
+    if (i == 0 || weights.first.mask) {
+      sum = Pack<F>{};
+      for (int64_t row = 0; row < rows; ++row) sum += weights.row(row).template at<F>(i, n);
+    }
+    store(sums + i, load<F>(sums + i) + sum);
+  });
 }
 
 // Moments::merge for every lane, without branches, so that the compiler makes vectors of it.
@@ -461,15 +530,15 @@ void moments_of_strip(const Problem& problem, const Range& range, const Strip& s
     clear(sums.second, strip.lanes);
     if (problem.weights) {
       clear(sums.weight, strip.lanes);
-      for (int64_t row = start; row < end; ++row) {
-        const Weight<T>* w = weights_of_row(problem, strip, row, sums.weights);
-        add_rows<F>(strip.lanes, row, row + 1, sums.first, sums.second,
-                    [&](int64_t, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                      Pack<F> weight = load<F>(sums.weight + i);
-                      add_weighted<F>(
-                          load<F>(x + row * strip.stride + i, n) - load<F>(sums.pivot + i),
-                          load<F>(w + i, n), weight, a, b);
-                      store(sums.weight + i, weight);
+      for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
+        row1 = std::min(end, row0 + rows_in_buffer(strip));
+        const RowsOfWeights<Weight<T>> weights =
+            weights_of_rows(problem, strip, row0, row1, sums.weights);
+        add_weights<F>(strip.lanes, row1 - row0, weights, sums.weight);
+        add_rows<F>(strip.lanes, row0, row1, sums.first, sums.second,
+                    [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+                      const Pack<F> t = load<F>(x + row * stride + i, n) - load<F>(sums.pivot + i);
+                      add_weighted<F>(t, weights.row(row - row0).template at<F>(i, n), a, b);
                     });
       }
     } else {
@@ -493,7 +562,7 @@ template <class F, class T>
 void moments(const Problem& problem, const Range& range, Moments* channels) {
   if (!by_rows(problem.shape)) return moments_by_runs<F, T>(problem, range, channels);
   StripSums<F, T> sums;
-  for_strips(problem.shape, range, kFoldedForSums, [&](const Strip& strip) {
+  for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
     moments_of_strip<F, T>(problem, range, strip, sums, channels);
   });
 }
@@ -530,9 +599,11 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
   const bool far = range.beyond_cache;
   const bool fetching = far || range.ahead;
   const int64_t ahead = range.ahead ? range.ahead : kFetchedBytes / sizeof(T);
+  Problem unweighted = problem;  // so that no weights are spread in vain
+  unweighted.weights = nullptr;
   for_stretches<F, T>(
-      problem, range, channels,
-      [&](int64_t first, int64_t length, const Weight<T>*, const auto& of) {
+      unweighted, range, channels,
+      [&](int64_t first, int64_t length, const Weights<Weight<T>>&, const auto& of) {
         const T* x = static_cast<const T*>(problem.x) + first;
         const T* residual =
             problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
@@ -553,20 +624,22 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
 template <class F, class T, Activation A>
 struct GradientInputs {
   const T *x, *residual, *dy;
-  const Weight<T>* weights;
+  Weights<Weight<T>> weights;
 
-  GradientInputs(const Problem& problem, const void* dy, int64_t first, const Weight<T>* weights)
+  GradientInputs(const Problem& problem, const void* dy, int64_t first,
+                 const Weights<Weight<T>>& weights)
       : x(static_cast<const T*>(problem.x) + first),
         residual(problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr),
         dy(static_cast<const T*>(dy) + first),
         weights(weights) {}
 
-  // The same of elements further on; weights are those of one row.
-  BATCHNORM_INLINE GradientInputs row(int64_t distance) const {
+  // The same of elements further on, whose weights are at another distance.
+  BATCHNORM_INLINE GradientInputs row(int64_t distance, int64_t distance_of_weights) const {
     GradientInputs other = *this;
     other.x += distance;
     other.dy += distance;
     if (A != Activation::none && residual) other.residual += distance;
+    if (weights) other.weights = weights.further(distance_of_weights);
     return other;
   }
 
@@ -583,7 +656,7 @@ struct GradientInputs {
     }
     if (weights) {
       const Bits<F> finite = Bits<F>(value - value == 0);
-      const Bits<F> valid = Bits<F>(load<F>(weights + i, n) > 0) | finite;
+      const Bits<F> valid = Bits<F>(weights.template at<F>(i, n) > 0) | finite;
       t = select<F>(valid, t, Pack<F>{});
       g = select<F>(valid, g, Pack<F>{});
     }
@@ -627,31 +700,34 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
     return gradient_sums_by_runs<F, T, A>(problem, range, channels, dy, sums);
   }
   Spreads<PerLane, F> of;
-  Weight<T> buffer[kStripLanes];
+  WeightBuffer<Weight<T>> buffer;
   alignas(64) F first[kStripLanes], second[kStripLanes];
-  for_strips(problem.shape, range, kFoldedForSums, [&](const Strip& strip) {
+  for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
     spread(problem.shape, strip, channels, of);
     const int64_t stride = strip.stride;
     for (int64_t start = 0; start < strip.rows; start += kBlock) {
       const int64_t end = std::min(strip.rows, start + kBlock);
       clear(first, strip.lanes);
       clear(second, strip.lanes);
-      const auto add = [&](int64_t from, int64_t to, const Weight<T>* weights) BATCHNORM_INLINE {
-        const GradientInputs<F, T, A> inputs(problem, dy, strip.first, weights);
-        add_rows<F>(strip.lanes, from, to, first, second,
+      const auto add = [&](int64_t row0, int64_t row1,
+                           const RowsOfWeights<Weight<T>>& weights) BATCHNORM_INLINE {
+        const GradientInputs<F, T, A> inputs(problem, dy, strip.first + row0 * stride,
+                                             weights.first);
+        add_rows<F>(strip.lanes, 0, row1 - row0, first, second,
                     [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
                       Pack<F> t, g;
-                      inputs.row(row * stride).get(i, n, of, t, g);
+                      inputs.row(row * stride, row * weights.stride).get(i, n, of, t, g);
                       a += g;
                       b += g * (t * of.rstd.at(i));
                     });
       };
       if (problem.weights) {
-        for (int64_t row = start; row < end; ++row) {
-          add(row, row + 1, weights_of_row(problem, strip, row, buffer));
+        for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
+          row1 = std::min(end, row0 + rows_in_buffer(strip));
+          add(row0, row1, weights_of_rows(problem, strip, row0, row1, buffer));
         }
       } else {
-        add(start, end, nullptr);
+        add(start, end, RowsOfWeights<Weight<T>>{nullptr, 0});
       }
       for_lanes(problem.shape, strip, [&](int lane, int64_t channel) {
         sums[channel].g += first[lane];
@@ -669,7 +745,7 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
   const int64_t ahead = range.ahead ? range.ahead : kFetchedBytes / sizeof(T);
   for_stretches<F, T>(
       problem, range, channels,
-      [&](int64_t first, int64_t length, const Weight<T>* weights, const auto& of) {
+      [&](int64_t first, int64_t length, const Weights<Weight<T>>& weights, const auto& of) {
         const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
         const Writer<F, T> dx(static_cast<T*>(output) + first, far && is_long<T>(length));
         T* dresidual = residual_output ? static_cast<T*>(residual_output) + first : nullptr;
@@ -679,7 +755,7 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
           Pack<F> t, g;
           inputs.get(i, n, of, t, g);
           Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
-          if (weights) share *= load<F>(weights + i, n);
+          if (weights) share *= weights.template at<F>(i, n);
           dx.put(i, of.slope.at(i) * (g - share), n);
           if (dresidual) store<F>(dresidual + i, g, n);
         });
