@@ -748,7 +748,8 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
       [&](int64_t first, int64_t length, const Weights<Weight<T>>& weights, const auto& of) {
         const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
         const Writer<F, T> dx(static_cast<T*>(output) + first, far && is_long<T>(length));
-        T* dresidual = residual_output ? static_cast<T*>(residual_output) + first : nullptr;
+        const Writer<F, T> dresidual(
+            residual_output ? static_cast<T*>(residual_output) + first : nullptr, dx);
         for_packs<F>(dx.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
           if (fetching) fetch(inputs.x + i + ahead);
           if (fetching) fetch(inputs.dy + i + ahead);
@@ -757,7 +758,7 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
           Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
           if (weights) share *= weights.template at<F>(i, n);
           dx.put(i, of.slope.at(i) * (g - share), n);
-          if (dresidual) store<F>(dresidual + i, g, n);
+          if (residual_output) dresidual.put(i, g, n);
         });
       });
   order_stores();

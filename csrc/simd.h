@@ -289,10 +289,15 @@ template <class F, class T>
 class Writer {
  public:
   Writer(T* to, bool past_cache) : to_(to), past_cache_(past_cache) {}
+  // Where the packs of another Writer are aligned, so that only what is aligned alike goes past the
+  // cache.
+  Writer(T* to, const Writer& beside) : to_(to), past_cache_(beside.past_cache_) {
+    const auto address = [](T* p) { return reinterpret_cast<uintptr_t>(p); };
+    if ((address(to) - address(beside.to_)) % kBytes != 0) past_cache_ = false;
+  }
   // How many elements come before the first aligned pack; 0 where it does not matter.
   int64_t before_alignment(int64_t n) const {
     if (!past_cache_) return 0;
-    constexpr uintptr_t kBytes = sizeof(T) * kLanes<F>;
     const int64_t before = (-reinterpret_cast<uintptr_t>(to_) % kBytes) / sizeof(T);
     return before < n ? before : n;
   }
@@ -305,6 +310,7 @@ class Writer {
   }
 
  private:
+  static constexpr uintptr_t kBytes = sizeof(T) * kLanes<F>;
   T* to_;
   bool past_cache_;
 };
