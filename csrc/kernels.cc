@@ -699,6 +699,9 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
   if (!by_rows(problem.shape)) {
     return gradient_sums_by_runs<F, T, A>(problem, range, channels, dy, sums);
   }
+  // Computing more with each element, a processor asks for memory less far ahead.
+  const bool fetching = range.beyond_cache && (A != Activation::none || problem.weights);
+  const int64_t ahead = 4 * kFetchedBytes / sizeof(T);
   Spreads<PerLane, F> of;
   WeightBuffer<Weight<T>> buffer;
   alignas(64) F first[kStripLanes], second[kStripLanes];
@@ -716,6 +719,8 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
         add_rows<F>(strip.lanes, 0, row1 - row0, first, second,
                     [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
                       Pack<F> t, g;
+                      if (fetching) fetch(inputs.x + row * stride + i + ahead);
+                      if (fetching) fetch(inputs.dy + row * stride + i + ahead);
                       inputs.row(row * stride, row * weights.stride).get(i, n, of, t, g);
                       a += g;
                       b += g * (t * of.rstd.at(i));
