@@ -287,6 +287,34 @@ def test_levels_compute_the_truth(level, reach, dtype, activation, masked):
             assert error <= tolerance[np.dtype(dtype).name], (name, shape, error)
 
 
+@pytest.mark.parametrize("cache", [0, 1 << 21, 1 << 30])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, 2, 150, 257])
+def test_blocks_of_channels(channels, threads, cache):
+    """Shared by all threads or each of one thread, some with another one to come and some without."""
+    random = np.random.default_rng(0)
+    shape = (6, channels, 400)
+    x, dy = random.normal(size=(2, *shape)).astype(np.float32)
+    scale, bias = random.normal(size=(2, channels))
+    before = native._cpu.last_level_cache_bytes(), native._cpu.num_threads()
+    native._cpu.set_last_level_cache_bytes(cache)
+    native.set_num_threads(threads)
+    try:
+        y, statistics = bn.batch_norm(x, scale, bias, axis=1)
+        gradients = bn.batch_norm_gradients(dy, x, statistics, scale, bias, axis=1)
+    finally:
+        native._cpu.set_last_level_cache_bytes(before[0])
+        native.set_num_threads(before[1])
+    wanted = truth.batch_norm(x, scale, bias, axis=1)
+    wanted_gradients = truth.batch_norm_gradients(dy, x, scale, bias, axis=1)
+    np.testing.assert_allclose(y, wanted.y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-5)
+    for name in ("x", "scale", "bias"):
+        np.testing.assert_allclose(
+            getattr(gradients, name), wanted_gradients[name], rtol=1e-4, atol=1e-4, err_msg=name
+        )
+
+
 def accuracy_inputs():
     """The inputs that break other implementations: values, tolerance of mean and of std."""
     random = np.random.default_rng(0)

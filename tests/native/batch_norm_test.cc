@@ -132,10 +132,17 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
   std::vector<double> scale(C), bias(C), count(C), mean(C), var(C), sum_g(C), sum_g_xhat(C);
   for (int64_t c = 0; c < C; ++c) scale[c] = 1 + 0.1 * normal(random), bias[c] = normal(random);
 
-  const Problem problem = {shape,          dtype,       activation,
-                           1e-3,           x.bytes,     with_residual ? residual.bytes : nullptr,
-                           scale.data(),   bias.data(), weight_channels ? weights.bytes : nullptr,
-                           weight_channels, nullptr};
+  const Problem problem = {shape,
+                           dtype,
+                           activation,
+                           1e-3,
+                           x.bytes,
+                           with_residual ? residual.bytes : nullptr,
+                           scale.data(),
+                           bias.data(),
+                           weight_channels ? weights.bytes : nullptr,
+                           weight_channels,
+                           nullptr};
   if (one_call) {
     batch_norm(problem, count.data(), mean.data(), var.data(), y.bytes);
     batch_norm_gradients(problem, count.data(), mean.data(), var.data(), dy.bytes, sum_g.data(),
@@ -206,14 +213,18 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
 }  // namespace
 
 int main() {
-  const Shape shapes[] = {{1, 1, 1},    {7, 5, 1},     {3, 2, 4},     {130, 3, 1},   {65, 17, 1},
-                          {9, 130, 1},  {4, 2100, 1},  {3, 4, 49},    {20, 3, 70},   {2, 3, 700},
-                          {1, 1, 9999}, {1, 3, 70001}, {4096, 40, 1}, {40, 33, 100}, {0, 3, 2}};
+  const Shape shapes[] = {{1, 1, 1},     {7, 5, 1},     {3, 2, 4},    {130, 3, 1},
+                          {65, 17, 1},   {9, 130, 1},   {4, 2100, 1}, {3, 4, 49},
+                          {20, 3, 70},   {2, 3, 700},   {1, 1, 9999}, {1, 3, 70001},
+                          {4096, 40, 1}, {40, 33, 100}, {0, 3, 2},    {12, 250, 200}};
   const int64_t cache = last_level_cache_bytes();
   for (const char* level : instruction_sets()) {
     set_instruction_set(level);
-    for (const bool large : {false, true}) {
-      set_last_level_cache_bytes(large ? 0 : cache);  // 0: every tensor is beyond it
+    // A cache of 2 MB holds blocks of channels of the last shape, but not that; one of none,
+    // nothing.
+    for (const int64_t bytes : {cache, int64_t{2} << 20, int64_t{0}}) {
+      const bool large = bytes != cache;
+      set_last_level_cache_bytes(bytes);
       set_num_threads(large ? 3 : 1);
       for (const Shape& shape : shapes) {
         for (int d = 0; d < 4; ++d) {
