@@ -79,7 +79,7 @@ def forward_and_backward(
         return _cpu.batch_norm_gradients(*problem, *moments, *gradients)
 
     def evaluation() -> object:
-        return _cpu.normalize(*problem, *moments[1:], to)
+        return _cpu.normalize(*problem, _cpu.DTYPES["float64"], *moments[1:], to)
 
     forward()
     return {"forward": forward, "backward": backward, "evaluation": evaluation}, x

@@ -514,8 +514,8 @@ void merge_blocks(int lanes, StripSums<F, T>& sums) {
 }
 
 template <class F, class T>
-void moments_of_strip(const Problem& problem, const Range& range, const Strip& strip,
-                      StripSums<F, T>& sums, Moments* channels) {
+void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T>& sums,
+                      Moments* channels) {
   const T* x = static_cast<const T*>(problem.x) + strip.first;
   const int64_t stride = strip.stride;
   std::fill_n(sums.count, strip.lanes, 0.0);
@@ -562,9 +562,8 @@ template <class F, class T>
 void moments(const Problem& problem, const Range& range, Moments* channels) {
   if (!by_rows(problem.shape)) return moments_by_runs<F, T>(problem, range, channels);
   StripSums<F, T> sums;
-  for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
-    moments_of_strip<F, T>(problem, range, strip, sums, channels);
-  });
+  for_strips(problem.shape, range, lanes_for_sums(problem),
+             [&](const Strip& strip) { moments_of_strip<F, T>(problem, strip, sums, channels); });
 }
 
 // ---- normalize
