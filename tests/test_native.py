@@ -291,7 +291,7 @@ def test_levels_compute_the_truth(level, reach, dtype, activation, masked):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("channels", [1, 2, 150, 257])
 def test_blocks_of_channels(channels, threads, cache):
-    """Shared by all threads or each of one thread, some with another one to come and some without."""
+    """Shared by all threads or each of one thread, with another one to come or none."""
     random = np.random.default_rng(0)
     shape = (6, channels, 400)
     x, dy = random.normal(size=(2, *shape)).astype(np.float32)
