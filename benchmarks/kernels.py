@@ -1,12 +1,14 @@
 """Time the native kernels, through the NumPy door, beside oneDNN's where it is installed.
 
 Outputs are allocated beforehand. "forward" takes new statistics, "evaluation" given ones. The
-variants are measured against plain float32 on all threads.
+variants are measured against plain float32 on all threads. Where oneDNN is there, all sides run on
+the threads of its OpenMP runtime, which go on spinning after each of its calls, in others' way.
 """
 
 import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def forward_and_backward(
     call = _Call(x, scale, bias, axis, 1e-5, weights, added, activation)
     statistics, _ = call.new_statistics()
     sums = np.empty((2, shape[axis]))
-    problem, moments = call.native_arguments(), _addresses(statistics)
+    problem, moments = (*call.native_arguments()[:-1], team()), _addresses(statistics)
     held = (call, statistics, sums, dy, y, dx, dadded)  # as long as their addresses are in use
     gradients = (_address(dy), *_addresses(sums), _address(dx), _address(dadded))
     to = _address(y)
@@ -85,9 +87,20 @@ def forward_and_backward(
     return {"forward": forward, "backward": backward, "evaluation": evaluation}, x
 
 
+@cache
+def compiled_onednn() -> ctypes.CDLL | None:
+    return measure.library("onednn", "benchmarks/onednn.cc", link="dnnl")
+
+
+def team() -> int:
+    """See csrc/parallel.h; 0 without oneDNN."""
+    start_region = getattr(compiled_onednn(), "GOMP_parallel", None)
+    return ctypes.cast(start_region, ctypes.c_void_p).value or 0
+
+
 def onednn(each: Work, layout: str) -> dict[str, Callable[[], object]]:
     """oneDNN's calls, none where it is not installed or has not this shape."""
-    compiled = measure.library("onednn", "benchmarks/onednn.cc", link="dnnl")
+    compiled = compiled_onednn()
     if compiled is None or len(each.shape) != 4:
         return {}
     compiled.onednn_new.restype = ctypes.c_void_p
@@ -118,13 +131,13 @@ def kernels(arguments: Any) -> Iterator[measure.Result]:
             sides = {"kernels": ours[call]}
             if call in theirs:
                 sides["oneDNN"] = theirs[call]
-            calls = sides | measure.copies_of(x)
+            calls = sides | measure.copies_of(x, team=team())
             yield from measure.results("Kernels", each, layout, call, calls, quick=arguments.quick)
     for each in SIZES[: 2 if arguments.quick else None]:
         for layout in (LAST, measure.FIRST):
             ours, x = forward_and_backward(each, layout)
             for call in ("forward", "backward"):
-                calls = {"kernels": ours[call]} | measure.copies_of(x)
+                calls = {"kernels": ours[call]} | measure.copies_of(x, team=team())
                 found = measure.results("Kernels", each, layout, call, calls, quick=arguments.quick)
                 yield from (dataclasses.replace(one, call=f"growth, {call}") for one in found)
 
@@ -151,7 +164,7 @@ def variants(arguments: Any) -> Iterator[measure.Result]:
                 calls[name] = both(one)
                 if name == "float32":
                     calls["float32, one thread"] = on_one_thread(calls[name])
-                    copies = measure.copies_of(x)
+                    copies = measure.copies_of(x, team=team())
             yield from measure.results(
                 "Variants",
                 each,
