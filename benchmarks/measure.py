@@ -27,7 +27,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+# One arena, since those of threads other than the first hold no array above 64 MB: it would have
+# new memory at every call.
 ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
     "MALLOC_TOP_PAD_": "500000000",
