@@ -63,6 +63,8 @@ constexpr int64_t kBlockBytes = 1 << 18;
 // more in jumps than the cache saves.
 constexpr int64_t kStretchBytes = 1 << 16;
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // The part of [0, n) that belongs to `task` of `tasks`.
 struct Part {
   int64_t begin, end;
@@ -133,14 +135,16 @@ void for_parts(const Range& range, Order order, Team team, const Body& body) {
   parallel_for(tasks, run, team);
 }
 
-// How many channels a thread takes through all stages at a time; 0 if it is better that all threads
-// work on the same ones.
+// How many channels a thread takes through all stages at a time, in as many rounds for every
+// thread; 0 if it is better that all threads work on the same ones.
 int64_t channels_of_own_block(const Problem& problem, int64_t channel_bytes, int threads) {
   const int64_t all = problem.shape.channels;
-  const int64_t channels = std::clamp<int64_t>(kBlockBytes / channel_bytes, 1, all);
-  const int64_t blocks = (all + channels - 1) / channels;
-  if (blocks % threads != 0 && blocks < 4 * threads) return 0;  // some would have more to do
-  return 2 * channels * channel_bytes * threads <= last_level_cache_bytes() / 2 ? channels : 0;
+  const int64_t most = std::clamp<int64_t>(kBlockBytes / channel_bytes, 1, all);
+  const int64_t rounds = divide_up(all, most * threads);
+  const int64_t channels = divide_up(all, rounds * threads);
+  const bool even = 4 * rounds * channels * threads <= 5 * all;
+  const bool fits = 2 * channels * channel_bytes * threads <= last_level_cache_bytes() / 2;
+  return even && fits ? channels : 0;
 }
 
 // How many of which all threads do one stage before the next.
