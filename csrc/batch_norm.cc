@@ -142,7 +142,8 @@ int64_t channels_of_own_block(const Problem& problem, int64_t channel_bytes, int
   const int64_t most = std::clamp<int64_t>(kBlockBytes / channel_bytes, 1, all);
   const int64_t rounds = divide_up(all, most * threads);
   const int64_t channels = divide_up(all, rounds * threads);
-  const bool even = 4 * rounds * channels * threads <= 5 * all;
+  // No thread has more than a quarter above its share to do.
+  const bool even = threads == 1 || 4 * rounds * channels * threads <= 5 * all;
   const bool fits = 2 * channels * channel_bytes * threads <= last_level_cache_bytes() / 2;
   return even && fits ? channels : 0;
 }

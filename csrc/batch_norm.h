@@ -1,9 +1,11 @@
 // The four stages of batch normalization on raw memory.
 //
 //   statistics      m = sum w;  mean = sum w*x / m;  var = sum w*(x - mean)^2 / m
-//   normalize       y = act((x - mean) * rstd * scale + bias + residual),  rstd = 1 / sqrt(var +
-//   eps) gradient_sums   sum g  and  sum g*xhat,  g = dy * act',  xhat = (x - mean) * rstd
+//   normalize       y = act((x - mean) * rstd * scale + bias + residual)
+//   gradient_sums   sum g  and  sum g*xhat
 //   input_gradient  dx = scale * rstd * (g - w/m * (sum g + xhat * sum g*xhat))
+//
+// where rstd = 1 / sqrt(var + eps), g = dy * act' and xhat = (x - mean) * rstd.
 //
 // (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.) Every tensor like x is contiguous and
 // seen as [outer, channels, inner]: NHWC is [N*H*W, C, 1], NCHW is [N, C, H*W]. Per-channel values

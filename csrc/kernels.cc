@@ -13,7 +13,6 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "simd.h"
 
@@ -26,10 +25,11 @@ constexpr int kStripLanes = 2048;         // lanes whose sums and coefficients s
 constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
 constexpr int64_t kLongBytes = 1 << 9;    // of a stretch that is written past the cache
 constexpr int kRowsAtOnce = 4;
-constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk through memory that writes
+constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk that writes; 4 times that of one that
+                                            // computes much
 
-// Rows of few lanes are folded to about this many: as many as have their sums in registers, and
-// more where there are none.
+// Rows of few lanes are folded to about this many: with AVX-512 and float, to as many as have their
+// sums in registers; and to more where there are no sums.
 constexpr int kPacksOfSums = kRegisterBytes == 64 ? 8 : 4;
 constexpr int64_t kFoldedForSums = 128;
 constexpr int64_t kFolded = 256;
@@ -140,8 +140,10 @@ template <class W>
 struct WeightBuffer {
   W lanes[kRowsAtOnce * kStripLanes + kLanes<W>];
 };
+// How many rows it has room for: one takes as many as its lanes, or a pack.
+template <class W>
 int64_t rows_in_buffer(const Strip& strip) {
-  return std::max<int64_t>(kRowsAtOnce, kStripLanes / strip.lanes);
+  return std::max<int64_t>(kRowsAtOnce, kStripLanes / std::max(strip.lanes, kLanes<W>));
 }
 
 bool has_one_weight_a_row(const Problem& problem) {
@@ -155,8 +157,8 @@ int64_t lanes_for_sums(const Problem& problem) {
   return alone ? 1 : kFoldedForSums;
 }
 
-// Weights in place where they lie as the elements do, else copied to the buffer, which has room for
-// rows_in_buffer(strip).
+// Weights in place where they lie as the elements do, else copied to the buffer: of no more than
+// rows_in_buffer(strip) rows.
 template <class W>
 RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int64_t start,
                                  int64_t end, WeightBuffer<W>& buffer) {
@@ -347,8 +349,8 @@ inline BATCHNORM_INLINE void for_blocks_of_channel(const Problem& problem, const
 // Rows [start, end), lane by lane, to first[lane] and second[lane]; body(row, i, count, first,
 // second) adds the pack at lane i.
 //
-// Sums stay in registers from row to row where there are as many as fit, else in the first-level
-// cache, and kRowsAtOnce rows are read side by side.
+// Sums stay in registers from row to row where there are just as many as fit, else in the
+// first-level cache, and kRowsAtOnce rows are read side by side.
 template <class F, class Body>
 inline BATCHNORM_INLINE void add_rows(int lanes, int64_t start, int64_t end, F* first, F* second,
                                       const Body& body) {
@@ -531,7 +533,7 @@ void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T
     if (problem.weights) {
       clear(sums.weight, strip.lanes);
       for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
-        row1 = std::min(end, row0 + rows_in_buffer(strip));
+        row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(strip));
         const RowsOfWeights<Weight<T>> weights =
             weights_of_rows(problem, strip, row0, row1, sums.weights);
         add_weights<F>(strip.lanes, row1 - row0, weights, sums.weight);
@@ -727,7 +729,7 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
       };
       if (problem.weights) {
         for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
-          row1 = std::min(end, row0 + rows_in_buffer(strip));
+          row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(strip));
           add(row0, row1, weights_of_rows(problem, strip, row0, row1, buffer));
         }
       } else {

@@ -16,7 +16,7 @@ inline bool by_rows(const Shape& shape) { return shape.inner < 32; }
 struct Range {
   int64_t outer0, outer1, channel0, channel1, inner0, inner1;
   bool beyond_cache;  // what the call reads and writes is more than the caches hold
-  int64_t ahead;      // how far behind each element lies one that is wanted next; 0 for none
+  int64_t ahead;      // elements from each to the one to fetch for the next block; 0 for none
   bool on_one_thread;
 };
 

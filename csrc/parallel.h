@@ -35,7 +35,8 @@
 // go on looking for work for milliseconds after each loop, on the CPUs that a second pool would
 // need. A call that is given the way into that runtime runs its tasks on those threads: on as many
 // as are its setting, up to num_threads(). OpenMP's threads are not there in the child of a fork,
-// whose loops would wait for them for ever; there the pool serves.
+// whose loops would wait for them for ever; there the pool serves. Such a call, unlike the pool's,
+// waits for all threads of the team, which has a barrier at its end.
 //
 // Workers handle no signals, except those that report a fault of their own. A task computes in the
 // caller's floating-point environment (rounding, flushing of denormals) whichever thread runs it.

@@ -234,6 +234,26 @@ def test_nothing_escapes_from_vmap(momentum):
     close(base.running_mean, (0.19 if momentum else 1) * x[0].mean(0))
 
 
+def test_vmap_of_running_statistics_over_one_counter():
+    """As torch.nn's, where the number of batches is the same for all."""
+    x = tensor(4, 5, 3)
+
+    def moved(layer):
+        def call(mean, var, x):
+            buffers = {"running_mean": mean, "running_var": var}
+            buffers["num_batches_tracked"] = torch.tensor(0)
+            y = torch.func.functional_call(layer, {**dict(layer.named_parameters()), **buffers}, x)
+            return y, mean, var
+
+        zeros, ones = torch.zeros(4, 3, dtype=x.dtype), torch.ones(4, 3, dtype=x.dtype)
+        return torch.vmap(call)(zeros, ones, x)
+
+    for got, wanted in zip(
+        moved(bt.BatchNorm1d(3).double()), moved(torch.nn.BatchNorm1d(3).double()), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])

@@ -42,8 +42,9 @@ def native_status() -> str:
 def set_num_threads(threads: int) -> None:
     """Set how many threads one call of a native kernel may use.
 
-    The default is the number of CPUs that the process may use. For PyTorch's tensors, whose kernels
-    run on PyTorch's own threads, torch.set_num_threads is a limit as well.
+    The default is the number of CPUs that the process may use. For PyTorch's tensors on Linux,
+    whose kernels run on the threads of PyTorch's OpenMP runtime except in a forked process,
+    torch.set_num_threads is a limit as well.
 
     Parameters
     ----------

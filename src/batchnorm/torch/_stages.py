@@ -110,6 +110,8 @@ def move_running(
     batches: Tensor | None,
     statistics: Tensor,
     rate: float | Tensor,
+    *,
+    may_be_empty: bool = True,
 ) -> None:
     """Move running statistics in place towards those of a batch, the variance with correction 1.
 
@@ -124,7 +126,9 @@ def move_running(
         and _is_in_native_memory(running_var)
         and statistics.dtype == torch.float64
         and running_mean.dtype == running_var.dtype
-        and (batches is None or _is_in_native_memory(batches, (torch.int64,)))
+        and (
+            batches is None or (_is_in_native_memory(batches, (torch.int64,)) and batches.ndim == 0)
+        )
     ):
         _cpu.update_running(
             running_mean.numel(),
@@ -149,7 +153,7 @@ def move_running(
     running_mean.copy_(new_mean)
     running_var.copy_(new_var)
     if batches is not None:
-        batches.add_((count > 0).any())
+        batches.add_((count > 0).any() if may_be_empty else 1)
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
@@ -663,4 +667,5 @@ def _is_in_native_memory(
         and buffer.is_cpu
         and buffer.dtype in dtypes
         and buffer.is_contiguous()
+        and not buffer.is_neg()
     )

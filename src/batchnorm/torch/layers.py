@@ -113,13 +113,13 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             if moves:
                 with torch.no_grad():
                     statistics = _stages.batch_statistics(problem, inputs)
-                self._move_running(problem, running, statistics)
+                self._move_running(problem, inputs, running, statistics)
             return y
         if problem.sync is None:
             checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
         y, statistics = _stages.batch_norm(problem, inputs)
         if moves:
-            self._move_running(problem, running, statistics)
+            self._move_running(problem, inputs, running, statistics)
         return y
 
     def freeze(
@@ -260,9 +260,14 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         return y if self.activation is None else getattr(F, self.activation)(y)
 
     def _move_running(
-        self, problem: Problem, running: tuple[Tensor, Tensor], statistics: Tensor
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        running: tuple[Tensor, Tensor],
+        statistics: Tensor,
     ) -> None:
         batches = self.num_batches_tracked
+        may_be_empty = self.skip_nonfinite or inputs.weights is not None or problem.sync is not None
         finite: Tensor | None = None
         if self.skip_nonfinite:
             # Without a count they change nothing.
@@ -283,7 +288,9 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         else:
             rate = _CONVENTION.rate(checks.fraction("momentum", self.momentum))
         try:
-            _stages.move_running(problem, running, batches, statistics, rate)
+            _stages.move_running(
+                problem, running, batches, statistics, rate, may_be_empty=may_be_empty
+            )
             if finite is not None:
                 self.num_batches_skipped.add_(~finite)
         except RuntimeError as error:
