@@ -201,40 +201,20 @@ Range without_fetching(Range block) {
   return block;
 }
 
-// ---- passes over the memory of a block
-
-// Of the channels of the block; the other elements are left alone.
-void find_moments(const Problem& problem, const Range& block, bool wide, Moments* channels) {
+// Sums (or moments) of the channels of a block, by all threads: find(part, sums) adds those of a
+// part.
+template <class Sums, class Find>
+void add_up(const Problem& problem, const Range& block, Sums* channels, const Find& find) {
   const int64_t row = problem.shape.channels;
   const int tasks = tasks_of(block);
-  std::fill(channels + block.channel0, channels + block.channel1, Moments());
-  std::vector<Moments> others((tasks - 1) * row);
+  std::fill(channels + block.channel0, channels + block.channel1, Sums());
+  std::vector<Sums> others((tasks - 1) * row);
   for_parts(block, Order::upwards, problem.team, [&](int task, const Range& part) {
-    Moments* moments = task == 0 ? channels : others.data() + (task - 1) * row;
-    kernels().moments(problem, part, wide, moments);
+    find(part, task == 0 ? channels : others.data() + (task - 1) * row);
   });
   for (int task = 1; task < tasks; ++task) {
-    const Moments* moments = others.data() + (task - 1) * row;
-    for (int64_t c = block.channel0; c < block.channel1; ++c) channels[c].merge(moments[c]);
-  }
-}
-
-void find_gradient_sums(const Problem& problem, const Range& block, const Coefficients* channels,
-                        const void* dy, GradientSums* sums) {
-  const int64_t row = problem.shape.channels;
-  const int tasks = tasks_of(block);
-  std::fill(sums + block.channel0, sums + block.channel1, GradientSums());
-  std::vector<GradientSums> others((tasks - 1) * row);
-  for_parts(block, Order::upwards, problem.team, [&](int task, const Range& part) {
-    GradientSums* own = task == 0 ? sums : others.data() + (task - 1) * row;
-    kernels().gradient_sums(problem, part, channels, dy, own);
-  });
-  for (int task = 1; task < tasks; ++task) {
-    const GradientSums* own = others.data() + (task - 1) * row;
-    for (int64_t c = block.channel0; c < block.channel1; ++c) {
-      sums[c].g += own[c].g;
-      sums[c].g_xhat += own[c].g_xhat;
-    }
+    const Sums* sums = others.data() + (task - 1) * row;
+    for (int64_t c = block.channel0; c < block.channel1; ++c) channels[c].merge(sums[c]);
   }
 }
 
@@ -242,12 +222,17 @@ void find_gradient_sums(const Problem& problem, const Range& block, const Coeffi
 
 void statistics(const Problem& problem, const Range& block, Moments* channels, double* count,
                 double* mean, double* var) {
-  find_moments(problem, block, false, channels);
+  const auto find = [&](bool wide) {
+    add_up(problem, block, channels, [&](const Range& part, Moments* moments) {
+      kernels().moments(problem, part, wide, moments);
+    });
+  };
+  find(false);
   // A square can overflow a float where the variance of float data does not overflow a double.
   const bool overflow = problem.dtype != Dtype::float64 &&
                         std::any_of(channels + block.channel0, channels + block.channel1,
                                     [](const Moments& of) { return !std::isfinite(of.squares); });
-  if (overflow) find_moments(problem, block, true, channels);
+  if (overflow) find(true);
   for (int64_t c = block.channel0; c < block.channel1; ++c) {
     const Moments& moments = channels[c];
     count[c] = moments.count;
@@ -280,7 +265,9 @@ void normalize(const Problem& problem, const Range& block, const Coefficients* c
 
 void gradient_sums(const Problem& problem, const Range& block, const Coefficients* channels,
                    const void* dy, GradientSums* sums, double* sum_g, double* sum_g_xhat) {
-  find_gradient_sums(problem, block, channels, dy, sums);
+  add_up(problem, block, sums, [&](const Range& part, GradientSums* own) {
+    kernels().gradient_sums(problem, part, channels, dy, own);
+  });
   for (int64_t c = block.channel0; c < block.channel1; ++c) {
     sum_g[c] = sums[c].g;
     sum_g_xhat[c] = sums[c].g_xhat - channels[c].remainder * sums[c].g;

@@ -39,6 +39,11 @@ struct Moments {
 
 struct GradientSums {
   double g = 0, g_xhat = 0;
+
+  void merge(const GradientSums& other) {
+    g += other.g;
+    g_xhat += other.g_xhat;
+  }
 };
 
 // Of one channel. The mean is center + remainder / rstd: rounded to the arithmetic type, and what

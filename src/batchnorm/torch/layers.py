@@ -233,7 +233,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
         eps = checks.positive_eps(self.eps)
-        problem = Problem((1,), eps, watched, self.activation, self._sync(), True)
+        problem = Problem((1,), eps, watched, self.activation, self._sync(), is_layer=True)
         return problem, Inputs(input, weight, bias, residual, weights)
 
     def _normalizes_by_running(self, is_tracked: bool) -> bool:

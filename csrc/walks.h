@@ -1,0 +1,397 @@
+// How the kernels go through memory; compiled, like them, once for each instruction set.
+//
+// Two ways through memory. Where `inner` is long, a channel is a run of consecutive elements
+// (runs). Where it is short, an [inner, channels] slice is one row of a matrix whose columns
+// (lanes) each belong to one channel, and many rows are added up lane by lane (rows). Rows of few
+// lanes are folded: several consecutive ones are seen as one.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace batchnorm {
+namespace {
+
+constexpr int kBlock = 64;                // elements added in float before they go into a double,
+constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot may be an outlier
+constexpr int kStripLanes = 2048;         // lanes whose sums and coefficients stay in the caches
+constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
+constexpr int64_t kLongBytes = 1 << 9;    // of a stretch that is written past the cache
+constexpr int kRowsAtOnce = 4;
+constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk that writes; 4 times that of one that
+                                            // computes much
+
+// Rows of few lanes are folded to about this many: with AVX-512 and float, to as many as have their
+// sums in registers; and to more where there are no sums.
+constexpr int kPacksOfSums = kRegisterBytes == 64 ? 8 : 4;
+constexpr int64_t kFoldedForSums = 128;
+constexpr int64_t kFolded = 256;
+
+template <class F>
+constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;  // of a run, in four sums
+
+// The type of the weights of elements of type T.
+template <class T>
+using Weight = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// ---- the two walks
+
+// Part of a matrix: element (row, lane) is at first + row * stride + lane. In a folded row, lane
+// column0 + lane is the element (fold, channel, inner) of column0 + lane in that order.
+struct Strip {
+  int64_t first, rows, stride, column0;
+  int64_t outer0, fold;
+  int lanes;
+};
+
+template <class Body>
+void for_strips_of(const Shape& shape, int64_t outer0, int64_t outer1, int64_t column0,
+                   int64_t columns, int64_t fold, const Body& body) {
+  const int64_t row = shape.channels * shape.inner;
+  const int64_t rows = (outer1 - outer0) / fold;
+  if (rows == 0) return;
+  for (int64_t column = column0; column < column0 + columns; column += kStripLanes) {
+    const int lanes = static_cast<int>(std::min<int64_t>(kStripLanes, column0 + columns - column));
+    body(Strip{outer0 * row + column, rows, fold * row, column, outer0, fold, lanes});
+  }
+}
+
+// body(strip) for strips that cover the range, with rows folded to about `lanes`.
+template <class Body>
+void for_strips(const Shape& shape, const Range& range, int64_t lanes, const Body& body) {
+  const int64_t row = shape.channels * shape.inner;
+  const int64_t column0 = range.channel0 * shape.inner;
+  const int64_t columns = (range.channel1 - range.channel0) * shape.inner;
+  if (columns < row || row > lanes / 2) {
+    return for_strips_of(shape, range.outer0, range.outer1, column0, columns, 1, body);
+  }
+  const int64_t fold = lanes / row;
+  const int64_t folded = range.outer0 + (range.outer1 - range.outer0) / fold * fold;
+  for_strips_of(shape, folded, range.outer1, 0, row, 1, body);
+  for_strips_of(shape, range.outer0, folded, 0, fold * row, fold, body);
+}
+
+// A run: `length` elements of one channel from `first` on, and their weights or null.
+template <class T>
+struct Run {
+  int64_t channel, first, length;
+  const Weight<T>* weights;
+};
+
+template <class T>
+Run<T> run_at(const Problem& problem, const Range& range, int64_t outer, int64_t channel) {
+  const Shape& shape = problem.shape;
+  const auto* weights = static_cast<const Weight<T>*>(problem.weights);
+  const int64_t row =
+      outer * problem.weight_channels + (problem.weight_channels == 1 ? 0 : channel);
+  return {channel, (outer * shape.channels + channel) * shape.inner + range.inner0,
+          range.inner1 - range.inner0,
+          weights ? weights + row * shape.inner + range.inner0 : nullptr};
+}
+
+// body(i) for i in [0, n), each of which stands for `bytes` of memory: the last chunk first.
+//
+// The pass over the tensors that came before this one went upwards, and left their end in the
+// cache; a second pass upwards would find the beginning gone, and drive out the end before it gets
+// there. Within a chunk the walk is upwards, since processors read ahead only that way.
+template <class Body>
+void for_chunks_downwards(int64_t n, int64_t bytes, const Body& body) {
+  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, bytes));
+  for (int64_t end = n; end > 0; end -= chunk) {
+    for (int64_t i = std::max<int64_t>(0, end - chunk); i < end; ++i) body(i);
+  }
+}
+
+// The weights of consecutive elements, or null.
+template <class W>
+struct Weights {
+  const W* first;
+  int64_t mask;  // 0 where all have the same, of which there is a pack; else all bits set
+
+  Weights(const W* weights, bool same = false) : first(weights), mask(same ? 0 : -1) {}
+  explicit operator bool() const { return first; }
+  Weights further(int64_t distance) const {
+    Weights other = *this;
+    other.first += distance;
+    return other;
+  }
+  template <class F>
+  Pack<F> at(int64_t i, int n) const {
+    return load<F>(first + (i & mask), n);
+  }
+};
+
+// The weights of rows of a strip.
+template <class W>
+struct RowsOfWeights {
+  Weights<W> first;
+  int64_t stride;
+
+  Weights<W> row(int64_t k) const { return first.further(k * stride); }
+};
+template <class W>
+struct WeightBuffer {
+  W lanes[kRowsAtOnce * kStripLanes + kLanes<W>];
+};
+// How many rows it has room for: one takes as many as its lanes, or a pack.
+template <class W>
+int64_t rows_in_buffer(const Strip& strip) {
+  return std::max<int64_t>(kRowsAtOnce, kStripLanes / std::max(strip.lanes, kLanes<W>));
+}
+
+bool has_one_weight_a_row(const Problem& problem) {
+  return problem.weights && problem.weight_channels == 1 && problem.shape.inner == 1;
+}
+
+// Rows are folded to about as many lanes, for sums. A weight that all of a row has in common need
+// not be spread over its lanes, so that rows of several packs are left alone.
+int64_t lanes_for_sums(const Problem& problem) {
+  const bool alone = has_one_weight_a_row(problem) && problem.shape.channels >= 4 * kLanes<float>;
+  return alone ? 1 : kFoldedForSums;
+}
+
+// Weights in place where they lie as the elements do, else copied to the buffer: of no more than
+// rows_in_buffer(strip) rows.
+template <class W>
+RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int64_t start,
+                                 int64_t end, WeightBuffer<W>& buffer) {
+  const Shape& shape = problem.shape;
+  const W* weights = static_cast<const W*>(problem.weights);
+  if (!weights) return {nullptr, 0};
+  if (problem.weight_channels == shape.channels) {
+    return {weights + strip.first + start * strip.stride, strip.stride};
+  }
+  weights += (strip.outer0 + start * strip.fold) * shape.inner;
+  W* lanes = buffer.lanes;
+  if (has_one_weight_a_row(problem)) {
+    // Writes whole packs, the last of them beyond the lanes that they are for.
+    const bool folded = strip.fold > 1;
+    const int64_t width = folded ? shape.channels : kLanes<W>;
+    for (int64_t row = start * strip.fold; row < end * strip.fold; ++row, lanes += width) {
+      const Pack<W> weight = all(*weights++);
+      for (int64_t i = 0; i < width; i += kLanes<W>) store(lanes + i, weight);
+    }
+    return {{buffer.lanes, !folded}, folded ? strip.lanes : width};
+  }
+  for (int64_t row = start; row < end; ++row, weights += strip.fold * shape.inner) {
+    const W* of_fold = weights;
+    int64_t inner = strip.column0 % shape.inner;
+    int64_t channel = strip.column0 / shape.inner % shape.channels;
+    for (int lane = 0; lane < strip.lanes; ++lane) {
+      *lanes++ = of_fold[inner];
+      if (++inner < shape.inner) continue;
+      inner = 0;
+      if (++channel < shape.channels) continue;
+      channel = 0;
+      of_fold += shape.inner;
+    }
+  }
+  return {buffer.lanes, strip.lanes};
+}
+
+// By how many elements a walk that writes fetches ahead; 0 where it need not.
+template <class T>
+int64_t fetched_ahead(const Range& range) {
+  if (range.ahead) return range.ahead;
+  return range.beyond_cache ? kFetchedBytes / static_cast<int64_t>(sizeof(T)) : 0;
+}
+
+// Whether a stretch is worth a store past the cache, which the lines at both its ends are not.
+template <class T>
+bool is_long(int64_t length) {
+  return length * static_cast<int64_t>(sizeof(T)) >= kLongBytes;
+}
+
+// ---- coefficients of consecutive elements: all of one channel, or one channel to a lane
+
+template <class F>
+struct One {
+  Pack<F> value;
+  Pack<F> at(int64_t) const { return value; }
+};
+template <class F>
+struct PerLane {
+  alignas(64) F value[kStripLanes + kLanes<F>];  // the last pack may begin anywhere
+  Pack<F> at(int64_t i) const { return load<F>(value + i); }
+};
+
+template <template <class> class Spread, class F>
+struct Spreads {
+  Spread<F> center, rstd, slope, shift, share, share_xhat;
+};
+
+template <class F>
+Spreads<One, F> spread(const Coefficients& of) {
+  const auto same = [](double value) { return One<F>{all(static_cast<F>(value))}; };
+  return {same(of.center), same(of.rstd),  same(of.slope),
+          same(of.shift),  same(of.share), same(of.share_xhat)};
+}
+
+// body(lane, channel) for the lanes of a strip.
+template <class Body>
+void for_lanes(const Shape& shape, const Strip& strip, const Body& body) {
+  int64_t inner = strip.column0 % shape.inner;
+  int64_t channel = strip.column0 / shape.inner % shape.channels;
+  for (int lane = 0; lane < strip.lanes; ++lane) {
+    body(lane, channel);
+    if (++inner == shape.inner) {
+      inner = 0;
+      if (++channel == shape.channels) channel = 0;
+    }
+  }
+}
+
+template <class F>
+void spread(const Shape& shape, const Strip& strip, const Coefficients* channels,
+            Spreads<PerLane, F>& lanes) {
+  for_lanes(shape, strip, [&](int lane, int64_t channel) {
+    const Coefficients& of = channels[channel];
+    lanes.center.value[lane] = static_cast<F>(of.center);
+    lanes.rstd.value[lane] = static_cast<F>(of.rstd);
+    lanes.slope.value[lane] = static_cast<F>(of.slope);
+    lanes.shift.value[lane] = static_cast<F>(of.shift);
+    lanes.share.value[lane] = static_cast<F>(of.share);
+    lanes.share_xhat.value[lane] = static_cast<F>(of.share_xhat);
+  });
+}
+
+// each(first element, length, weights, coefficients) for stretches of consecutive elements that
+// cover the range, downwards.
+template <class F, class T, class Each>
+void for_stretches(const Problem& problem, const Range& range, const Coefficients* channels,
+                   const Each& each) {
+  if (!by_rows(problem.shape)) {
+    const int64_t width = range.channel1 - range.channel0;
+    const int64_t runs = (range.outer1 - range.outer0) * width;
+    const int64_t bytes = (range.inner1 - range.inner0) * static_cast<int64_t>(sizeof(T));
+    for_chunks_downwards(runs, bytes, [&](int64_t i) {
+      const Run<T> run =
+          run_at<T>(problem, range, range.outer0 + i / width, range.channel0 + i % width);
+      each(run.first, run.length, Weights<Weight<T>>(run.weights),
+           spread<F>(channels[run.channel]));
+    });
+    return;
+  }
+  Spreads<PerLane, F> lanes;
+  WeightBuffer<Weight<T>> buffer;
+  for_strips(problem.shape, range, kFolded, [&](const Strip& strip) {
+    spread(problem.shape, strip, channels, lanes);
+    const int64_t bytes = strip.stride * static_cast<int64_t>(sizeof(T));
+    for_chunks_downwards(strip.rows, bytes, [&](int64_t row) {
+      each(strip.first + row * strip.stride, strip.lanes,
+           weights_of_rows(problem, strip, row, row + 1, buffer).first, lanes);
+    });
+  });
+}
+
+// ---- sums of two quantities
+
+// Independent sums of one channel, so that no addition waits for the one before.
+template <class F>
+struct Chains {
+  static constexpr int kNumber = 4;
+  Pack<F> first[kNumber] = {}, second[kNumber] = {};
+
+  double sum_of_first() const { return sum_of(first); }
+  double sum_of_second() const { return sum_of(second); }
+
+ private:
+  static double sum_of(const Pack<F>* chains) {
+    return horizontal_sum<F>((chains[0] + chains[1]) + (chains[2] + chains[3]));
+  }
+};
+
+// Elements [start, end) of a run; body(i, count, first, second) adds the pack at i.
+template <class F, class Body>
+inline BATCHNORM_INLINE void add_run(int64_t start, int64_t end, Chains<F>& sums,
+                                     const Body& body) {
+  constexpr int kNumber = Chains<F>::kNumber;
+  int64_t i = start;
+  for (; i + kNumber * kLanes<F> <= end; i += kNumber * kLanes<F>) {
+    for (int k = 0; k < kNumber; ++k) {
+      body(i + k * kLanes<F>, kLanes<F>, sums.first[k], sums.second[k]);
+    }
+  }
+  if (i + 2 * kLanes<F> <= end) {
+    body(i, kLanes<F>, sums.first[0], sums.second[0]);
+    body(i + kLanes<F>, kLanes<F>, sums.first[1], sums.second[1]);
+    i += 2 * kLanes<F>;
+  }
+  if (i + kLanes<F> <= end) {
+    body(i, kLanes<F>, sums.first[2], sums.second[2]);
+    i += kLanes<F>;
+  }
+  if (i < end) body(i, static_cast<int>(end - i), sums.first[3], sums.second[3]);
+}
+
+// The runs of a channel in blocks of about `limit` elements, and 4 times as many from block to
+// block up to kBlockElements: add(run, start, end), and finish(elements) at the end of each block.
+template <class F, class T, class Add, class Finish>
+inline BATCHNORM_INLINE void for_blocks_of_channel(const Problem& problem, const Range& range,
+                                                   int64_t channel, int64_t limit, const Add& add,
+                                                   const Finish& finish) {
+  int64_t elements = 0;
+  for (int64_t outer = range.outer0; outer < range.outer1; ++outer) {
+    const Run<T> run = run_at<T>(problem, range, outer, channel);
+    for (int64_t start = 0, end; start < run.length; start = end) {
+      end = std::min(run.length, start + limit);
+      add(run, start, end);
+      elements += end - start;
+      if (elements < limit) continue;
+      finish(elements);
+      elements = 0;
+      limit = std::min<int64_t>(4 * limit, kBlockElements<F>);
+    }
+  }
+  finish(elements);
+}
+
+// Rows [start, end), lane by lane, to first[lane] and second[lane]; body(row, i, count, first,
+// second) adds the pack at lane i.
+//
+// Sums stay in registers from row to row where there are just as many as fit, else in the
+// first-level cache, and kRowsAtOnce rows are read side by side.
+template <class F, class Body>
+inline BATCHNORM_INLINE void add_rows(int lanes, int64_t start, int64_t end, F* first, F* second,
+                                      const Body& body) {
+  constexpr int kGroup = kPacksOfSums * kLanes<F>;
+  if (lanes == kGroup) {
+    Pack<F> a[kPacksOfSums], b[kPacksOfSums];
+    for (int k = 0; k < kPacksOfSums; ++k) {
+      a[k] = load<F>(first + k * kLanes<F>);
+      b[k] = load<F>(second + k * kLanes<F>);
+    }
+    for (int64_t row = start; row < end; ++row) {
+      for (int k = 0; k < kPacksOfSums; ++k) body(row, k * kLanes<F>, kLanes<F>, a[k], b[k]);
+    }
+    for (int k = 0; k < kPacksOfSums; ++k) {
+      store(first + k * kLanes<F>, a[k]);
+      store(second + k * kLanes<F>, b[k]);
+    }
+    return;
+  }
+  const auto add = [&](int64_t row, auto rows) BATCHNORM_INLINE {
+    for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
+      Pack<F> a = load<F>(first + i), b = load<F>(second + i);
+      for (int k = 0; k < rows; ++k) body(row + k, i, n, a, b);
+      store(first + i, a);
+      store(second + i, b);
+    });
+  };
+  int64_t row = start;
+  for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
+    add(row, std::integral_constant<int, kRowsAtOnce>());
+  }
+  for (; row < end; ++row) add(row, std::integral_constant<int, 1>());
+}
+
+// Sets as many packs to 0 as hold the lanes.
+template <class F>
+void clear(F* lanes, int count) {
+  for (int i = 0; i < count; i += kLanes<F>) store(lanes + i, Pack<F>{});
+}
+
+}  // namespace
+}  // namespace batchnorm
