@@ -21,7 +21,11 @@ from tabulate import tabulate
 
 HERE = Path(__file__).parent
 PROGRAMS = ("kernels", "torch_layers", "jax_layers", "mlx_layers")
-COLORS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")
+# Okabe & Ito's, https://jfly.uni-koeln.de/color/: one for each side of a picture.
+COLORS = (
+    *("#0072b2", "#e69f00", "#d55e00", "#009e73"),
+    *("#cc79a7", "#56b4e9", "#f0e442", "#000000"),
+)
 
 INTRODUCTION = """# Benchmarks
 
@@ -130,7 +134,7 @@ def draw(results: list[Result], path: Path) -> None:
         labels = [key[0] for key, _ in by(group, "shape")]
         names = sides(group)
         width = 0.8 / len(names)
-        for i, (name, color) in enumerate(zip(names, COLORS, strict=False)):
+        for i, (name, color) in enumerate(zip(names, COLORS[: len(names)], strict=True)):
             heights = {str(each.shape): each.copies for each in group if each.side == name}
             places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(labels))]
             values = [heights.get(label, math.nan) for label in labels]
@@ -141,7 +145,8 @@ def draw(results: list[Result], path: Path) -> None:
         axes.tick_params(axis="x", labelsize=8)
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, ncols=len(names))
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+        axes.legend(frameon=False, fontsize=8, ncols=len(names), **above)
     figure.savefig(path)
 
 
