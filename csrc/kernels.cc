@@ -4,8 +4,9 @@
 // Sums are exact enough for any input, at the speed of float: they are taken of x - pivot, where
 // the pivot of a block of at most kBlock elements a lane is the mean of the block before it, and
 // blocks are merged in double. Were the pivot p far from the mean m of its block, rounding would
-// cost eps * n * (p - m)^2; but p being the mean of a neighbour, the total sum of squares is at
-// least n/2 * (p - m)^2, so that the relative error stays of the order of eps.
+// cost eps * n * (p - m)^2; but p being the mean of a neighbour, of no fewer than n/16 elements,
+// the total sum of squares is at least n/17 * (p - m)^2: the relative error stays of the order of
+// 17 eps where those elements are far from all others, and of eps where they are not.
 #include "kernels.h"
 
 #include <algorithm>
@@ -34,12 +35,13 @@ inline void add_weighted(Pack<F> t, Pack<F> w, Pack<F>& first, Pack<F>& second) 
 
 // An element that counts is one of those near their mean, so that a pivot may start there.
 template <class F, class T>
-F first_pivot(const Problem& problem, const Range& range, int64_t channel) {
-  for (int64_t outer = range.outer0; outer < range.outer1; ++outer) {
-    const Run<T> run = run_at<T>(problem, range, outer, channel);
-    const T* x = static_cast<const T*>(problem.x) + run.first;
-    for (int64_t i = 0; i < run.length; ++i) {
-      if (!run.weights || run.weights[i] > 0) return load<F>(x + i, 1)[0];
+F first_pivot(const Problem& problem, const Runs<T>& runs) {
+  for (int64_t run = 0; run < runs.number; ++run) {
+    const T* x = static_cast<const T*>(problem.x) + runs.first + run * runs.stride;
+    for (int64_t i = 0; i < runs.length; ++i) {
+      if (!runs.weights || runs.weights[run * runs.weights_stride + i] > 0) {
+        return load<F>(x + i, 1)[0];
+      }
     }
   }
   return 0;
@@ -50,27 +52,25 @@ void moments_by_runs(const Problem& problem, const Range& range, Moments* channe
   const bool weighted = problem.weights;
   const int64_t ahead = range.ahead;
   for (int64_t c = range.channel0; c < range.channel1; ++c) {
-    Pack<F> pivot = all(first_pivot<F, T>(problem, range, c));
+    const Runs<T> all_runs = runs_of<T>(problem, range, c);
+    Pack<F> pivot = all(first_pivot<F, T>(problem, all_runs));
     Pack<F> weights = {};
     Chains<F> sums;
-    const auto add = [&](const Run<T>& run, int64_t start, int64_t end) BATCHNORM_INLINE {
-      const T* x = static_cast<const T*>(problem.x) + run.first;
-      if (weighted) {
-        add_run<F>(start, end, sums,
-                   [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                     const Pack<F> w = load<F>(run.weights + i, n);
-                     weights += w;
-                     add_weighted<F>(load<F>(x + i, n) - pivot, w, a, b);
-                   });
+    const auto add = [&](int64_t first, int64_t length, const Weight<T>* w) BATCHNORM_INLINE {
+      const T* x = static_cast<const T*>(problem.x) + first;
+      if (w) {
+        add_run<F>(length, sums, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+          const Pack<F> weight = load<F>(w + i, n);
+          weights += weight;
+          add_weighted<F>(load<F>(x + i, n) - pivot, weight, a, b);
+        });
       } else {
-        add_run<F>(start, end, sums,
-                   [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                     if (ahead) fetch(x + i + ahead);
-                     Pack<F> t = load<F>(x + i, n) - pivot;
-                     if (n < kLanes<F>) t = select<F>(first_lanes<F>(n), t, Pack<F>{});
-                     a += t;
-                     b += t * t;
-                   });
+        add_run<F>(length, sums, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+          if (ahead) fetch(x + i + ahead);
+          const Pack<F> t = load<F>(x + i, n, pivot) - pivot;
+          a += t;
+          b += t * t;
+        });
       }
     };
     const auto finish = [&](int64_t elements) {
@@ -81,7 +81,7 @@ void moments_by_runs(const Problem& problem, const Range& range, Moments* channe
       weights = Pack<F>{};
       sums = Chains<F>();
     };
-    for_blocks_of_channel<F, T>(problem, range, c, kLanes<F>, add, finish);
+    for_blocks_of_channel<F>(all_runs, kLanes<F>, add, finish);
   }
 }
 
@@ -227,7 +227,8 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
   unweighted.weights = nullptr;
   for_stretches<F, T>(
       unweighted, range, channels,
-      [&](int64_t first, int64_t length, const Weights<Weight<T>>&, const auto& of) {
+      [&](int64_t first, int64_t length, const Weights<Weight<T>>&,
+          const auto& of) BATCHNORM_INLINE {
         const T* x = static_cast<const T*>(problem.x) + first;
         const T* residual =
             problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
@@ -297,24 +298,23 @@ void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coe
   for (int64_t c = range.channel0; c < range.channel1; ++c) {
     const Spreads<One, F> of = spread<F>(channels[c]);
     Chains<F> chains;
-    const auto add = [&](const Run<T>& run, int64_t start, int64_t end) BATCHNORM_INLINE {
-      const GradientInputs<F, T, A> inputs(problem, dy, run.first, run.weights);
-      add_run<F>(start, end, chains,
-                 [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                   if (ahead) fetch(inputs.x + i + ahead);
-                   if (ahead) fetch(inputs.dy + i + ahead);
-                   Pack<F> t, g;
-                   inputs.get(i, n, of, t, g);
-                   a += g;
-                   b += g * (t * of.rstd.at(i));
-                 });
+    const auto add = [&](int64_t first, int64_t length, const Weight<T>* weights) BATCHNORM_INLINE {
+      const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
+      add_run<F>(length, chains, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
+        if (ahead) fetch(inputs.x + i + ahead);
+        if (ahead) fetch(inputs.dy + i + ahead);
+        Pack<F> t, g;
+        inputs.get(i, n, of, t, g);
+        a += g;
+        b += g * (t * of.rstd.at(i));
+      });
     };
     const auto finish = [&](int64_t) {
       sums[c].g += chains.sum_of_first();
       sums[c].g_xhat += chains.sum_of_second();
       chains = Chains<F>();
     };
-    for_blocks_of_channel<F, T>(problem, range, c, kBlockElements<F>, add, finish);
+    for_blocks_of_channel<F>(runs_of<T>(problem, range, c), kBlockElements<F>, add, finish);
   }
 }
 
@@ -373,7 +373,8 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
   const int64_t ahead = fetched_ahead<T>(range);
   for_stretches<F, T>(
       problem, range, channels,
-      [&](int64_t first, int64_t length, const Weights<Weight<T>>& weights, const auto& of) {
+      [&](int64_t first, int64_t length, const Weights<Weight<T>>& weights,
+          const auto& of) BATCHNORM_INLINE {
         const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
         const Writer<F, T> dx(static_cast<T*>(output) + first,
                               range.beyond_cache && is_long<T>(length));

@@ -180,6 +180,11 @@ inline void store(Half* to, Pack<float> v) {
   std::memcpy(to, &bits, sizeof bits);
 }
 
+template <class F>
+inline Pack<F> select(Bits<F> mask, Pack<F> yes, Pack<F> no) {
+  return as<Pack<F>>((mask & as<Bits<F>>(yes)) | (~mask & as<Bits<F>>(no)));
+}
+
 // All bits set in the first `count` lanes.
 template <class F>
 inline Bits<F> first_lanes(int count) {
@@ -220,6 +225,18 @@ inline BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
   T buffer[kLanes<F>] = {};
   copy_few<F>(buffer, from, count);
   return load<F>(buffer);
+}
+// The other lanes as those of `rest`.
+template <class F, class T>
+inline BATCHNORM_INLINE Pack<F> load(const T* from, int count, Pack<F> rest) {
+  if (count == kLanes<F>) return load<F>(from);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+    return as<Pack<F>>(_mm512_mask_loadu_ps(as<__m512>(rest), mask, from));
+  }
+#endif
+  return select<F>(first_lanes<F>(count), load<F>(from, count), rest);
 }
 template <class F, class T>
 inline BATCHNORM_INLINE void store(T* to, Pack<F> v, int count) {
@@ -336,19 +353,20 @@ inline Pack<F> all(F value) {
   return value - Pack<F>{};
 }
 
-template <class F>
-inline Pack<F> select(Bits<F> mask, Pack<F> yes, Pack<F> no) {
-  return as<Pack<F>>((mask & as<Bits<F>>(yes)) | (~mask & as<Bits<F>>(no)));
+// In double. By halves, of which compilers make instructions on registers.
+template <int N>
+inline BATCHNORM_INLINE double sum_of_lanes(const Vector<double, N>& v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    using HalfOf = Vector<double, N / 2>;
+    return sum_of_lanes<N / 2>(load_bytes<HalfOf>(&v) +
+                               load_bytes<HalfOf>(reinterpret_cast<const double*>(&v) + N / 2));
+  }
 }
-
 template <class F>
 inline double horizontal_sum(Pack<F> v) {
-  double sum[kLanes<F>];
-  for (int i = 0; i < kLanes<F>; ++i) sum[i] = v[i];
-  for (int half = kLanes<F> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-  }
-  return sum[0];
+  return sum_of_lanes<kLanes<F>>(__builtin_convertvector(v, Vector<double, kLanes<F>>));
 }
 
 // The limit or v, whichever is larger (smaller); v where it is NaN, which the instructions return

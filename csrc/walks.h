@@ -47,8 +47,9 @@ struct Strip {
 };
 
 template <class Body>
-void for_strips_of(const Shape& shape, int64_t outer0, int64_t outer1, int64_t column0,
-                   int64_t columns, int64_t fold, const Body& body) {
+inline BATCHNORM_INLINE void for_strips_of(const Shape& shape, int64_t outer0, int64_t outer1,
+                                           int64_t column0, int64_t columns, int64_t fold,
+                                           const Body& body) {
   const int64_t row = shape.channels * shape.inner;
   const int64_t rows = (outer1 - outer0) / fold;
   if (rows == 0) return;
@@ -73,22 +74,26 @@ void for_strips(const Shape& shape, const Range& range, int64_t lanes, const Bod
   for_strips_of(shape, range.outer0, folded, 0, fold * row, fold, body);
 }
 
-// A run: `length` elements of one channel from `first` on, and their weights or null.
+// Of one channel: `number` runs of `length` elements, `stride` apart, and their weights or null.
 template <class T>
-struct Run {
-  int64_t channel, first, length;
+struct Runs {
+  int64_t first, number, stride, length;
   const Weight<T>* weights;
+  int64_t weights_stride;
 };
 
 template <class T>
-Run<T> run_at(const Problem& problem, const Range& range, int64_t outer, int64_t channel) {
+Runs<T> runs_of(const Problem& problem, const Range& range, int64_t channel) {
   const Shape& shape = problem.shape;
   const auto* weights = static_cast<const Weight<T>*>(problem.weights);
   const int64_t row =
-      outer * problem.weight_channels + (problem.weight_channels == 1 ? 0 : channel);
-  return {channel, (outer * shape.channels + channel) * shape.inner + range.inner0,
+      range.outer0 * problem.weight_channels + (problem.weight_channels == 1 ? 0 : channel);
+  return {(range.outer0 * shape.channels + channel) * shape.inner + range.inner0,
+          range.outer1 - range.outer0,
+          shape.channels * shape.inner,
           range.inner1 - range.inner0,
-          weights ? weights + row * shape.inner + range.inner0 : nullptr};
+          weights ? weights + row * shape.inner + range.inner0 : nullptr,
+          problem.weight_channels * shape.inner};
 }
 
 // body(i) for i in [0, n), each of which stands for `bytes` of memory: the last chunk first.
@@ -97,7 +102,7 @@ Run<T> run_at(const Problem& problem, const Range& range, int64_t outer, int64_t
 // cache; a second pass upwards would find the beginning gone, and drive out the end before it gets
 // there. Within a chunk the walk is upwards, since processors read ahead only that way.
 template <class Body>
-void for_chunks_downwards(int64_t n, int64_t bytes, const Body& body) {
+inline BATCHNORM_INLINE void for_chunks_downwards(int64_t n, int64_t bytes, const Body& body) {
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, bytes));
   for (int64_t end = n; end > 0; end -= chunk) {
     for (int64_t i = std::max<int64_t>(0, end - chunk); i < end; ++i) body(i);
@@ -260,17 +265,21 @@ void spread(const Shape& shape, const Strip& strip, const Coefficients* channels
 // each(first element, length, weights, coefficients) for stretches of consecutive elements that
 // cover the range, downwards.
 template <class F, class T, class Each>
-void for_stretches(const Problem& problem, const Range& range, const Coefficients* channels,
-                   const Each& each) {
+inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& range,
+                                           const Coefficients* channels, const Each& each) {
   if (!by_rows(problem.shape)) {
-    const int64_t width = range.channel1 - range.channel0;
-    const int64_t runs = (range.outer1 - range.outer0) * width;
-    const int64_t bytes = (range.inner1 - range.inner0) * static_cast<int64_t>(sizeof(T));
-    for_chunks_downwards(runs, bytes, [&](int64_t i) {
-      const Run<T> run =
-          run_at<T>(problem, range, range.outer0 + i / width, range.channel0 + i % width);
-      each(run.first, run.length, Weights<Weight<T>>(run.weights),
-           spread<F>(channels[run.channel]));
+    const Runs<T> runs = runs_of<T>(problem, range, range.channel0);
+    const int64_t inner = problem.shape.inner;
+    const int64_t weights_step = problem.weight_channels == 1 ? 0 : inner;
+    const int64_t bytes =
+        (range.channel1 - range.channel0) * inner * static_cast<int64_t>(sizeof(T));
+    for_chunks_downwards(runs.number, bytes, [&](int64_t i) BATCHNORM_INLINE {
+      int64_t first = runs.first + i * runs.stride;
+      Weights<Weight<T>> weights(runs.weights ? runs.weights + i * runs.weights_stride : nullptr);
+      for (int64_t c = range.channel0; c < range.channel1; ++c, first += inner) {
+        each(first, runs.length, weights, spread<F>(channels[c]));
+        if (weights) weights = weights.further(weights_step);
+      }
     });
     return;
   }
@@ -303,47 +312,48 @@ struct Chains {
   }
 };
 
-// Elements [start, end) of a run; body(i, count, first, second) adds the pack at i.
+// A run of `length` elements; body(i, count, first, second) adds the pack at i.
 template <class F, class Body>
-inline BATCHNORM_INLINE void add_run(int64_t start, int64_t end, Chains<F>& sums,
-                                     const Body& body) {
+inline BATCHNORM_INLINE void add_run(int64_t length, Chains<F>& sums, const Body& body) {
   constexpr int kNumber = Chains<F>::kNumber;
-  int64_t i = start;
-  for (; i + kNumber * kLanes<F> <= end; i += kNumber * kLanes<F>) {
-    for (int k = 0; k < kNumber; ++k) {
-      body(i + k * kLanes<F>, kLanes<F>, sums.first[k], sums.second[k]);
-    }
+  const auto add = [&](int64_t i, int n, int k)
+                       BATCHNORM_INLINE { body(i, n, sums.first[k], sums.second[k]); };
+  int64_t i = 0;
+  for (; i + kNumber * kLanes<F> <= length; i += kNumber * kLanes<F>) {
+    for (int k = 0; k < kNumber; ++k) add(i + k * kLanes<F>, kLanes<F>, k);
   }
-  if (i + 2 * kLanes<F> <= end) {
-    body(i, kLanes<F>, sums.first[0], sums.second[0]);
-    body(i + kLanes<F>, kLanes<F>, sums.first[1], sums.second[1]);
+  if (i + 2 * kLanes<F> <= length) {
+    add(i, kLanes<F>, 0);
+    add(i + kLanes<F>, kLanes<F>, 1);
     i += 2 * kLanes<F>;
   }
-  if (i + kLanes<F> <= end) {
-    body(i, kLanes<F>, sums.first[2], sums.second[2]);
+  if (i + kLanes<F> <= length) {
+    add(i, kLanes<F>, 2);
     i += kLanes<F>;
   }
-  if (i < end) body(i, static_cast<int>(end - i), sums.first[3], sums.second[3]);
+  if (i < length) add(i, static_cast<int>(length - i), 3);
 }
 
-// The runs of a channel in blocks of about `limit` elements, and 4 times as many from block to
-// block up to kBlockElements: add(run, start, end), and finish(elements) at the end of each block.
+// The runs of a channel in blocks of about `limit` elements, and 16 times as many from block to
+// block up to kBlockElements: add(first element, length, weights) for each stretch of one, and
+// finish(elements) at its end.
 template <class F, class T, class Add, class Finish>
-inline BATCHNORM_INLINE void for_blocks_of_channel(const Problem& problem, const Range& range,
-                                                   int64_t channel, int64_t limit, const Add& add,
-                                                   const Finish& finish) {
-  int64_t elements = 0;
-  for (int64_t outer = range.outer0; outer < range.outer1; ++outer) {
-    const Run<T> run = run_at<T>(problem, range, outer, channel);
-    for (int64_t start = 0, end; start < run.length; start = end) {
-      end = std::min(run.length, start + limit);
-      add(run, start, end);
+inline BATCHNORM_INLINE void for_blocks_of_channel(const Runs<T>& runs, int64_t limit,
+                                                   const Add& add, const Finish& finish) {
+  int64_t elements = 0, first = runs.first;
+  const Weight<T>* weights = runs.weights;
+  for (int64_t run = 0; run < runs.number; ++run) {
+    for (int64_t start = 0, end; start < runs.length; start = end) {
+      end = std::min(runs.length, start + limit);
+      add(first + start, end - start, weights ? weights + start : nullptr);
       elements += end - start;
       if (elements < limit) continue;
       finish(elements);
       elements = 0;
-      limit = std::min<int64_t>(4 * limit, kBlockElements<F>);
+      limit = std::min<int64_t>(16 * limit, kBlockElements<F>);
     }
+    first += runs.stride;
+    if (weights) weights += runs.weights_stride;
   }
   finish(elements);
 }

@@ -340,6 +340,17 @@ def test_levels_are_accurate(level, reach, layout):
         np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.parametrize("far", [1, 16, 64, 256, 1024])
+@pytest.mark.parametrize(("images", "pixels"), [(32, 49), (8, 3136), (25_000, 1)])
+def test_levels_bear_a_start_far_off(level, images, pixels, far):
+    """The first elements are those from which sums of squares begin to be taken."""
+    x = np.random.default_rng(0).standard_normal((images * pixels, 3)).astype(np.float32)
+    x[:far] += 1e4
+    wanted = truth.batch_norm(x).var
+    x = x.reshape(images, pixels, 3).swapaxes(1, 2).copy()
+    np.testing.assert_allclose(bn.batch_norm(x, axis=1)[1].var, wanted, rtol=4e-6)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])
 def test_levels_round_to_nearest(level, dtype):
     """The bits of a float32 come as a bias: of all kinds, and a NaN with every bit set."""
