@@ -330,8 +330,11 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
   Spreads<PerLane, F> of;
   WeightBuffer<Weight<T>> buffer;
   alignas(64) F first[kStripLanes], second[kStripLanes];
+  alignas(64) double g[kStripLanes], g_xhat[kStripLanes];
   for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
     spread(problem.shape, strip, channels, of);
+    std::fill_n(g, strip.lanes, 0.0);
+    std::fill_n(g_xhat, strip.lanes, 0.0);
     const int64_t stride = strip.stride;
     for (int64_t start = 0; start < strip.rows; start += kBlock) {
       const int64_t end = std::min(strip.rows, start + kBlock);
@@ -343,12 +346,12 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
                                              weights.first);
         add_rows<F>(strip.lanes, 0, row1 - row0, first, second,
                     [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                      Pack<F> t, g;
+                      Pack<F> t, gradient;
                       if (fetching) fetch(inputs.x + row * stride + i + ahead);
                       if (fetching) fetch(inputs.dy + row * stride + i + ahead);
-                      inputs.row(row * stride, row * weights.stride).get(i, n, of, t, g);
-                      a += g;
-                      b += g * (t * of.rstd.at(i));
+                      inputs.row(row * stride, row * weights.stride).get(i, n, of, t, gradient);
+                      a += gradient;
+                      b += gradient * (t * of.rstd.at(i));
                     });
       };
       if (problem.weights) {
@@ -359,11 +362,13 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
       } else {
         add(start, end, RowsOfWeights<Weight<T>>{nullptr, 0});
       }
-      for_lanes(problem.shape, strip, [&](int lane, int64_t channel) {
-        sums[channel].g += first[lane];
-        sums[channel].g_xhat += second[lane];
-      });
+      for (int i = 0; i < strip.lanes; ++i) {
+        g[i] += first[i];
+        g_xhat[i] += second[i];
+      }
     }
+    for_lanes(problem.shape, strip,
+              [&](int lane, int64_t channel) { sums[channel].merge({g[lane], g_xhat[lane]}); });
   });
 }
 

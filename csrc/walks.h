@@ -46,32 +46,28 @@ struct Strip {
   int lanes;
 };
 
+// body(strip) for strips that cover the range, with rows folded to about `lanes`: first those at
+// the end that do not fill a folded one.
 template <class Body>
-inline BATCHNORM_INLINE void for_strips_of(const Shape& shape, int64_t outer0, int64_t outer1,
-                                           int64_t column0, int64_t columns, int64_t fold,
-                                           const Body& body) {
+inline BATCHNORM_INLINE void for_strips(const Shape& shape, const Range& range, int64_t lanes,
+                                        const Body& body) {
+  struct Rows {
+    int64_t begin, end, fold;
+  };
   const int64_t row = shape.channels * shape.inner;
-  const int64_t rows = (outer1 - outer0) / fold;
-  if (rows == 0) return;
-  for (int64_t column = column0; column < column0 + columns; column += kStripLanes) {
-    const int lanes = static_cast<int>(std::min<int64_t>(kStripLanes, column0 + columns - column));
-    body(Strip{outer0 * row + column, rows, fold * row, column, outer0, fold, lanes});
-  }
-}
-
-// body(strip) for strips that cover the range, with rows folded to about `lanes`.
-template <class Body>
-void for_strips(const Shape& shape, const Range& range, int64_t lanes, const Body& body) {
-  const int64_t row = shape.channels * shape.inner;
-  const int64_t column0 = range.channel0 * shape.inner;
   const int64_t columns = (range.channel1 - range.channel0) * shape.inner;
-  if (columns < row || row > lanes / 2) {
-    return for_strips_of(shape, range.outer0, range.outer1, column0, columns, 1, body);
-  }
-  const int64_t fold = lanes / row;
+  const int64_t fold = columns == row ? std::max<int64_t>(1, lanes / row) : 1;
   const int64_t folded = range.outer0 + (range.outer1 - range.outer0) / fold * fold;
-  for_strips_of(shape, folded, range.outer1, 0, row, 1, body);
-  for_strips_of(shape, range.outer0, folded, 0, fold * row, fold, body);
+  for (const Rows& rows : {Rows{folded, range.outer1, 1}, Rows{range.outer0, folded, fold}}) {
+    if (rows.begin == rows.end) continue;
+    const int64_t column0 = range.channel0 * shape.inner;
+    const int64_t column1 = column0 + rows.fold * columns;
+    for (int64_t column = column0; column < column1; column += kStripLanes) {
+      body(Strip{rows.begin * row + column, (rows.end - rows.begin) / rows.fold, rows.fold * row,
+                 column, rows.begin, rows.fold,
+                 static_cast<int>(std::min<int64_t>(kStripLanes, column1 - column))});
+    }
+  }
 }
 
 // Of one channel: `number` runs of `length` elements, `stride` apart, and their weights or null.
@@ -285,12 +281,13 @@ inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& 
   }
   Spreads<PerLane, F> lanes;
   WeightBuffer<Weight<T>> buffer;
-  for_strips(problem.shape, range, kFolded, [&](const Strip& strip) {
+  for_strips(problem.shape, range, kFolded, [&](const Strip& strip) BATCHNORM_INLINE {
     spread(problem.shape, strip, channels, lanes);
     const int64_t bytes = strip.stride * static_cast<int64_t>(sizeof(T));
-    for_chunks_downwards(strip.rows, bytes, [&](int64_t row) {
-      each(strip.first + row * strip.stride, strip.lanes,
-           weights_of_rows(problem, strip, row, row + 1, buffer).first, lanes);
+    for_chunks_downwards(strip.rows, bytes, [&](int64_t row) BATCHNORM_INLINE {
+      Weights<Weight<T>> weights(nullptr);
+      if (problem.weights) weights = weights_of_rows(problem, strip, row, row + 1, buffer).first;
+      each(strip.first + row * strip.stride, strip.lanes, weights, lanes);
     });
   });
 }
