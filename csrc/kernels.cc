@@ -73,7 +73,7 @@ void moments_by_runs(const Problem& problem, const Range& range, Moments* channe
         });
       }
     };
-    const auto finish = [&](int64_t elements) {
+    const auto finish = [&](int64_t elements) BATCHNORM_INLINE {
       const double weight = weighted ? horizontal_sum<F>(weights) : static_cast<double>(elements);
       const Moments found = about(pivot[0], weight, sums.sum_of_first(), sums.sum_of_second());
       channels[c].merge(found);
@@ -309,7 +309,7 @@ void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coe
         b += g * (t * of.rstd.at(i));
       });
     };
-    const auto finish = [&](int64_t) {
+    const auto finish = [&](int64_t) BATCHNORM_INLINE {
       sums[c].g += chains.sum_of_first();
       sums[c].g_xhat += chains.sum_of_second();
       chains = Chains<F>();

@@ -107,8 +107,12 @@ inline Vector<float, N> load_floats(const Bfloat* from) {
   // A compiler may widen in several steps where there is an instruction that does it in one.
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
-    const __m512i wide = _mm512_cvtepu16_epi32(load_bytes<__m256i>(from));
-    return as<Vector<float, N>>(_mm512_slli_epi32(wide, 16));
+    const __m512i bits = _mm512_zextsi256_si512(load_bytes<__m256i>(from));
+    constexpr Vector<uint16_t, 32> kHalf = {0,  0,  1,  1,  2,  2,  3,  3,  4,  4,  5,
+                                            5,  6,  6,  7,  7,  8,  8,  9,  9,  10, 10,
+                                            11, 11, 12, 12, 13, 13, 14, 14, 15, 15};
+    const auto wide = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, as<__m512i>(kHalf), bits);
+    return as<Vector<float, N>>(wide);
   }
 #endif
 #if defined(__AVX2__)
@@ -154,18 +158,23 @@ inline void store(Bfloat* to, Pack<float> v) {
   using U = Vector<uint32_t, kLanes<float>>;
   const U u = as<U>(v);
   // To nearest, ties to even. A NaN stays one by its upper half, as those of arithmetic are quiet.
-  const U up = (0x7fffu + ((u >> 16) & 1u)) & U(v == v);
-  const Bits<float> rounded = as<Bits<float>>(u + up) >> 16;
+  const U rounded = u + ((0x7fffu + ((u >> 16) & 1u)) & U(v == v));
 #if defined(__AVX512F__)
-  const auto bits = _mm512_cvtepi32_epi16(as<__m512i>(rounded));
-#elif defined(__AVX2__)
-  const __m256i pairs = _mm256_packs_epi32(as<__m256i>(rounded), as<__m256i>(rounded));
+  // One instruction for a shift and a narrowing one.
+  constexpr Vector<uint16_t, 32> kOdd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const auto words = _mm512_permutexvar_epi16(as<__m512i>(kOdd), as<__m512i>(rounded));
+  const auto bits = _mm512_castsi512_si256(words);
+#else
+  const Bits<float> upper = as<Bits<float>>(rounded) >> 16;
+#if defined(__AVX2__)
+  const __m256i pairs = _mm256_packs_epi32(as<__m256i>(upper), as<__m256i>(upper));
   const auto bits = _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
 #elif defined(__SSE2__)
   const auto bits =
-      as<Vector<int64_t, 2>>(_mm_packs_epi32(as<__m128i>(rounded), as<__m128i>(rounded)))[0];
+      as<Vector<int64_t, 2>>(_mm_packs_epi32(as<__m128i>(upper), as<__m128i>(upper)))[0];
 #else
-  const auto bits = __builtin_convertvector(rounded, Vector<int16_t, kLanes<float>>);
+  const auto bits = __builtin_convertvector(upper, Vector<int16_t, kLanes<float>>);
+#endif
 #endif
   std::memcpy(to, &bits, sizeof bits);
 }
