@@ -60,6 +60,7 @@ class Values {
     }
   }
   double& operator[](int64_t c) { return values_[c]; }
+  int64_t size() const { return static_cast<int64_t>(values_.size()); }
   double* data() { return values_.empty() ? nullptr : values_.data(); }
 
  private:
@@ -119,24 +120,47 @@ class Inputs {
   Values scale_, bias_;
 };
 
+// Statistics as results.
+struct Statistics {
+  explicit Statistics(int64_t channels) : count(channels), mean(channels), var(channels) {}
+  Values count, mean, var;
+
+  void store(Dtype dtype, Result to_count, Result pivot, Result unit, Result offset,
+             Result to_var) {
+    const int64_t channels = mean.size();
+    Values pivots(channels), units(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double std = std::sqrt(var[c]);
+      units[c] = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
+      pivots[c] = dtype == Dtype::float64 ? mean[c] : static_cast<float>(mean[c]);
+      mean[c] = (mean[c] - pivots[c]) / units[c];
+      var[c] /= units[c] * units[c];
+    }
+    count.store(to_count);
+    pivots.store(pivot);
+    units.store(unit);
+    mean.store(offset);
+    var.store(to_var);
+  }
+};
+
 ffi::Error xla_statistics(Attributes attributes, ffi::RemainingArgs operands, Result count,
                           Result pivot, Result unit, Result offset, Result var) {
   const Inputs inputs(attributes, operands);
-  const int64_t channels = attributes.channels;
-  Values counts(channels), means(channels), vars(channels), pivots(channels), units(channels);
-  statistics(inputs.problem, counts.data(), means.data(), vars.data());
-  for (int64_t c = 0; c < channels; ++c) {
-    const double std = std::sqrt(vars[c]);
-    units[c] = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
-    pivots[c] = inputs.problem.dtype == Dtype::float64 ? means[c] : static_cast<float>(means[c]);
-    means[c] = (means[c] - pivots[c]) / units[c];
-    vars[c] /= units[c] * units[c];
-  }
-  counts.store(count);
-  pivots.store(pivot);
-  units.store(unit);
-  means.store(offset);
-  vars.store(var);
+  Statistics found(attributes.channels);
+  statistics(inputs.problem, found.count.data(), found.mean.data(), found.var.data());
+  found.store(inputs.problem.dtype, count, pivot, unit, offset, var);
+  return ffi::Error::Success();
+}
+
+// -> the statistics, y
+ffi::Error xla_batch_norm(Attributes attributes, ffi::RemainingArgs operands, Result count,
+                          Result pivot, Result unit, Result offset, Result var, Result y) {
+  const Inputs inputs(attributes, operands);
+  Statistics found(attributes.channels);
+  batch_norm(inputs.problem, found.count.data(), found.mean.data(), found.var.data(),
+             y->untyped_data());
+  found.store(inputs.problem.dtype, count, pivot, unit, offset, var);
   return ffi::Error::Success();
 }
 
@@ -187,6 +211,9 @@ auto bind() { return ffi::Ffi::Bind().Attrs<Attributes>().RemainingArgs(); }
 XLA_FFI_DEFINE_HANDLER(
     statistics_handler, xla_statistics,
     bind().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER(
+    batch_norm_handler, xla_batch_norm,
+    bind().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER(normalize_handler, xla_normalize, bind().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER(gradient_sums_handler, xla_gradient_sums,
                        bind().Ret<Buffer>().Ret<Buffer>());
@@ -202,9 +229,13 @@ XlaHandler named(const char* name, XLA_FFI_Handler* handler) {
 }  // namespace
 
 const XlaHandler xla_handlers[] = {
-    named("statistics", statistics_handler),       named("normalize", normalize_handler),
-    named("gradient_sums", gradient_sums_handler), named("input_gradient", input_gradient_handler),
-    named("gradients", gradients_handler),         {nullptr, nullptr},
+    named("statistics", statistics_handler),
+    named("normalize", normalize_handler),
+    named("batch_norm", batch_norm_handler),
+    named("gradient_sums", gradient_sums_handler),
+    named("input_gradient", input_gradient_handler),
+    named("gradients", gradients_handler),
+    {nullptr, nullptr},
 };
 
 }  // namespace batchnorm

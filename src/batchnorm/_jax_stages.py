@@ -1,9 +1,10 @@
 """The stages of batch normalization as JAX primitives, native on the CPU.
 
-Two of them go forward and six are linear, in three pairs of transposes:
+Three of them go forward and six are linear, in three pairs of transposes:
 
     statistics      x             ->  count, mean, var
     normalize       x             ->  y = act(z),  z = x̂·scale + bias + residual
+    batch_norm      x             ->  count, mean, var,  y:  both, where there are no weights
     tangent_sums    ẋ, ṙ          ->  p = act′·(slope·ẋ + ṙ),  −slope/m·Σ w·ẋ,  −slope/m·Σ w·ẋ·x̂
     output_tangent  p, s₀, s₁     ->  ẏ = p + act′·(s₀ + s₁·x̂)
     gradient_sums   dy            ->  Σ g,  Σ g·x̂,  g = act′·dy
@@ -16,10 +17,10 @@ tangent_sums, a sum over the devices, and output_tangent; bias and scale have a 
 Transposed, in reverse order, these are gradient_sums, a sum over the devices, and input_gradient:
 the two passes over memory that reverse mode needs, with the sum put between them by JAX itself.
 What p carries from the one to the other is in reverse mode dy, which costs nothing. On one device
-nothing comes between them, and the last pair does both at once.
+nothing comes between two stages, and batch_norm and the last pair do both at once.
 
 A primitive is defined by a function in jnp: that is what runs on other platforms, and what JAX
-differentiates for the derivatives of second and higher order. On the CPU the two forward ones and
+differentiates for the derivatives of second and higher order. On the CPU the forward ones and
 those of reverse mode are lowered to the handlers in csrc/xla.cc.
 """
 
@@ -64,7 +65,7 @@ class Inputs(NamedTuple):
     residual: Array | None = None
     scale: Array | None = None
     bias: Array | None = None
-    moments: Any = None  # Moments, but for `statistics`
+    moments: Any = None  # Moments, but for `statistics` and `batch_norm`
 
 
 def wide(dtype: Any) -> Any:
@@ -138,6 +139,11 @@ def _normalize(problem: Problem, inputs: Inputs) -> Sequence[Array]:
     standard = _standard(problem, inputs)
     y = definition._activate(standard.z, problem.activation)
     return [y if standard.valid is None else jnp.where(standard.valid, y, math.nan)]
+
+
+def _batch_norm(problem: Problem, inputs: Inputs) -> Sequence[Array]:
+    moments = Moments(*_statistics(problem, inputs))
+    return [*moments, *_normalize(problem, inputs._replace(moments=moments))]
 
 
 def _tangent_sums(
@@ -402,6 +408,7 @@ def _targets() -> dict[str, str]:
 
 statistics = _Stage("statistics", _statistics, "fffff", native=True)
 normalize = _Stage("normalize", _normalize, "x", native=True)
+batch_norm = _Stage("batch_norm", _batch_norm, "fffffx", native=True)
 tangent_sums = _Stage("tangent_sums", _tangent_sums, "xff")
 output_tangent = _Stage("output_tangent", _output_tangent, "x")
 gradient_sums = _Stage("gradient_sums", _gradient_sums, "ff", native=True)
@@ -410,28 +417,24 @@ tangent = _Stage("tangent", _tangent, "x")
 gradients = _Stage("gradients", _gradients, "ffxr", native=True)
 
 
-# ---- the derivative of statistics, and the transposes
+# ---- the derivatives of what has statistics as results
 
 
-def _statistics_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
-) -> tuple[list[Array], list[Any]]:
-    """Of count, offset and var, in the coordinate that the result has."""
-    (inputs, _), (dots, _) = tree.unflatten(primals), tree.unflatten(tangents)
-    results = statistics(problem, inputs)
-    moments = Moments(*results)
-    inputs = inputs._replace(moments=moments)
-    tangents = [ad.Zero(jax.typeof(each).to_tangent_aval()) for each in results]
+def _tangents_of_moments(problem: Problem, inputs: Inputs, dots: Inputs) -> list[Any]:
+    """Those of count, offset and var, in the coordinate of the inputs' moments."""
+    moments = inputs.moments
+    tangents: list[Any] = [ad.Zero(jax.typeof(each).to_tangent_aval()) for each in moments]
     if type(dots.x) is not ad.Zero:
+        of_x = Inputs(inputs.x, inputs.weights, moments=moments)
         plain = problem._replace(activation=None)
-        _, mean_sum, x_hat_sum = tangent_sums(plain, inputs, dots.x, None)
+        _, mean_sum, x_hat_sum = tangent_sums(plain, of_x, dots.x, None)
         spread = moments.var + (math.sqrt(problem.eps) / moments.unit) ** 2
         tangents[3:] = [-jnp.sqrt(spread) * mean_sum, -2 * spread * x_hat_sum]
     if inputs.weights is not None and type(dots.weights) is not ad.Zero:
         of_weights = _statistics_by_weights(problem, inputs, inputs.weights, dots.weights)
         for index, tangent in zip((0, 3, 4), of_weights, strict=True):
             tangents[index] = ad.add_tangents(tangents[index], tangent)
-    return results, tangents
+    return tangents
 
 
 def _statistics_by_weights(
@@ -447,7 +450,55 @@ def _statistics_by_weights(
     return _sums(problem, dot, share * centered, share * (centered * centered - var))
 
 
+def tangent_of_output(
+    problem: Problem,
+    inputs: Inputs,
+    x_dot: Array | None,
+    residual_dot: Array | None,
+    slope: Array | None,
+    shift: Array | None,
+) -> Array:
+    """That of y = `batch_norm` on one device, by anything but the weights; None stands for zeros.
+
+    slope and shift are the tangents of scale and bias.
+    """
+    slope, shift = (_or_zeros(each, inputs.moments.var) for each in (slope, shift))
+    if x_dot is None and residual_dot is None:
+        return output_tangent(problem, inputs, None, shift, slope)[0]
+    x_dot = _or_zeros(x_dot, inputs.x)
+    return tangent(problem, inputs, x_dot, residual_dot, shift, slope)[0]
+
+
+def _statistics_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+) -> tuple[list[Array], list[Any]]:
+    (inputs, _), (dots, _) = tree.unflatten(primals), tree.unflatten(tangents)
+    results = statistics(problem, inputs)
+    inputs = inputs._replace(moments=Moments(*results))
+    return results, _tangents_of_moments(problem, inputs, dots)
+
+
+def _batch_norm_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+) -> tuple[list[Array], list[Any]]:
+    (inputs, _), (dots, _) = tree.unflatten(primals), tree.unflatten(tangents)
+    results = batch_norm(problem, inputs)
+    inputs = inputs._replace(moments=Moments(*results[:5]))
+    of_moments = _tangents_of_moments(problem, inputs, dots)
+    x_dot, _, residual_dot, slope, shift, _ = (
+        None if type(each) is ad.Zero else each for each in dots
+    )
+    return results, [
+        *of_moments,
+        tangent_of_output(problem, inputs, x_dot, residual_dot, slope, shift),
+    ]
+
+
 ad.primitive_jvps[statistics.primitive] = _statistics_jvp
+ad.primitive_jvps[batch_norm.primitive] = _batch_norm_jvp
+
+
+# ---- the transposes
 
 
 def _linear_in(stage: _Stage, transpose: Callable[..., Sequence[Array]]) -> None:

@@ -270,6 +270,9 @@ def update_running(
 def _batch_norm(
     problem: Problem, devices: "_Devices", inputs: Inputs
 ) -> tuple[jax.Array, Statistics]:
+    if devices.axis_name is None and inputs.weights is None:
+        *found, y = stages.batch_norm(problem, inputs)
+        return y, _statistics(Moments(*found))
     moments = _moments(problem, devices, inputs)
     return _normalized(problem, devices, inputs, moments), _statistics(moments)
 
@@ -331,20 +334,17 @@ def _normalized_jvp(
     x_dot, _, residual_dot, slope, shift, _ = (
         None if _is_zero(each) else each for each in tangents[0]
     )
-    zero = jnp.zeros_like(moments.var)
-    shift, slope = (zero if each is None else each for each in (shift, slope))
-    if x_dot is None and residual_dot is None:
-        (y_dot,) = stages.output_tangent(problem, inputs, None, shift, slope)
+    if devices.axis_name is None or (x_dot is None and residual_dot is None):
+        y_dot = stages.tangent_of_output(problem, inputs, x_dot, residual_dot, slope, shift)
     else:
         x_dot = jnp.zeros_like(inputs.x) if x_dot is None else x_dot
-        if devices.axis_name is None:
-            (y_dot,) = stages.tangent(problem, inputs, x_dot, residual_dot, shift, slope)
-        else:
-            partial, *own_sums = stages.tangent_sums(problem, inputs, x_dot, residual_dot)
-            sums = devices.sum(*own_sums, like=inputs.x)
-            (y_dot,) = stages.output_tangent(
-                problem, inputs, partial, shift + sums[0], slope + sums[1]
-            )
+        partial, *own_sums = stages.tangent_sums(problem, inputs, x_dot, residual_dot)
+        sums = devices.sum(*own_sums, like=inputs.x)
+        shift, slope = (
+            total if dot is None else dot + total
+            for dot, total in zip((shift, slope), sums, strict=True)
+        )
+        (y_dot,) = stages.output_tangent(problem, inputs, partial, shift, slope)
     return stages.normalize(problem, inputs)[0], y_dot
 
 

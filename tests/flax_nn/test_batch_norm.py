@@ -145,7 +145,7 @@ def test_by_shape_and_under_jit():
     y, new_state = step(params, state, X)
     close(y, (X - X.mean((0, 1))) / np.sqrt(X.var((0, 1)) + 1e-5))
     close(new_state["/"]["mean"], 0.01 * X.mean((0, 1)))
-    assert "batchnorm_normalize" in step.lower(params, state, X).as_text()
+    assert "batchnorm_batch_norm" in step.lower(params, state, X).as_text()
 
 
 def test_output_dtype():
