@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import CONVENTIONS
-from . import _stages
+from . import _autograd, _stages
 from .functions import check_parameter, checked, values_of
 
 
@@ -63,10 +63,10 @@ def batch_norm(
         running = running_mean, running_var
     if not training:
         checks.torch_running(running is not None)
-        return _stages.batch_norm(problem, inputs, running)[0]
+        return _autograd.batch_norm(problem, inputs, running)[0]
     rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
     checks.torch_values(values_of(problem, inputs), input.shape)
-    y, statistics = _stages.batch_norm(problem, inputs)
+    y, statistics = _autograd.batch_norm(problem, inputs)
     if running is not None:
         _stages.move_running(problem, running, None, statistics, rate)
     return y

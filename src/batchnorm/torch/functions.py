@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .. import checks, definition
 from ..definition import Statistics
+from ._autograd import batch_norm as _batch_norm
+from ._autograd import batch_statistics as _batch_statistics
 from ._stages import Inputs, Problem, is_watched, wide
-from ._stages import batch_norm as _batch_norm
-from ._stages import batch_statistics as _batch_statistics
 from ._sync import Group, Sync, group_of
 
 Axis = int | Sequence[int]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import CONVENTIONS
-from . import _stages
+from . import _autograd, _stages
 from ._stages import Inputs, Problem
 from ._sync import Group, Sync, group_of
 from .functions import residual_like, weights_of
@@ -109,15 +109,15 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         is_empty = input.numel() == 0 and problem.sync is None
         moves = moves and not is_empty and not _is_in_backward_pass()
         if by_running:
-            y = _stages.batch_norm(problem, inputs, running)[0]
+            y = _autograd.batch_norm(problem, inputs, running)[0]
             if moves:
                 with torch.no_grad():
-                    statistics = _stages.batch_statistics(problem, inputs)
+                    statistics = _autograd.batch_statistics(problem, inputs)
                 self._move_running(problem, inputs, running, statistics)
             return y
         if problem.sync is None:
             checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
-        y, statistics = _stages.batch_norm(problem, inputs)
+        y, statistics = _autograd.batch_norm(problem, inputs)
         if moves:
             self._move_running(problem, inputs, running, statistics)
         return y
