@@ -2,11 +2,12 @@
 // How memory is gone through is in walks.h.
 //
 // Sums are exact enough for any input, at the speed of float: they are taken of x - pivot, where
-// the pivot of a block of at most kBlock elements a lane is the mean of the block before it, and
+// the pivot of a block of about kBlock elements a lane is the mean of the block before it, and
 // blocks are merged in double. Were the pivot p far from the mean m of its block, rounding would
-// cost eps * n * (p - m)^2; but p being the mean of a neighbour, of no fewer than n/16 elements,
-// the total sum of squares is at least n/17 * (p - m)^2: the relative error stays of the order of
-// 17 eps where those elements are far from all others, and of eps where they are not.
+// cost eps * n * (p - m)^2; but p being the mean of a neighbour, of no fewer than n/32 elements,
+// the total sum of squares is at least n/33 * (p - m)^2: the relative error stays of the order of
+// 33 eps where those elements are far from all others, and of eps where they are not. (Weights may
+// leave one element of a block that counts: then of n eps, n the elements of the next.)
 #include "kernels.h"
 
 #include <algorithm>
@@ -81,7 +82,7 @@ void moments_by_runs(const Problem& problem, const Range& range, Moments* channe
       weights = Pack<F>{};
       sums = Chains<F>();
     };
-    for_blocks_of_channel<F>(all_runs, kLanes<F>, add, finish);
+    for_blocks_of_channel<F>(all_runs, kLanes<F>, weighted ? 4 : 16, add, finish);
   }
 }
 
@@ -272,7 +273,7 @@ struct GradientInputs {
   // t = x - center and g = dy * act'(z) of the pack at i; both 0 where an element takes no part.
   template <class Of>
   BATCHNORM_INLINE void get(int64_t i, int n, const Of& of, Pack<F>& t, Pack<F>& g) const {
-    const Pack<F> value = load<F>(x + i, n);
+    const Pack<F> value = load<F>(x + i, n, of.center.at(i));
     t = value - of.center.at(i);
     g = load<F>(dy + i, n);
     if constexpr (A != Activation::none) {
@@ -314,7 +315,7 @@ void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coe
       sums[c].g_xhat += chains.sum_of_second();
       chains = Chains<F>();
     };
-    for_blocks_of_channel<F>(runs_of<T>(problem, range, c), kBlockElements<F>, add, finish);
+    for_blocks_of_channel<F>(runs_of<T>(problem, range, c), kBlockElements<F>, 1, add, finish);
   }
 }
 

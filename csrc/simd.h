@@ -160,7 +160,7 @@ inline void store(Bfloat* to, Pack<float> v) {
   // To nearest, ties to even. A NaN stays one by its upper half, as those of arithmetic are quiet.
   const U rounded = u + ((0x7fffu + ((u >> 16) & 1u)) & U(v == v));
 #if defined(__AVX512F__)
-  // One instruction for a shift and a narrowing one.
+  // One instruction instead of a shift and a narrowing.
   constexpr Vector<uint16_t, 32> kOdd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   const auto words = _mm512_permutexvar_epi16(as<__m512i>(kOdd), as<__m512i>(rounded));
   const auto bits = _mm512_castsi512_si256(words);

@@ -259,21 +259,22 @@ void spread(const Shape& shape, const Strip& strip, const Coefficients* channels
 }
 
 // each(first element, length, weights, coefficients) for stretches of consecutive elements that
-// cover the range, downwards.
+// cover the range, its rows downwards.
 template <class F, class T, class Each>
 inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& range,
                                            const Coefficients* channels, const Each& each) {
   if (!by_rows(problem.shape)) {
-    const Runs<T> runs = runs_of<T>(problem, range, range.channel0);
-    const int64_t inner = problem.shape.inner;
+    const Runs<T> of_first = runs_of<T>(problem, range, range.channel0);
+    const int64_t inner = problem.shape.inner;  // from a run to that of the next channel
     const int64_t weights_step = problem.weight_channels == 1 ? 0 : inner;
     const int64_t bytes =
-        (range.channel1 - range.channel0) * inner * static_cast<int64_t>(sizeof(T));
-    for_chunks_downwards(runs.number, bytes, [&](int64_t i) BATCHNORM_INLINE {
-      int64_t first = runs.first + i * runs.stride;
-      Weights<Weight<T>> weights(runs.weights ? runs.weights + i * runs.weights_stride : nullptr);
+        (range.channel1 - range.channel0) * of_first.length * static_cast<int64_t>(sizeof(T));
+    for_chunks_downwards(of_first.number, bytes, [&](int64_t row) BATCHNORM_INLINE {
+      int64_t first = of_first.first + row * of_first.stride;
+      Weights<Weight<T>> weights(of_first.weights);
+      if (weights) weights = weights.further(row * of_first.weights_stride);
       for (int64_t c = range.channel0; c < range.channel1; ++c, first += inner) {
-        each(first, runs.length, weights, spread<F>(channels[c]));
+        each(first, of_first.length, weights, spread<F>(channels[c]));
         if (weights) weights = weights.further(weights_step);
       }
     });
@@ -331,26 +332,25 @@ inline BATCHNORM_INLINE void add_run(int64_t length, Chains<F>& sums, const Body
   if (i < length) add(i, static_cast<int>(length - i), 3);
 }
 
-// The runs of a channel in blocks of about `limit` elements, and 16 times as many from block to
-// block up to kBlockElements: add(first element, length, weights) for each stretch of one, and
-// finish(elements) at its end.
+// The runs of a channel in blocks of `limit` elements, or up to twice as many so that runs remain
+// whole, and `growth` times as many from block to block up to kBlockElements: add(first element,
+// length, weights) for each stretch of one, and finish(elements) at its end.
 template <class F, class T, class Add, class Finish>
 inline BATCHNORM_INLINE void for_blocks_of_channel(const Runs<T>& runs, int64_t limit,
-                                                   const Add& add, const Finish& finish) {
-  int64_t elements = 0, first = runs.first;
-  const Weight<T>* weights = runs.weights;
-  for (int64_t run = 0; run < runs.number; ++run) {
+                                                   int64_t growth, const Add& add,
+                                                   const Finish& finish) {
+  int64_t elements = 0, first = runs.first, weight = 0;
+  for (int64_t run = 0; run < runs.number;
+       ++run, first += runs.stride, weight += runs.weights_stride) {
     for (int64_t start = 0, end; start < runs.length; start = end) {
       end = std::min(runs.length, start + limit);
-      add(first + start, end - start, weights ? weights + start : nullptr);
+      add(first + start, end - start, runs.weights ? runs.weights + weight + start : nullptr);
       elements += end - start;
       if (elements < limit) continue;
       finish(elements);
       elements = 0;
-      limit = std::min<int64_t>(16 * limit, kBlockElements<F>);
+      limit = std::min<int64_t>(growth * limit, kBlockElements<F>);
     }
-    first += runs.stride;
-    if (weights) weights += runs.weights_stride;
   }
   finish(elements);
 }

@@ -60,7 +60,6 @@ class Values {
     }
   }
   double& operator[](int64_t c) { return values_[c]; }
-  int64_t size() const { return static_cast<int64_t>(values_.size()); }
   double* data() { return values_.empty() ? nullptr : values_.data(); }
 
  private:
@@ -120,27 +119,27 @@ class Inputs {
   Values scale_, bias_;
 };
 
-// Statistics as results.
+// What the kernels find, and store as results.
 struct Statistics {
   explicit Statistics(int64_t channels) : count(channels), mean(channels), var(channels) {}
   Values count, mean, var;
 
-  void store(Dtype dtype, Result to_count, Result pivot, Result unit, Result offset,
-             Result to_var) {
-    const int64_t channels = mean.size();
-    Values pivots(channels), units(channels);
+  void store(const Problem& problem, Result counts, Result pivots, Result units, Result offsets,
+             Result vars) {
+    const int64_t channels = problem.shape.channels;
+    Values pivot(channels), unit(channels), offset(channels), scaled_var(channels);
     for (int64_t c = 0; c < channels; ++c) {
       const double std = std::sqrt(var[c]);
-      units[c] = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
-      pivots[c] = dtype == Dtype::float64 ? mean[c] : static_cast<float>(mean[c]);
-      mean[c] = (mean[c] - pivots[c]) / units[c];
-      var[c] /= units[c] * units[c];
+      unit[c] = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
+      pivot[c] = problem.dtype == Dtype::float64 ? mean[c] : static_cast<float>(mean[c]);
+      offset[c] = (mean[c] - pivot[c]) / unit[c];
+      scaled_var[c] = var[c] / (unit[c] * unit[c]);
     }
-    count.store(to_count);
-    pivots.store(pivot);
-    units.store(unit);
-    mean.store(offset);
-    var.store(to_var);
+    count.store(counts);
+    pivot.store(pivots);
+    unit.store(units);
+    offset.store(offsets);
+    scaled_var.store(vars);
   }
 };
 
@@ -149,7 +148,7 @@ ffi::Error xla_statistics(Attributes attributes, ffi::RemainingArgs operands, Re
   const Inputs inputs(attributes, operands);
   Statistics found(attributes.channels);
   statistics(inputs.problem, found.count.data(), found.mean.data(), found.var.data());
-  found.store(inputs.problem.dtype, count, pivot, unit, offset, var);
+  found.store(inputs.problem, count, pivot, unit, offset, var);
   return ffi::Error::Success();
 }
 
@@ -160,7 +159,7 @@ ffi::Error xla_batch_norm(Attributes attributes, ffi::RemainingArgs operands, Re
   Statistics found(attributes.channels);
   batch_norm(inputs.problem, found.count.data(), found.mean.data(), found.var.data(),
              y->untyped_data());
-  found.store(inputs.problem.dtype, count, pivot, unit, offset, var);
+  found.store(inputs.problem, count, pivot, unit, offset, var);
   return ffi::Error::Success();
 }
 

@@ -56,6 +56,7 @@ def plain(x, scale, bias, residual, mask, axis, eps, activation):
 
 CASES = [
     Good("NHWC and relu", (2, 2, 2, 3), -1, activation="relu"),
+    Good("residual and silu", (5, 2, 3), 1, residual=True, activation="silu"),
     Good("all at once", (5, 2, 3), 1, mask="weights C", residual=True, activation="silu"),
     Good("features apart and a mask", (3, 2, 3, 2), (1, 3), mask="bool 1"),
 ]
@@ -158,7 +159,7 @@ def exact(case: Good, order: str):
 
 @pytest.mark.parametrize(
     ("order", "case"),
-    [("first", each) for each in CASES] + [("higher", each) for each in CASES[:2]],
+    [("first", each) for each in CASES] + [("higher", each) for each in CASES[:3]],
     ids=str,
 )
 def test_derivatives_are_exact(case: Good, order: str):
@@ -181,7 +182,7 @@ def test_derivatives_without_jit():
 
 def test_derivatives_are_those_of_finite_differences():
     with enable_x64(True):
-        losses = Losses(CASES[1])
+        losses = Losses(CASES[2])
         check_grads(jax.jit(losses.ours), (losses.arrays,), order=1, atol=1e-6, rtol=1e-6)
 
 
@@ -275,6 +276,16 @@ def test_exported_programs_need_no_batchnorm():
     exported = export.export(step, platforms=["cpu", "cuda"])(X)
     assert "batchnorm_" not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(X), step(X), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_mapped_as_x_is():
+    scales = jnp.stack([jnp.ones(4), jnp.arange(4.0)])
+    y, mean = jax.vmap(
+        lambda scale: (batch_norm(X, scale)[0], batch_norm(X, scale)[1].mean), out_axes=(0, None)
+    )(scales)
+    np.testing.assert_allclose(mean, X.mean((0, 1)), rtol=1e-5, atol=1e-6)
+    for one, scale in zip(y, scales, strict=True):
+        np.testing.assert_allclose(one, batch_norm(X, scale)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_native():

@@ -357,6 +357,36 @@ def in_one_of_two_processes(rank: str, port: str) -> None:
     jax.distributed.shutdown()
 
 
+def test_devices_on_their_own():
+    finish(start("in_devices_on_their_own"))
+
+
+def in_devices_on_their_own() -> None:
+    """Without axis_name; the statistics vary over the devices only if x does."""
+    random = np.random.default_rng(0)
+    mesh = Mesh(np.array(jax.devices()), "i")
+    x = random.normal(size=(8 * DEVICES, 6)).astype(np.float32)
+    scales = random.uniform(0.5, 2, (DEVICES, 6)).astype(np.float32)
+
+    def step(x, scale):
+        def loss(x, scale):
+            y, statistics = batch_norm(x, scale[0])
+            return (y**3).sum(), (y[None], statistics.mean)
+
+        return jax.grad(loss, argnums=1, has_aux=True)(x, scale)
+
+    own, sliced = P("i"), x.reshape(DEVICES, -1, 6)
+    for spec, batches in ((P(), [x] * DEVICES), (own, sliced)):
+        mapped = jax.shard_map(
+            step, mesh=mesh, in_specs=(spec, own), out_specs=(own, (own, spec)), check_vma=True
+        )
+        gradient, (y, mean) = mapped(x, scales)
+        for device, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
+            wanted = step(batch, scale[None])
+            close((gradient[device], y[device]), (wanted[0][0], wanted[1][0][0]))
+            close(mean.reshape(-1, 6)[0 if spec == P() else device], wanted[1][1])
+
+
 def test_two_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -342,13 +342,21 @@ def test_levels_are_accurate(level, reach, layout):
 
 @pytest.mark.parametrize("far", [1, 16, 64, 256, 1024])
 @pytest.mark.parametrize(("images", "pixels"), [(32, 49), (8, 3136), (25_000, 1)])
-def test_levels_bear_a_start_far_off(level, images, pixels, far):
+@pytest.mark.parametrize("masked", [False, True])
+def test_levels_bear_a_start_far_off(level, images, pixels, far, masked):
     """The first elements are those from which sums of squares begin to be taken."""
-    x = np.random.default_rng(0).standard_normal((images * pixels, 3)).astype(np.float32)
+    random = np.random.default_rng(0)
+    x = random.standard_normal((images * pixels, 3)).astype(np.float32)
     x[:far] += 1e4
-    wanted = truth.batch_norm(x).var
-    x = x.reshape(images, pixels, 3).swapaxes(1, 2).copy()
-    np.testing.assert_allclose(bn.batch_norm(x, axis=1)[1].var, wanted, rtol=4e-6)
+    mask = random.random((len(x), 1)) < 0.5 if masked else None
+    wanted = truth.batch_norm(x, mask=mask).var
+
+    def folded(rows):
+        return rows.reshape(images, pixels, -1).swapaxes(1, 2).copy()
+
+    mask = None if mask is None else folded(mask)
+    found = bn.batch_norm(folded(x), axis=1, mask=mask)[1].var
+    np.testing.assert_allclose(found, wanted, rtol=8e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16])

@@ -142,6 +142,7 @@ def _normalize(problem: Problem, inputs: Inputs) -> Sequence[Array]:
 
 
 def _batch_norm(problem: Problem, inputs: Inputs) -> Sequence[Array]:
+    assert inputs.weights is None, "its derivative does not know of them"
     moments = Moments(*_statistics(problem, inputs))
     return [*moments, *_normalize(problem, inputs._replace(moments=moments))]
 
@@ -366,6 +367,12 @@ def varying_alike(arrays: Sequence[Array]) -> Sequence[Array]:
     return [varying(*each) for each in zip(arrays, axes, strict=True)]
 
 
+def varies_as_x(inputs: Inputs) -> bool:
+    """Whether no array varies over an axis of shard_map over which x, and its moments, do not."""
+    own = _varying_axes(inputs.x)
+    return all(_varying_axes(each) <= own for each in jax.tree.leaves(inputs))
+
+
 def _varying_axes(array: Array) -> frozenset[Any]:
     aval = jax.typeof(array)
     # JAX 0.10 has gathered what it knows of manual axes in one attribute.
@@ -417,7 +424,7 @@ tangent = _Stage("tangent", _tangent, "x")
 gradients = _Stage("gradients", _gradients, "ffxr", native=True)
 
 
-# ---- the derivatives of what has statistics as results
+# ---- the rules of what has statistics as results
 
 
 def _tangents_of_moments(problem: Problem, inputs: Inputs, dots: Inputs) -> list[Any]:
@@ -450,23 +457,16 @@ def _statistics_by_weights(
     return _sums(problem, dot, share * centered, share * (centered * centered - var))
 
 
-def tangent_of_output(
-    problem: Problem,
-    inputs: Inputs,
-    x_dot: Array | None,
-    residual_dot: Array | None,
-    slope: Array | None,
-    shift: Array | None,
-) -> Array:
-    """That of y = `batch_norm` on one device, by anything but the weights; None stands for zeros.
+def tangent_of_output(problem: Problem, inputs: Inputs, dots: Inputs) -> Array:
+    """That of y, normalized by the batch's own moments, where no sum over devices is needed.
 
-    slope and shift are the tangents of scale and bias.
+    None stands for zeros; the tangent of the weights has no part in it.
     """
-    slope, shift = (_or_zeros(each, inputs.moments.var) for each in (slope, shift))
-    if x_dot is None and residual_dot is None:
+    shift, slope = (_or_zeros(each, inputs.moments.var) for each in (dots.bias, dots.scale))
+    if dots.x is None and dots.residual is None:
         return output_tangent(problem, inputs, None, shift, slope)[0]
-    x_dot = _or_zeros(x_dot, inputs.x)
-    return tangent(problem, inputs, x_dot, residual_dot, shift, slope)[0]
+    x_dot = _or_zeros(dots.x, inputs.x)
+    return tangent(problem, inputs, x_dot, dots.residual, shift, slope)[0]
 
 
 def _statistics_jvp(
@@ -485,17 +485,27 @@ def _batch_norm_jvp(
     results = batch_norm(problem, inputs)
     inputs = inputs._replace(moments=Moments(*results[:5]))
     of_moments = _tangents_of_moments(problem, inputs, dots)
-    x_dot, _, residual_dot, slope, shift, _ = (
-        None if type(each) is ad.Zero else each for each in dots
-    )
-    return results, [
-        *of_moments,
-        tangent_of_output(problem, inputs, x_dot, residual_dot, slope, shift),
-    ]
+    given = Inputs(*(None if type(each) is ad.Zero else each for each in dots))
+    return results, [*of_moments, tangent_of_output(problem, inputs, given)]
+
+
+def _batch_norm_batched(
+    operands: Sequence[Array], dims: Sequence[int | None], *, problem: Problem, tree: Any
+) -> tuple[list[Array], Sequence[int | None]]:
+    """Statistics are not batched where x is not."""
+    if dims[0] is not None:
+        return batch_norm.batched(operands, dims, problem=problem, tree=tree)
+    inputs, _ = tree.unflatten(operands)
+    moments = statistics(problem, Inputs(inputs.x))
+    flat, tree = jax.tree.flatten((inputs._replace(moments=Moments(*moments)), ()))
+    dims = [*dims, *[None] * len(moments)]
+    y, dim_of_y = normalize.batched(flat, dims, problem=problem, tree=tree)
+    return [*moments, *y], [*[None] * len(moments), *dim_of_y]
 
 
 ad.primitive_jvps[statistics.primitive] = _statistics_jvp
 ad.primitive_jvps[batch_norm.primitive] = _batch_norm_jvp
+batching.primitive_batchers[batch_norm.primitive] = _batch_norm_batched
 
 
 # ---- the transposes

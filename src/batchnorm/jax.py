@@ -270,7 +270,7 @@ def update_running(
 def _batch_norm(
     problem: Problem, devices: "_Devices", inputs: Inputs
 ) -> tuple[jax.Array, Statistics]:
-    if devices.axis_name is None and inputs.weights is None:
+    if devices.axis_name is None and inputs.weights is None and stages.varies_as_x(inputs):
         *found, y = stages.batch_norm(problem, inputs)
         return y, _statistics(Moments(*found))
     moments = _moments(problem, devices, inputs)
@@ -331,18 +331,16 @@ def _normalized_jvp(
 
     moments = primals[1]
     inputs = primals[0]._replace(moments=moments)
-    x_dot, _, residual_dot, slope, shift, _ = (
-        None if _is_zero(each) else each for each in tangents[0]
-    )
-    if devices.axis_name is None or (x_dot is None and residual_dot is None):
-        y_dot = stages.tangent_of_output(problem, inputs, x_dot, residual_dot, slope, shift)
+    dots = Inputs(*(None if _is_zero(each) else each for each in tangents[0]))
+    if devices.axis_name is None or (dots.x is None and dots.residual is None):
+        y_dot = stages.tangent_of_output(problem, inputs, dots)
     else:
-        x_dot = jnp.zeros_like(inputs.x) if x_dot is None else x_dot
-        partial, *own_sums = stages.tangent_sums(problem, inputs, x_dot, residual_dot)
+        x_dot = jnp.zeros_like(inputs.x) if dots.x is None else dots.x
+        partial, *own_sums = stages.tangent_sums(problem, inputs, x_dot, dots.residual)
         sums = devices.sum(*own_sums, like=inputs.x)
         shift, slope = (
             total if dot is None else dot + total
-            for dot, total in zip((shift, slope), sums, strict=True)
+            for dot, total in zip((dots.bias, dots.scale), sums, strict=True)
         )
         (y_dot,) = stages.output_tangent(problem, inputs, partial, shift, slope)
     return stages.normalize(problem, inputs)[0], y_dot
