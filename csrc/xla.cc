@@ -1,4 +1,4 @@
-// The handlers that XLA calls; src/batchnorm/_jax_stages.py lowers to them.
+// The handlers that XLA calls; src/batchnorm/_jax_primitives.py lowers to them.
 //
 // The first ten operands of every handler are x, weights, residual, scale, bias and the statistics
 // count, pivot, unit, offset, var; its own operands follow. What a call does without has no

@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 
 from . import _jax_stages as stages
 from . import checks, definition
-from ._jax_stages import Inputs, Problem
+from ._jax_primitives import Inputs, Problem, varies_as_x, varying_alike, wide
 from .definition import Moments, Statistics
 
 __all__ = ["Statistics", "batch_norm", "batch_statistics", "normalize", "update_running"]
@@ -256,7 +256,7 @@ def update_running(
     mean, var = jnp.asarray(mean), jnp.asarray(var)
     checks.statistics_shape("mean", mean.shape, statistics.mean.shape)
     checks.statistics_shape("var", var.shape, statistics.mean.shape)
-    dtype = stages.wide(statistics.mean.dtype)
+    dtype = wide(statistics.mean.dtype)
     new_mean, new_var = definition.update_running(
         mean.astype(dtype), var.astype(dtype), statistics, rate=rate, correction=correction
     )
@@ -270,7 +270,7 @@ def update_running(
 def _batch_norm(
     problem: Problem, devices: "_Devices", inputs: Inputs
 ) -> tuple[jax.Array, Statistics]:
-    if devices.axis_name is None and inputs.weights is None and stages.varies_as_x(inputs):
+    if devices.axis_name is None and inputs.weights is None and varies_as_x(inputs):
         *found, y = stages.batch_norm(problem, inputs)
         return y, _statistics(Moments(*found))
     moments = _moments(problem, devices, inputs)
@@ -383,7 +383,7 @@ class _Devices(NamedTuple):
                 gathered = jax.lax.all_gather(stacked, self.axis_name, axis_index_groups=groups)
                 total = gathered.sum(0)
         if like is not None:
-            total, _ = stages.varying_alike([total, like])
+            total, _ = varying_alike([total, like])
         return list(total)
 
     def pooled(self, moments: Moments, elements: int) -> Moments:
@@ -471,7 +471,7 @@ def _real(name: str, value: ArrayLike) -> jax.Array:
 def _parameter(name: str, value: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
     array = _real(name, value)
     checks.feature_shape(name, array.shape, [x.shape[each] for each in problem.features], x.shape)
-    return array.astype(stages.wide(x.dtype))
+    return array.astype(wide(x.dtype))
 
 
 def _weights(mask: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
@@ -484,7 +484,7 @@ def _weights(mask: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
         1 if axis in problem.features and not of_each_feature else size
         for axis, size in enumerate(x.shape)
     ]
-    return jnp.broadcast_to(array.astype(stages.wide(x.dtype)), shape)
+    return jnp.broadcast_to(array.astype(wide(x.dtype)), shape)
 
 
 def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:
