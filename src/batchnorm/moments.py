@@ -75,6 +75,21 @@ class Moments(NamedTuple):
         """A mean and a variance that do not depend on x."""
         return cls(None, mean, None, None, var)
 
+    @classmethod
+    def about(
+        cls,
+        statistics: Statistics,
+        narrow: Callable[[Array], Array],
+        constant: Callable[[Array], Array] = lambda array: array,
+    ) -> "Moments":
+        """Statistics of a wider dtype in the one that `narrow` casts to, the mean not rounded."""
+        count, mean, var = statistics
+        xp = namespace(mean)
+        pivot = constant(narrow(mean))
+        unit = constant(narrow(xp.sqrt(xp.maximum(var, xp.ones_like(var)))))
+        offset, var = (mean - pivot) / unit, var / xp.square(xp.astype(unit, var.dtype))
+        return cls(None if count is None else narrow(count), pivot, unit, narrow(offset), narrow(var))
+
     def counted(self) -> "Moments":
         """These, with the count as an array."""
         if hasattr(self.count, "shape"):

@@ -1,19 +1,13 @@
 """The functions that every door has, on tensors."""
 
-import math
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from .. import checks, definition
-from ..definition import Statistics
-from ._autograd import batch_norm as _batch_norm
-from ._autograd import batch_statistics as _batch_statistics
-from ._stages import Inputs, Problem, is_watched, wide
-from ._sync import Group, Sync, group_of
-
-Axis = int | Sequence[int]
+from ..moments import Statistics
+from . import _derivatives
+from ._arguments import Axis, check_floating, check_parameter, checked, values_of
+from ._stages import Given, wide
+from ._sync import Group
 
 
 def batch_norm(
@@ -86,10 +80,10 @@ def batch_norm(
     >>> print(statistics.mean)
     tensor([ 2., 40.])
     """
-    problem, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation, sync)
-    if problem.sync is None:
-        checks.more_than_one_value(values_of(problem, inputs), x.shape)
-    y, statistics = _batch_norm(problem, inputs)
+    call, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation, sync)
+    if not call.processes.is_shared:
+        checks.more_than_one_value(values_of(call, inputs), x.shape)
+    y, statistics = _derivatives.batch_norm(call, inputs)
     return y, _statistics(x, statistics)
 
 
@@ -133,10 +127,10 @@ def normalize(
     tensor([[0.],
             [1.]])
     """
-    problem, inputs = checked(x, scale, bias, axis, eps, None, residual, activation)
+    call, inputs = checked(x, scale, bias, axis, eps, None, residual, activation)
     for name, value in (("mean", mean), ("var", var)):
-        check_parameter(name, value, x, problem.features)
-    return _batch_norm(problem, inputs, (mean, var))[0]
+        check_parameter(name, value, x, call.problem.features)
+    return _derivatives.normalize(call, inputs, Given(mean, var))
 
 
 def batch_statistics(
@@ -171,8 +165,8 @@ def batch_statistics(
     >>> print(batch_statistics(x[:4]).merge(batch_statistics(x[4:])).var)
     tensor([33., 33.])
     """
-    problem, inputs = checked(x, None, None, axis, 1.0, mask, None, None, sync)
-    return _statistics(x, _batch_statistics(problem, inputs))
+    call, inputs = checked(x, None, None, axis, 1.0, mask, None, None, sync)
+    return _statistics(x, _derivatives.batch_statistics(call, inputs))
 
 
 def update_running(
@@ -213,7 +207,7 @@ def update_running(
     rate = checks.fraction("rate", rate)
     correction = checks.correction(correction)
     for name, value in (("mean", mean), ("var", var)):
-        _check_floating(name, value)
+        check_floating(name, value)
         checks.statistics_shape(name, value.shape, statistics.mean.shape)
     dtype = statistics.mean.dtype
     new_mean, new_var = definition.update_running(
@@ -222,79 +216,5 @@ def update_running(
     return new_mean.to(mean.dtype), new_var.to(var.dtype)
 
 
-def checked(
-    x: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    axis: Axis,
-    eps: float,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    sync: Group | bool | None = None,
-) -> tuple[Problem, Inputs]:
-    """The arguments as the stages want them, or an error that says what is wrong with one."""
-    _check_floating("x", x)
-    features = checks.feature_axes(axis, x.shape)
-    for name, value in (("scale", scale), ("bias", bias)):
-        if value is not None:
-            check_parameter(name, value, x, features)
-    group = group_of(sync)
-    problem = Problem(
-        features,
-        checks.positive_eps(eps),
-        is_watched(x),
-        checks.activation(activation),
-        None if group is None else Sync(group, lambda: "batch_norm"),
-    )
-    return problem, Inputs(x, scale, bias, residual_like(x, residual), weights_of(x, mask))
-
-
-def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
-    if residual is None:
-        return None
-    _check_floating("residual", residual)
-    _check_device("residual", residual, x)
-    checks.broadcasts("residual", residual.shape, x.shape)
-    return residual.to(x.dtype).expand(x.shape)
-
-
-def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask as weights, of the rank of x, NaN where they are negative."""
-    if mask is None:
-        return None
-    checks.instance("mask", mask, Tensor)
-    checks.floating("mask", mask.dtype, not mask.dtype.is_complex)
-    _check_device("mask", mask, x)
-    checks.broadcasts("mask", mask.shape, x.shape)
-    weights = mask.to(wide(x.dtype))
-    if mask.dtype != torch.bool:
-        weights = torch.where(weights < 0, math.nan, weights)
-    return weights.reshape((1,) * (x.ndim - mask.ndim) + tuple(mask.shape))
-
-
-def values_of(problem: Problem, inputs: Inputs) -> int:
-    """How many elements each feature has."""
-    sizes = inputs.x.shape
-    return math.prod([sizes[axis] for axis in range(len(sizes)) if axis not in problem.features])
-
-
 def _statistics(x: Tensor, statistics: Tensor) -> Statistics:
-    mean, var, count = statistics.to(wide(x.dtype)).unbind(0)
-    return Statistics(count, mean, var)
-
-
-def _check_floating(name: str, value: object) -> None:
-    checks.instance(name, value, Tensor)
-    assert isinstance(value, Tensor)
-    checks.floating(name, value.dtype, value.dtype.is_floating_point)
-
-
-def check_parameter(name: str, value: Tensor, x: Tensor, features: tuple[int, ...]) -> None:
-    _check_floating(name, value)
-    _check_device(name, value, x)
-    checks.feature_shape(name, value.shape, [x.shape[each] for each in features], x.shape)
-
-
-def _check_device(name: str, value: Tensor, x: Tensor) -> None:
-    checks.same_device(name, value.device, x.device)
+    return Statistics(*statistics.to(wide(x.dtype)).unbind(0))
