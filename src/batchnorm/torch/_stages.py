@@ -175,7 +175,7 @@ class Stages:
 
     def statistics_of(self, moments: Moments) -> Tensor:
         dtype = statistics_dtype(self.inputs.x)
-        wider = Moments(*(each.to(dtype) for each in moments.counted()))
+        wider = Moments(*(each.to(dtype) for each in moments))
         return torch.stack(tuple(wider.statistics()))
 
     def moments_of(self, by: By) -> Moments:
@@ -190,7 +190,7 @@ class Stages:
     def rows(self, number: int) -> Tensor:
         x = self.inputs.x
         shape = feature_shape(self.problem.features, x.shape)
-        return torch.empty((number, *shape), dtype=torch.float64)
+        return x.new_empty((number, *shape), dtype=torch.float64)
 
     def operands(self, **others: Any) -> dict[str, Any]:
         """What kernels take, by name; native/_cpu.pyi says what each is."""
@@ -266,17 +266,12 @@ if native.kernels is not None:
     _TEAM = native.kernels.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
-def _report() -> str:
-    if native.kernels is None:
-        return "plain operations serve."
+def _why_not() -> str | None:
     if not _DTYPES:
-        return (
-            "plain operations serve, since this PyTorch has no DLPack exchange table, which 2.10 "
-            "and newer have."
-        )
+        return "this PyTorch has no DLPack exchange table, as 2.10 and newer have"
     if _TEAM is None:
-        return "kernels serve tensors on the CPU, on the pool's threads: PyTorch's were not found."
-    return "kernels serve tensors on the CPU, on the threads of PyTorch's own operations."
+        return "PyTorch's own threads were not found, and so the pool's serve"
+    return None
 
 
-native.register_report("PyTorch", _report)
+native.register_report("PyTorch", _why_not)
