@@ -13,7 +13,7 @@ from flax import serialization
 from small_modules import Store, Sum
 
 from batchnorm.flax import nn
-from batchnorm.flax.nn.tracing import current_trace
+from batchnorm.flax.nn._compat import current_trace
 
 pytestmark = pytest.mark.filterwarnings("error")
 
