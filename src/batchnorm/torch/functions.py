@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .. import checks, definition
+from ..documentation import documented
 from ..moments import Statistics
 from . import _derivatives
 from ._arguments import Axis, check_floating, check_parameter, checked, values_of
@@ -10,6 +11,7 @@ from ._stages import Given, wide
 from ._sync import Group
 
 
+@documented(array="tensor")
 def batch_norm(
     x: Tensor,
     scale: Tensor | None = None,
@@ -22,26 +24,14 @@ def batch_norm(
     activation: str | None = None,
     sync: Group | bool | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """Normalize x by its own statistics, as in training.
-
-    ``y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, with the mean and
-    the population variance of each feature [1]_. Everything has derivatives of every order, the
-    statistics too.
+    """... Everything has derivatives of every order, the statistics too.
 
     Parameters
     ----------
-    x : tensor of real floating-point numbers
-    scale, bias : tensor of the feature shape, optional
-        1 and 0 where there is none.
     axis : int or tuple of ints
         The feature axis or axes, which are not reduced: 1 for the layouts of `torch.nn`.
-    eps : float
-        Added to the variance, inside the root.
-    mask : tensor that broadcasts to x, optional
-        Which elements count in the statistics: bools, or weights >= 0. All elements are normalized.
-        A negative weight or a NaN makes its feature NaN.
-    residual : tensor that broadcasts to x, optional
-    activation : None, "relu" or "silu"
+    mask
+        ... A negative weight or a NaN makes its feature NaN.
     sync : torch.distributed.ProcessGroup or bool, optional
         The processes whose batches, empty ones too, are normalized as one; True for all. Gradients
         are those of the sum of the processes' losses. All of them must call this, and differentiate
@@ -51,23 +41,14 @@ def batch_norm(
     Returns
     -------
     y : tensor, of the shape, dtype and memory format of x
-    statistics : Statistics
-        In float32, for float64 in float64, of the feature shape. Of an empty x: zeros.
 
     Raises
     ------
-    TypeError
-        If an argument is of the wrong type, or x not of a real floating-point dtype.
     ValueError
         If an argument is out of range, has the wrong shape or is on another device than x; or if x
         has one element a feature, and no process to share with.
     RuntimeError
         If a process of the group fails to take part, once the group's timeout is over.
-
-    References
-    ----------
-    .. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-       Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -87,6 +68,7 @@ def batch_norm(
     return y, _statistics(x, statistics)
 
 
+@documented(array="tensor")
 def normalize(
     x: Tensor,
     mean: Tensor,
@@ -99,24 +81,11 @@ def normalize(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Normalize x by a given mean and variance, as in evaluation.
-
-    Parameters
-    ----------
-    x : tensor of real floating-point numbers
-    mean, var : tensor of the feature shape
-        Running statistics, or those of `batch_statistics`.
-    scale, bias, axis, eps, residual, activation
-        As in `batch_norm`.
+    """...
 
     Returns
     -------
     y : tensor, of the shape, dtype and memory format of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`.
 
     Examples
     --------
@@ -133,6 +102,7 @@ def normalize(
     return _derivatives.normalize(call, inputs, Given(mean, var))
 
 
+@documented(array="tensor")
 def batch_statistics(
     x: Tensor,
     *,
@@ -140,22 +110,7 @@ def batch_statistics(
     mask: Tensor | None = None,
     sync: Group | bool | None = None,
 ) -> Statistics:
-    """Count, mean and population variance of each feature.
-
-    Parameters
-    ----------
-    x, axis, mask, sync
-        As in `batch_norm`.
-
-    Returns
-    -------
-    Statistics
-        In float32, for float64 in float64, of the feature shape. Of an empty x: zeros.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`; but one element a feature will do.
+    """...
 
     Examples
     --------
@@ -169,27 +124,18 @@ def batch_statistics(
     return _statistics(x, _derivatives.batch_statistics(call, inputs))
 
 
+@documented(array="tensor")
 def update_running(
     mean: Tensor, var: Tensor, statistics: Statistics, *, rate: float, correction: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Move running statistics towards those of a batch.
-
-    ``new = (1 - rate) * old + rate * batch``; the variance of the batch is first multiplied by
-    ``count / (count - correction)``. A feature of which the batch has no more than `correction`
-    elements stays as it was.
+    """...
 
     Parameters
     ----------
-    mean, var : tensor of the feature shape
-    statistics : Statistics
     rate : float within [0, 1]
         The weight of the new value, which PyTorch calls momentum.
     correction : 0 or 1
         1 for the unbiased variance, as PyTorch keeps it; 0 for the population variance.
-
-    Returns
-    -------
-    mean, var : tensor, of the dtypes that came
 
     Raises
     ------
