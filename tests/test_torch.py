@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import batchnorm.torch as bt
-from batchnorm.native import _cpu
+from batchnorm.native import kernels as _cpu
 
 LAYERS = [
     (bt.BatchNorm1d, nn.BatchNorm1d, (6, 4)),

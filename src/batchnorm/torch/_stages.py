@@ -4,10 +4,6 @@ The statistics of a batch are one tensor of shape (3, *feature shape): mean, var
 ones, which normalize without being the batch's own, have no count: (2, *feature shape).
 """
 
-import ctypes
-import math
-import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +13,7 @@ from torch.autograd import forward_ad
 
 from .. import definition
 from ..definition import Statistics
-from ..native import _cpu
+from ..native import kernels as _cpu
 from ._sync import Sync
 
 # torch.compile can't look into what this finds out, but can into the dict that keeps it.
@@ -91,12 +87,9 @@ def stages_of(problem: Problem, inputs: Inputs, dy: Tensor | None = None) -> "Na
     x = inputs.x
     watched = dy is not None and (is_watched(x) or not _has_memory(dy))
     if x.is_cpu and x.dtype in _CODES and not watched:
-        layout = _layout(x.shape, x.stride(), problem.features)
-        if layout is None or x.is_neg():  # gaps, or a view that negates what is in memory
-            inputs = inputs._replace(x=x.clone())
-            layout = _layout(x.shape, inputs.x.stride(), problem.features)
-        if layout is not None:
-            return Native(problem, inputs, layout)
+        for x in (x, x.clone()):
+            if not x.is_neg() and _cpu.layout(x.shape, problem.features, x.stride()) is not None:
+                return Native(problem, inputs._replace(x=x))
     return Definition(problem, inputs)
 
 
@@ -196,112 +189,113 @@ class Definition:
 
 
 class Native:
-    """The stages as kernels on memory, the arguments of which csrc/batch_norm.h explains."""
+    """The stages as kernels on memory; native/_cpu.pyi states what they take."""
 
-    def __init__(self, problem: Problem, inputs: Inputs, layout: "_Layout") -> None:
+    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+        self.problem, self.given = problem, inputs
         x, scale, bias, residual, weights = inputs
-        self.given, self.x, self.order = inputs, x, layout.order
-        self.feature_shape = layout.feature_shape
-        weight_channels = 0
         if weights is not None:
             per_feature = any(weights.shape[each] != 1 for each in problem.features)
-            weight_channels = layout.channels if per_feature else 1
             shape = [
                 1 if axis in problem.features and not per_feature else size
                 for axis, size in enumerate(x.shape)
             ]
-            weights = self.in_order(weights.expand(shape))
-        if residual is not None:
-            residual = self.in_order(residual)
-        # In that dtype the kernels write the gradients of scale and bias as well.
-        self.parameter_dtype, self.scale, self.bias = _parameters(scale, bias)
-        self.held = (residual, weights)  # as long as their addresses are in use
-        self.arguments = (
-            layout.outer,
-            layout.channels,
-            layout.inner,
-            _CODES[x.dtype],
-            _cpu.ACTIVATIONS[problem.activation],
-            problem.eps,
-            x.data_ptr(),
-            _address(residual),
-            _CODES[self.parameter_dtype],
-            _address(self.scale),
-            _address(self.bias),
-            _address(weights),
-            weight_channels,
-            _TEAM,
-        )
+            weights = weights.expand(shape)
+        self.arrays = {
+            "x": x,
+            "scale": scale,
+            "bias": bias,
+            "residual": residual,
+            "weights": weights,
+        }
+        self.arrays = {
+            name: each.resolve_neg() if each is not None else None
+            for name, each in self.arrays.items()
+        }
+        self.x = x
 
-    def in_order(self, tensor: Tensor) -> Tensor:
-        """The tensor, its elements in the order in memory that those of x have."""
-        if self.order is not None:
-            tensor = tensor.permute(self.order)
-        return tensor.contiguous().resolve_neg()
+    def call(self, kernel: Any, **arrays: Any) -> None:
+        """What lies wrong in memory is copied into the layout of x."""
+        problem = self.problem
+        arrays = {**self.arrays, **arrays}
+        if kernel is not _cpu.statistics:
+            arrays.update(eps=problem.eps, activation=problem.activation)
+        else:
+            arrays = {name: arrays[name] for name in ("x", "weights", "statistics")}
+        if kernel is _cpu.normalize:
+            del arrays["weights"]
+        options: Any = {"features": problem.features, "team": _TEAM}
+        while (name := kernel(**arrays, **options)) is not None:
+            copy = torch.empty_like(self.x, dtype=arrays[name].dtype)
+            if arrays[name].shape != self.x.shape:
+                copy = copy[
+                    tuple(slice(1 if size == 1 else None) for size in arrays[name].shape)
+                ].clone()
+            arrays[name] = copy.copy_(arrays[name])
 
     def batch_norm(self) -> tuple[Tensor, Tensor]:
         y, statistics = torch.empty_like(self.x), self.per_feature(3)
-        _cpu.batch_norm(*self.arguments, *_addresses(statistics), y.data_ptr())
-        return y, statistics
+        self.call(_cpu.batch_norm, statistics=statistics, y=y)
+        return y, statistics.roll(-1, 0)
 
     def statistics(self) -> Tensor:
         statistics = self.per_feature(3)
-        _cpu.statistics(*self.arguments, *_addresses(statistics))
-        return statistics
+        self.call(_cpu.statistics, statistics=statistics)
+        return statistics.roll(-1, 0)
 
     def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
         y = torch.empty_like(self.x)
-        dtype, first, second = _parameters(mean, var)
-        _cpu.normalize(
-            *self.arguments, _CODES[dtype], _address(first), _address(second), y.data_ptr()
-        )
+        self.call(_cpu.normalize, mean=mean.resolve_neg(), var=var.resolve_neg(), y=y)
         return y
 
     def gradients(
         self, statistics: Tensor, dy: Tensor, with_g: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        dy, dx = self.in_order(dy), torch.empty_like(self.x)
+        dx = torch.empty_like(self.x)
         g = torch.empty_like(self.x) if with_g else None
-        dscale = None if self.scale is None else torch.empty_like(self.scale)
-        dbias = None if self.bias is None else torch.empty_like(self.bias)
-        _cpu.batch_norm_gradients(
-            *self.arguments,
-            *_addresses(statistics),
-            dy.data_ptr(),
-            _address(dbias),
-            _address(dscale),
-            dx.data_ptr(),
-            _address(g),
+        scale, bias = self.arrays["scale"], self.arrays["bias"]
+        dscale = None if scale is None else torch.empty_like(scale)
+        dbias = None if bias is None else torch.empty_like(bias)
+        self.call(
+            _cpu.batch_norm_gradients,
+            **_given(statistics),
+            dy=dy.resolve_neg(),
+            dx=dx,
+            dscale=dscale,
+            dbias=dbias,
+            dresidual=g,
         )
-        if self.parameter_dtype == torch.float64:  # of a parameter that may be narrower
-            given: Any = self.given
-            dscale = None if dscale is None else dscale.to(given.scale.dtype)
-            dbias = None if dbias is None else dbias.to(given.bias.dtype)
         return dscale, dbias, dx, g
 
     def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
-        dy, sums = self.in_order(dy), self.per_feature(2)
-        _, mean, var = _addresses(statistics)
-        _cpu.gradient_sums(*self.arguments, mean, var, dy.data_ptr(), *_addresses(sums)[1:])
+        sums = self.per_feature(2)
+        self.call(_cpu.gradient_sums, **_given(statistics), dy=dy.resolve_neg(), sums=sums)
         return sums
 
     def input_gradient(
         self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
     ) -> tuple[Tensor, Tensor | None]:
-        dy, dx = self.in_order(dy), torch.empty_like(self.x)
+        dx = torch.empty_like(self.x)
         g = torch.empty_like(self.x) if with_g else None
-        _cpu.input_gradient(
-            *self.arguments,
-            *_addresses(statistics),
-            *_addresses(sums)[1:],
-            dy.data_ptr(),
-            dx.data_ptr(),
-            _address(g),
+        self.call(
+            _cpu.input_gradient,
+            **_given(statistics),
+            sums=sums,
+            dy=dy.resolve_neg(),
+            dx=dx,
+            dresidual=g,
         )
         return dx, g
 
     def per_feature(self, number: int) -> Tensor:
-        return self.x.new_empty(number, *self.feature_shape, dtype=torch.float64)
+        shape = [self.x.shape[axis] for axis in self.problem.features]
+        return self.x.new_empty(number, *shape, dtype=torch.float64)
+
+
+def _given(statistics: Tensor) -> dict[str, Tensor]:
+    if is_of_batch(statistics):
+        return {"statistics": statistics.roll(1, 0)}
+    return {"mean": statistics[0], "var": statistics[1]}
 
 
 def move_running(
@@ -331,14 +325,12 @@ def move_running(
         )
     ):
         _cpu.update_running(
-            running_mean.numel(),
-            *_addresses(statistics),
-            rate,
-            1.0,
-            _CODES[running_mean.dtype],
-            running_mean.data_ptr(),
-            running_var.data_ptr(),
-            _address(batches),
+            statistics=statistics.detach().roll(1, 0),
+            running_mean=running_mean,
+            running_var=running_var,
+            batches=batches,
+            rate=rate,
+            correction=1.0,
         )
         return
     mean, var, count = statistics.detach()
@@ -356,103 +348,24 @@ def move_running(
         batches.add_((count > 0).any() if may_be_empty else 1)
 
 
-def _team() -> int:
-    """The way into the OpenMP runtime of PyTorch's own operations, 0 where they have none.
-
-    Its threads go on looking for work for a while after each operation, and another pool's would
-    wait for them (csrc/parallel.h).
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value or 0
-    except (AttributeError, OSError):
-        return 0
-
-
-_TEAM = _team()
-_CODES = {} if _cpu is None else {getattr(torch, name): code for name, code in _cpu.DTYPES.items()}
+# The way into the OpenMP runtime of PyTorch's own operations, None where they have none: its threads
+# go on looking for work for a while after each operation, and another pool's would wait for them
+# (csrc/system/parallel.h).
+_TEAM = (
+    None
+    if _cpu is None
+    else _cpu.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+)
+_CODES = set()
+# From PyTorch 2.10 on tensors say where they lie in memory.
+if _cpu is not None and all(map(_cpu.register_tensor, _PLAIN)):
+    _CODES = {getattr(torch, name) for name in _cpu.DTYPES}
 
 
 def _has_memory(dy: Tensor) -> bool:
     """Autograd may hand on zeros that are none in memory, and batches of autograd's own vmap."""
     is_batch = torch._C._functorch.is_legacy_batchedtensor(dy)
     return type(dy) is Tensor and not is_batch and not dy._is_zerotensor()
-
-
-def _parameters(
-    first: Tensor | None, second: Tensor | None
-) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
-    """Two parameters as the kernels read them: in float32 where both are, else in float64."""
-    for each in (first, second):
-        if each is not None and (
-            each.dtype != torch.float32 or not each.is_contiguous() or each.is_neg()
-        ):
-            break
-    else:
-        return torch.float32, first, second
-    first, second = (
-        None if each is None else each.to(torch.float64).contiguous().resolve_neg()
-        for each in (first, second)
-    )
-    return torch.float64, first, second
-
-
-class _Layout(NamedTuple):
-    """x in memory; `order`: its axes from the outermost to the innermost, None for C order."""
-
-    outer: int
-    channels: int
-    inner: int
-    order: tuple[int, ...] | None
-    feature_shape: tuple[int, ...]
-
-
-@lru_cache(maxsize=4096)
-def _layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], features: tuple[int, ...]
-) -> _Layout | None:
-    """None if x has gaps or overlaps, or its feature axes do not lie side by side, in order."""
-    in_order = tuple(range(len(shape)))
-    by_stride = tuple(sorted(in_order, key=lambda axis: -strides[axis]))
-    for order in (in_order, by_stride):
-        step = 1
-        for axis in reversed(order):
-            if shape[axis] > 1 and strides[axis] != step:
-                break
-            step *= shape[axis]
-        else:
-            break
-    else:
-        return None
-    axes = [axis for axis in order if shape[axis] != 1]
-    begin = next((i for i, axis in enumerate(axes) if axis in features), 0)
-    wanted = [axis for axis in features if shape[axis] != 1]
-    end = begin + len(wanted)
-    if axes[begin:end] != wanted:
-        return None
-    outer, channels, inner = (
-        math.prod(shape[axis] for axis in part) for part in (axes[:begin], wanted, axes[end:])
-    )
-    return _Layout(
-        outer,
-        channels,
-        inner,
-        None if order == in_order else order,
-        tuple(shape[axis] for axis in features),
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    """Where the first element is; 0 for no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _addresses(rows: Tensor) -> tuple[int, int, int]:
-    """Of count (0 if there is none), mean and var: of the rows 2, 0 and 1."""
-    first, number = rows.data_ptr(), rows.shape[0]
-    size = rows.nbytes // number
-    return first + 2 * size if number == 3 else 0, first, first + size
 
 
 def _is_in_native_memory(
