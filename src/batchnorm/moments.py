@@ -1,7 +1,7 @@
 """The statistics of a batch: as users see them, and as the stages hand them on."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .arrays import Array, namespace
 

@@ -266,12 +266,12 @@ if native.kernels is not None:
     _TEAM = native.kernels.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
-def _why_not() -> str | None:
+def _report() -> str:
     if not _DTYPES:
-        return "this PyTorch has no DLPack exchange table, as 2.10 and newer have"
+        return "not served, as this PyTorch has no DLPack exchange table; 2.10 and newer have"
     if _TEAM is None:
-        return "PyTorch's own threads were not found, and so the pool's serve"
-    return None
+        return "served on the pool's threads, as PyTorch's own were not found"
+    return "served on PyTorch's own threads"
 
 
-native.register_report("PyTorch", _why_not)
+native.register_report("PyTorch", _report)
