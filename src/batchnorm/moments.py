@@ -83,7 +83,11 @@ class Moments(NamedTuple):
 
     def statistics(self) -> Statistics:
         """These, rounded to one mean and one variance."""
-        count, pivot, unit, offset, var = self.counted()
+        return self.counted().rounded()
+
+    def rounded(self) -> Statistics:
+        """As `statistics`, with a count that may be a number."""
+        count, pivot, unit, offset, var = self
         if unit is None:
             return Statistics(count, pivot, var)
         return Statistics(count, pivot + unit * offset, unit * unit * var)
