@@ -555,6 +555,25 @@ def test_compile_with_state(shape):
     close(mx.compile(second)(x), second(x), rtol=1e-4, atol=1e-4)
 
 
+def test_compiled_for_any_size(monkeypatch):
+    mean, var = normal(3), mx.ones(3)
+    evaluation = mx.compile(lambda x: normalize(x, mean, var), shapeless=True)
+    for x in (normal(6, 3), normal(8, 3)):
+        close(evaluation(x), normalize(x, mean, var))
+    monkeypatch.setattr("batchnorm.mlx._stages.SMALL", 0)
+    training = mx.compile(training_function(), shapeless=True)
+    training(normal(6, 3))
+    with pytest.raises(ValueError, match="reshape"):  # and not normalized by another count
+        training(normal(8, 3))
+
+
+@pytest.mark.usefixtures("any_size")
+def test_export(tmp_path):
+    x, layer, file = normal(6, 3), BatchNorm(3), str(tmp_path / "layer.mlxfn")
+    mx.export_function(file, lambda x: layer(x), x)
+    close(mx.import_function(file)(x)[0], truth.batch_norm(x).y)
+
+
 @pytest.mark.usefixtures("any_size")
 def test_checkpoint():
     x, scale, bias, dy = normal(6, 3), normal(3), normal(3), normal(6, 3)

@@ -8,8 +8,7 @@ import mlx.core as mx
 from .. import definition
 from ..definition import Inputs, Problem
 from ..layout import is_empty, per_feature, reduced_axes, values_per_feature
-from ..moments import Moments, Statistics, or_one, pooled
-from ..sums import total
+from ..moments import Moments, Statistics, pooled
 from ._sync import adding_up
 
 # Up to this size, the number of operations decides how long they take; then, the size does.
@@ -23,7 +22,7 @@ def batch_norm(
         return _over_devices(problem, inputs, group)
     if _is_small(inputs):
         return _plainly(problem, inputs)
-    return definition.batch_norm(problem, _cast(inputs), mx.stop_gradient)
+    return definition.batch_norm(problem, _cast(_of_this_size(inputs)), mx.stop_gradient)
 
 
 def training_step(
@@ -55,13 +54,22 @@ def statistics(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group | None = None
 ) -> Statistics:
     if group is not None:
-        return _pooled(problem, _cast(_not_empty(inputs)), group).statistics()
-    return definition.moments(problem, _cast(inputs), mx.stop_gradient).statistics()
+        return _pooled(problem, _cast(_not_empty(_of_this_size(inputs))), group).statistics()
+    return definition.moments(problem, _cast(_of_this_size(inputs)), mx.stop_gradient).statistics()
 
 
 def _dtype(x: mx.array) -> mx.Dtype:
     """In which to compute."""
     return mx.float64 if x.dtype == mx.float64 else mx.float32
+
+
+def _of_this_size(inputs: Inputs) -> Inputs:
+    """Such that a program for any size (mx.compile, shapeless) refuses another, and is not wrong.
+
+    The count is made of the size in the first call. Of what is traced, a reshape minds another.
+    """
+    x = inputs.x
+    return inputs._replace(x=mx.reshape(mx.expand_dims(x, 0), x.shape))
 
 
 def _cast(inputs: Inputs, dtype: mx.Dtype | None = None) -> Inputs:
@@ -70,9 +78,9 @@ def _cast(inputs: Inputs, dtype: mx.Dtype | None = None) -> Inputs:
 
 
 def _is_small(inputs: Inputs) -> bool:
-    """Whether x is small, of all the same weight, and on a device that has float64."""
+    """Whether x is small, of the same weight everywhere, and on a device that has float64."""
     x = inputs.x
-    small = inputs.weights is None and x.dtype != mx.float64 and x.size <= SMALL
+    small = inputs.weights is None and x.dtype != mx.float64 and 0 < x.size <= SMALL
     return bool(small and mx.default_device().type == mx.cpu)
 
 
@@ -84,10 +92,9 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     inputs = _cast(inputs, mx.float64)
     x, features = inputs.x, problem.features
     axes, count = reduced_axes(features, x.ndim), values_per_feature(features, x.shape)
-    mean = total(x, axes) / or_one(count)
+    mean = mx.sum(x, axes, keepdims=True) / count  # and not times 1 / count: exact if all are equal
     centered = x - mean
-    mean = per_feature(features, mean)
-    var = per_feature(features, total(mx.square(centered), axes)) / or_one(count)
+    mean, var = per_feature(features, mean), mx.sum(mx.square(centered), axes) / count
     y = definition.normalize(problem, inputs, Moments(count, mean, None, None, var), centered)
     mean, var = mean.astype(mx.float32), var.astype(mx.float32)
     return y, Moments(count, mean, None, None, var)
@@ -96,7 +103,7 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
 def _over_devices(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group
 ) -> tuple[mx.array, Moments]:
-    shape, inputs = inputs.x.shape, _cast(_not_empty(inputs))
+    shape, inputs = inputs.x.shape, _cast(_not_empty(_of_this_size(inputs)))
     moments = _pooled(problem, inputs, group)
     y = definition.normalize(problem, inputs, moments)
     return y if y.shape == shape else y[tuple(slice(size) for size in shape)], moments
