@@ -12,11 +12,10 @@ from ..layout import feature_shape
 Axis = int | Sequence[int]
 
 
-def problem_and_inputs(
+def checked(
     x: mx.array,
     scale: mx.array | None,
     bias: mx.array | None,
-    *,
     axis: Axis,
     eps: float,
     mask: mx.array | None,
@@ -24,22 +23,22 @@ def problem_and_inputs(
     activation: str | None,
 ) -> tuple[Problem, Inputs]:
     features = feature_axes(x, axis)
-    parameters(x, features, scale=scale, bias=bias)
+    check_parameters(x, features, scale=scale, bias=bias)
     inputs = Inputs(x, scale, bias, _residual(residual, x), weights(mask, x))
     return Problem(features, checks.positive_eps(eps), checks.activation(activation)), inputs
 
 
 def feature_axes(x: mx.array, axis: Axis) -> tuple[int, ...]:
-    floating("x", x)
+    check_floating("x", x)
     return checks.feature_axes(axis, x.shape)
 
 
-def parameters(x: mx.array, features: tuple[int, ...], **named: mx.array | None) -> None:
+def check_parameters(x: mx.array, features: tuple[int, ...], **named: mx.array | None) -> None:
     shape = x.shape
     expected = feature_shape(features, shape)
     for name, value in named.items():
         if value is not None:
-            floating(name, value)
+            check_floating(name, value)
             checks.feature_shape(name, value.shape, expected, shape)
 
 
@@ -60,7 +59,7 @@ def group_of_several(group: mx.distributed.Group | None) -> mx.distributed.Group
     return group if group.size() > 1 else None
 
 
-def floating(name: str, value: mx.array) -> None:
+def check_floating(name: str, value: mx.array) -> None:
     checks.instance(name, value, mx.array)
     checks.floating(name, value.dtype, mx.issubdtype(value.dtype, mx.floating))
 
@@ -68,6 +67,6 @@ def floating(name: str, value: mx.array) -> None:
 def _residual(residual: mx.array | None, x: mx.array) -> mx.array | None:
     if residual is None:
         return None
-    floating("residual", residual)
+    check_floating("residual", residual)
     checks.broadcasts("residual", residual.shape, x.shape)
     return residual

@@ -36,7 +36,11 @@ def training_step(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """y, and the running mean and variance moved by the statistics of x."""
     y, moments = batch_norm(problem, inputs)
-    new = definition.update_running(mean, var, moments.rounded(), rate=rate, correction=correction)
+    statistics = moments.statistics()
+    if inputs.weights is None:  # a number, and fewer operations
+        count = values_per_feature(problem.features, inputs.x.shape)
+        statistics = statistics._replace(count=count)
+    new = definition.update_running(mean, var, statistics, rate=rate, correction=correction)
     return y, *new
 
 
@@ -95,9 +99,9 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     mean = mx.sum(x, axes, keepdims=True) / count  # and not times 1 / count: exact if all are equal
     centered = x - mean
     mean, var = per_feature(features, mean), mx.sum(mx.square(centered), axes) / count
-    y = definition.normalize(problem, inputs, Moments(count, mean, None, None, var), centered)
+    y = definition.normalize(problem, inputs, Moments.given(mean, var), centered)
     mean, var = mean.astype(mx.float32), var.astype(mx.float32)
-    return y, Moments(count, mean, None, None, var)
+    return y, Moments(mx.full_like(mean, count), mean, None, None, var)
 
 
 def _over_devices(

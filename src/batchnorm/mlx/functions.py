@@ -4,20 +4,22 @@ import mlx.core as mx
 
 from .. import checks, definition
 from ..definition import Inputs, Problem
+from ..documentation import documented
 from ..layout import values_per_feature
 from ..moments import Statistics
 from . import _stages
 from ._arguments import (
     Axis,
+    check_floating,
+    check_parameters,
+    checked,
     feature_axes,
-    floating,
     group_of_several,
-    parameters,
-    problem_and_inputs,
     weights,
 )
 
 
+@documented()
 def batch_norm(
     x: mx.array,
     scale: mx.array | None = None,
@@ -30,25 +32,12 @@ def batch_norm(
     activation: str | None = None,
     group: mx.distributed.Group | None = None,
 ) -> tuple[mx.array, Statistics]:
-    """Normalize x by its own statistics, as in training.
-
-    ``y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, with the mean and
-    the population variance of each feature [1]_.
+    """...
 
     Parameters
     ----------
-    x : array of a real floating-point dtype
-    scale, bias : array of the feature shape, optional
-        1 and 0 where there is none.
-    axis : int or tuple of ints
-        The feature axis or axes, which are not reduced.
-    eps : float
-        Added to the variance, inside the root.
-    mask : array that broadcasts to x, optional
-        Which elements count in the statistics: bools, or weights >= 0. All elements are normalized.
-        A negative weight can't be refused without evaluating it: its features become NaN.
-    residual : array that broadcasts to x, optional
-    activation : None, "relu" or "silu"
+    mask
+        ... A negative weight can't be refused without evaluating it: its features become NaN.
     group : mx.distributed.Group, optional
         Whose devices each hold a part of the batch, an empty one or not, of which the statistics
         are those of the whole. Gradients are those of the sum of the devices' losses. Every device
@@ -56,23 +45,10 @@ def batch_norm(
         are computed, so where one's part is empty or masked and another's is not, evaluate calls
         that do not depend on each other one by one.
 
-    Returns
-    -------
-    y : array of the shape and dtype of x
-    statistics : Statistics
-        In float32, for float64 in float64, of the feature shape. Of an empty x: zeros.
-
     Raises
     ------
     TypeError
         If an argument is of the wrong type, or an array not of a real floating-point dtype.
-    ValueError
-        If an argument is out of range, has the wrong shape, or if x has one element a feature.
-
-    References
-    ----------
-    .. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-       Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -86,22 +62,14 @@ def batch_norm(
     array([2, 40], dtype=float32)
     """
     group = group_of_several(group)
-    problem, inputs = problem_and_inputs(
-        x,
-        scale,
-        bias,
-        axis=axis,
-        eps=eps,
-        mask=mask,
-        residual=residual,
-        activation=activation,
-    )
+    problem, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation)
     if group is None:
         checks.more_than_one_value(values_per_feature(problem.features, x.shape), x.shape)
     y, moments = _stages.batch_norm(problem, inputs, group)
     return y.astype(x.dtype), moments.statistics()
 
 
+@documented()
 def normalize(
     x: mx.array,
     mean: mx.array,
@@ -114,24 +82,7 @@ def normalize(
     residual: mx.array | None = None,
     activation: str | None = None,
 ) -> mx.array:
-    """Normalize x by a given mean and variance, as in evaluation.
-
-    Parameters
-    ----------
-    x : array of a real floating-point dtype
-    mean, var : array of the feature shape
-        Running statistics, or those of `batch_statistics`.
-    scale, bias, axis, eps, residual, activation
-        As in `batch_norm`.
-
-    Returns
-    -------
-    y : array of the shape and dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`.
+    """...
 
     Examples
     --------
@@ -141,20 +92,12 @@ def normalize(
     array([[0],
            [1]], dtype=float32)
     """
-    problem, inputs = problem_and_inputs(
-        x,
-        scale,
-        bias,
-        axis=axis,
-        eps=eps,
-        mask=None,
-        residual=residual,
-        activation=activation,
-    )
-    parameters(x, problem.features, mean=mean, var=var)
+    problem, inputs = checked(x, scale, bias, axis, eps, None, residual, activation)
+    check_parameters(x, problem.features, mean=mean, var=var)
     return _stages.normalize(problem, inputs, mean, var).astype(x.dtype)
 
 
+@documented()
 def batch_statistics(
     x: mx.array,
     *,
@@ -162,22 +105,7 @@ def batch_statistics(
     mask: mx.array | None = None,
     group: mx.distributed.Group | None = None,
 ) -> Statistics:
-    """Count, mean and population variance of each feature.
-
-    Parameters
-    ----------
-    x, axis, mask, group
-        As in `batch_norm`.
-
-    Returns
-    -------
-    Statistics
-        In float32, for float64 in float64, of the feature shape. Of an empty x: zeros.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`; but one element a feature will do.
+    """...
 
     Examples
     --------
@@ -192,27 +120,18 @@ def batch_statistics(
     return _stages.statistics(problem, inputs, group_of_several(group))
 
 
+@documented()
 def update_running(
     mean: mx.array, var: mx.array, statistics: Statistics, *, rate: float, correction: int = 0
 ) -> tuple[mx.array, mx.array]:
-    """Move running statistics towards those of a batch.
-
-    ``new = (1 - rate) * old + rate * batch``; the variance of the batch is first multiplied by
-    ``count / (count - correction)``. A feature of which the batch has no more than `correction`
-    elements stays as it was.
+    """...
 
     Parameters
     ----------
-    mean, var : array of the feature shape
-    statistics : Statistics
     rate : float within [0, 1]
         The weight of the new value, which MLX calls momentum.
     correction : 0 or 1
         1 for the unbiased variance, as MLX keeps it; 0 for the population variance.
-
-    Returns
-    -------
-    mean, var : array, of the dtypes that came
 
     Raises
     ------
@@ -230,7 +149,7 @@ def update_running(
     rate = checks.fraction("rate", rate)
     correction = checks.correction(correction)
     for name, value in (("mean", mean), ("var", var)):
-        floating(name, value)
+        check_floating(name, value)
         checks.statistics_shape(name, value.shape, statistics.mean.shape)
     dtype = statistics.mean.dtype
     new_mean, new_var = definition.update_running(

@@ -7,7 +7,7 @@ import mlx.core as mx
 from .. import checks
 from ..conventions import CONVENTIONS
 from . import _stages
-from ._arguments import parameters, problem_and_inputs
+from ._arguments import check_parameters, checked
 from ._compat import Module
 
 _CONVENTION = CONVENTIONS["mlx"]
@@ -129,16 +129,7 @@ class BatchNorm(Module):
         if self.training:
             checks.mlx_values(math.prod(x.shape[:-1]))
         weight, bias = self.get("weight"), self.get("bias")
-        problem, inputs = problem_and_inputs(
-            x,
-            weight,
-            bias,
-            axis=-1,
-            eps=self.eps,
-            mask=mask,
-            residual=residual,
-            activation=self.activation,
-        )
+        problem, inputs = checked(x, weight, bias, -1, self.eps, mask, residual, self.activation)
         if self.training and self.track_running_stats:
             y, self["running_mean"], self["running_var"] = _stages.training_step(
                 problem,
@@ -152,6 +143,6 @@ class BatchNorm(Module):
             y, _ = _stages.batch_norm(problem, inputs)
         else:
             mean, var = self.running_mean, self.running_var
-            parameters(x, problem.features, mean=mean, var=var)
+            check_parameters(x, problem.features, mean=mean, var=var)
             y = _stages.normalize(problem, inputs, mean, var)
         return y.astype(x.dtype if weight is None else mx.result_type(x.dtype, weight.dtype))
