@@ -1,6 +1,7 @@
 """What is MLX's own: the layer in the place of mlx.nn.BatchNorm, and MLX's transformations."""
 
 import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -310,6 +311,16 @@ def test_statistics_are_never_trained():
     mlx.optimizers.SGD(0.1, weight_decay=0.5).update(model, loss(normal(5, 4))[1])
     assert model.layers[1].running_var.tolist() == [1.0] * 3
     assert model.layers[1].bias.tolist() != [0.0] * 3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies(copied):
+    layer = layer_with_parameters(3).freeze(keys="weight")
+    other = copied(layer)
+    assert other.trainable_parameters().keys() == {"bias"}
+    assert other.unfreeze().trainable_parameters().keys() == {"weight", "bias"}
+    x = normal(4, 3)
+    close(other(x), layer(x))
 
 
 def test_modes():

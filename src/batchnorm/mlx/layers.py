@@ -76,7 +76,7 @@ class BatchNorm(Module):
         *,
         activation: str | None = None,
     ) -> None:
-        super().__init__(statistics=(_CONVENTION.mean, _CONVENTION.var))
+        super().__init__()
         checks.mlx_eps(eps)
         self.num_features = checks.number_of_features(num_features)
         self.eps = eps
