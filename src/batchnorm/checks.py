@@ -1,4 +1,4 @@
-"""Every check of an argument, and every message.
+"""The checks of arguments that doors share, and their messages.
 
 A message names the argument, says what came and what was expected, and what to do where that is
 not plain. Wrong kinds of value are TypeErrors, wrong values ValueErrors. Checks look at shapes,
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-ACTIVATIONS = ("relu", "silu")
+from .activations import ACTIVATIONS
 
 Shape = Sequence[int]
 
