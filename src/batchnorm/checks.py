@@ -104,7 +104,8 @@ def number_of_features(value: Any) -> int:
 def activation(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value in ACTIVATIONS):
         return value
-    raise ValueError(f'activation must be None, "relu" or "silu", but got {value!r}.')
+    *names, last = (f'"{name}"' for name in ACTIVATIONS)
+    raise ValueError(f"activation must be {', '.join(['None', *names])} or {last}, but got {value!r}.")
 
 
 def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> None:
