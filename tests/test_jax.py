@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import truth
 from cases import GOOD, Good
+from compare import close
 from jax import export
 from jax.test_util import check_grads
 
@@ -138,9 +139,7 @@ HIGHER_ORDER = {
 }
 
 
-def assert_exact(got, wanted):
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-10)
+assert_exact = partial(close, rtol=1e-10, atol=1e-10)
 
 
 ORDERS = {"first": FIRST_ORDER, "higher": HIGHER_ORDER}

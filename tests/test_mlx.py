@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import truth
+from compare import close
 from mlx.utils import tree_flatten
 
 from batchnorm.mlx import (
@@ -44,12 +45,6 @@ def layer_with_parameters(num_features, **options):
     layer = BatchNorm(num_features, **options)
     layer.weight, layer.bias = normal(num_features), normal(num_features)
     return layer
-
-
-def close(actual, expected, rtol=1e-5, atol=1e-5):
-    if isinstance(actual, mx.array):
-        actual = actual.astype(mx.float32)
-    np.testing.assert_allclose(np.array(actual), np.array(expected), rtol, atol)
 
 
 def operations(*arrays, path):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import partial
 
 import numpy as np
 import onnx
@@ -9,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import truth
+from compare import alike
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -26,8 +28,7 @@ def tensor(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 3
 
 
-def close(got, wanted, tolerance=1e-5):
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+close = partial(alike, tolerance=1e-5)
 
 
 def trained_a_little(layer):
@@ -68,7 +69,7 @@ def test_compiled_training_and_evaluation(keywords, call):
             y.pow(3).mean().backward()
             values.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
         for got, wanted in zip(*values, strict=True):
-            close(got, wanted, 2e-5)
+            close(got, wanted, tolerance=2e-5)
     assert layer.num_batches_tracked == 4
     # One batch size, any batch size, evaluation; with momentum=None also before and after a batch.
     assert counter.frame_count <= (4 if keywords.get("momentum", 0.1) is None else 3)
@@ -137,7 +138,7 @@ def test_compiled_functions():
         value = function(*arguments)
         results.append((value, *torch.autograd.grad(value, arguments[:2])))
     for got, wanted in zip(*results, strict=True):
-        close(got, wanted, 1e-10)
+        close(got, wanted, tolerance=1e-10)
 
 
 def test_compiled_transformations():
@@ -147,7 +148,9 @@ def test_compiled_transformations():
         return torch.vmap(torch.func.grad(lambda x: layer(x).pow(3).sum()))(x)
 
     x = tensor(2, 5, 3).double()
-    close(torch.compile(gradients, backend="eager", fullgraph=True)(x), gradients(x), 1e-10)
+    close(
+        torch.compile(gradients, backend="eager", fullgraph=True)(x), gradients(x), tolerance=1e-10
+    )
 
 
 def test_compiled_in_two_dtypes_and_frozen():
@@ -157,9 +160,9 @@ def test_compiled_in_two_dtypes_and_frozen():
     x = tensor(7, 3).bfloat16()
     y, wanted = compiled(x), eager(x)
     assert y.dtype == torch.bfloat16
-    close(y, wanted, 0.02)
+    close(y, wanted, tolerance=0.02)
     for got, wanted in zip(layer.buffers(), eager.buffers(), strict=True):
-        close(got, wanted, 1e-3)
+        close(got, wanted, tolerance=1e-3)
 
 
 def test_compiled_refuses_as_eager_does():
