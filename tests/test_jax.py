@@ -17,7 +17,6 @@ from compare import close
 from jax import export
 from jax.test_util import check_grads
 
-from batchnorm import _jax_primitives
 from batchnorm.jax import batch_norm, batch_statistics, normalize, update_running
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -372,12 +371,6 @@ def test_no_tracer_leaks():
 
 
 # ---- without native kernels
-
-
-@pytest.fixture
-def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is lowered from here on is lowered to jnp."""
-    monkeypatch.setattr(_jax_primitives, "_targets", dict)
 
 
 ACCURATE = {
