@@ -36,9 +36,9 @@ def test_there_are_docstring_examples(name):
     assert any(has_an_example(value) for value in vars(module).values() if callable(value))
 
 
-@pytest.mark.parametrize("door", ["numpy", "mlx", "jax", "flax.nn", "torch"])
-def test_all_that_a_door_offers_has_an_example(door):
-    module = importlib.import_module(f"batchnorm.{door}")
+@pytest.mark.parametrize("package", ["numpy", "mlx", "jax", "flax.nn", "torch"])
+def test_all_that_a_door_offers_has_an_example(package):
+    module = importlib.import_module(f"batchnorm.{package}")
     # The example of Gradients is that of the function that returns them; a lazy layer, or one for a
     # higher rank, has that of its sibling.
     siblings = {name for name in module.__all__ if name.startswith(("Lazy", "BatchNorm3d"))}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import truth
-from cases import GOOD, Good
+from cases import GOOD, HARD, Good, Hard
 from compare import close
 from jax import export
 from jax.test_util import check_grads
@@ -373,24 +373,14 @@ def test_no_tracer_leaks():
 # ---- without native kernels
 
 
-ACCURATE = {
-    "large mean": (lambda n: 1e4 + 0.01 * n, np.float32, 5e-3),
-    "constant": (lambda n: 1234.567 + 0 * n, np.float32, 1e-3),
-    "huge": (lambda n: 1e30 * n, np.float32, 1e-3),
-    "float16 far from 0": (lambda n: 350 + 20 * n, np.float16, 3e-3),
-    "float16 large": (lambda n: 300 * n, np.float16, 3e-3),
-}
-
-
 @pytest.mark.usefixtures("without_native")
-@pytest.mark.parametrize("name", ACCURATE)
-def test_accurate_without_native(name: str):
-    make, dtype, tolerance = ACCURATE[name]
-    x = make(np.random.default_rng(0).standard_normal((200_000, 3))).astype(dtype)
-    step = jax.jit(lambda x: batch_norm(x))
+@pytest.mark.parametrize("hard", HARD, ids=str)
+def test_accurate_without_native(hard: Hard):
+    x = hard.x(min(hard.rows, 200_000), 3)
+    step = jax.jit(partial(batch_norm, eps=hard.eps))
     assert "batchnorm_" not in step.lower(x).as_text()
     y, _ = step(x)
-    np.testing.assert_allclose(np.float64(y), truth.batch_norm(x).y, rtol=0, atol=tolerance)
+    close(y, truth.batch_norm(x, eps=hard.eps).y, rtol=0, atol=hard.tolerance)
 
 
 @pytest.mark.usefixtures("without_native")

@@ -16,7 +16,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compare import near
+import truth
+from cases import HARD
+from compare import close, near
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -181,12 +183,12 @@ def test_mapped_functions():
 def in_accuracy() -> None:
     """Devices with far apart and with large means, without x64."""
     random = np.random.default_rng(0)
-    for mean, std, tolerance in ((1e4, 0.01, 1e-2), (0, 1e30, 1e-3), (1234.567, 0, 1e-3)):
-        x = (mean + std * random.standard_normal((DEVICES, 1000, 3))).astype(np.float32)
-        y, _ = jax.pmap(lambda x: batch_norm(x, axis_name="i"), axis_name="i")(x)
-        wide = np.float64(x).reshape(-1, 3)
-        wanted = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
-        np.testing.assert_allclose(np.float64(y).reshape(-1, 3), wanted, rtol=0, atol=tolerance)
+    for hard in HARD:
+        x = hard.x(DEVICES * 1000, 3)
+        step = jax.pmap(partial(batch_norm, eps=hard.eps, axis_name="i"), axis_name="i")
+        y, _ = step(x.reshape(DEVICES, 1000, 3))
+        wanted = truth.batch_norm(x, eps=hard.eps).y
+        close(y.reshape(-1, 3), wanted, rtol=0, atol=hard.tolerance)
     x = random.standard_normal((DEVICES, 1000, 3)).astype(np.float32)
     x += np.float32([0, 1e3, -1e5, 1])[:, None, None]
     weights = np.ones((DEVICES, 1000, 1), bool)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import truth
+from cases import HARD, HUGE, LARGE_FLOAT16
 from compare import close
 from mlx.utils import tree_flatten
 
@@ -251,8 +252,19 @@ def test_an_empty_batch_changes_nothing():
 
 
 @pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("hard", HARD, ids=str)
+def test_hard_inputs(hard):
+    x = hard.x(2000)
+    expected = truth.batch_norm(x, eps=hard.eps)
+    layer = BatchNorm(2, eps=hard.eps)
+    close(layer(mx.array(x)), expected.y, atol=min(hard.tolerance, 1e-3), rtol=0)
+    if hard is not HUGE:  # A variance of 1e60 is no float32.
+        assert mx.isfinite(layer.running_var).all()
+
+
+@pytest.mark.usefixtures("any_size")
 def test_float32_whose_squares_overflow():
-    x = 1e30 * normal(2000, 2)
+    x = mx.array(HUGE.x(2000))
     close(BatchNorm(2)(x), truth.batch_norm(x).y)
     gradient = mx.grad(lambda x: (batch_norm(x)[0] ** 3).sum())(x)
     expected = truth.batch_norm_gradients(3 * truth.batch_norm(x).y ** 2, x)["x"]
@@ -262,7 +274,7 @@ def test_float32_whose_squares_overflow():
 @pytest.mark.usefixtures("any_size")
 def test_float16_whose_squares_overflow():
     layer = BatchNorm(2)
-    x = (300 * normal(1000, 2)).astype(mx.float16)
+    x = mx.array(LARGE_FLOAT16.x(1000))
     close(layer(x), truth.batch_norm(x).y, atol=1e-4)
     assert mx.isfinite(layer.running_var).all()
 

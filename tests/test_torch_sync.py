@@ -16,6 +16,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from cases import LARGE_MEAN
 from compare import close, near
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -306,7 +307,8 @@ def dtypes_may_differ(groups):
 @in_processes
 def large_means_are_not_rounded(groups):
     batch, rank = Batch("long", torch.float64, [0, 1, 2]), dist.get_rank()
-    x = (1e4 + 0.01 * batch.v).float()
+    x = torch.tensor(LARGE_MEAN.x(len(batch.v) * LENGTH, CHANNELS))
+    x = x.reshape(-1, LENGTH, CHANNELS).transpose(1, 2).contiguous()
     expected = batch.part(plain(x.double(), batch.scale, batch.bias)[0], rank)
 
     def ours(x):
