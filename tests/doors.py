@@ -164,7 +164,7 @@ def _torch_gradients(door, dy, arrays, keywords):
     return {name: door.numpy(g) for name, g in zip(arrays, gradients, strict=True)}
 
 
-_NUMPY = Door(
+NUMPY = Door(
     name="numpy",
     functions=batchnorm.numpy,
     array=np.asarray,
@@ -172,19 +172,19 @@ _NUMPY = Door(
     dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
     looks_at_values=True,
 )
-_MLX = Door(
+MLX = Door(
     name="mlx",
     functions=batchnorm.mlx,
     array=_mlx_array,
     gradients=_mlx_gradients,
 )
-_JAX = Door(
+JAX = Door(
     name="jax",
     functions=batchnorm.jax,
     array=_jax_array,
     gradients=_jax_gradients,
 )
-_TORCH = Door(
+TORCH = Door(
     name="torch",
     functions=batchnorm.torch,
     array=_torch_array,
@@ -192,10 +192,10 @@ _TORCH = Door(
     dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
 )
 DOORS = [
-    _NUMPY,
-    replace(_NUMPY, name="numpy-without-native", native=False),
-    _MLX,
-    _JAX,
-    _TORCH,
-    replace(_TORCH, name="torch-without-native", native=False),
+    NUMPY,
+    replace(NUMPY, name="numpy-without-native", native=False),
+    MLX,
+    JAX,
+    TORCH,
+    replace(TORCH, name="torch-without-native", native=False),
 ]
