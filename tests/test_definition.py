@@ -1,5 +1,10 @@
 """The definition against others: finite differences, frameworks, ONNX, the array API standard."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
 import array_api_strict
 import flax.linen
 import jax
@@ -17,56 +22,104 @@ from compare import close
 from onnx.backend.test.case.node import _NodeTestCases, batch_normalization  # noqa: F401
 
 from batchnorm import definition
+from batchnorm.definition import Inputs, Problem
+from batchnorm.moments import Moments, pooled
+from batchnorm.sums import total
 
 
-def definition_arguments(case: Good, keywords, convert=np.asarray):
-    options = {"features": case.features, "eps": keywords["eps"], "activation": case.activation}
-    for name, option in (("mask", "weights"), ("residual", "residual")):
-        value = keywords.get(name)
-        options[option] = None if value is None else convert(np.asarray(value, np.float64))
-    return options
+class Stages(NamedTuple):
+    """What the definition makes of a case."""
+
+    y: Any
+    moments: Moments
+    sums: Any
+    dx: Any
+    dresidual: Any
+
+
+def arguments(features, keywords, x, scale, bias, convert=np.asarray):
+    """A problem and its inputs, in float64, of a door's keywords."""
+    x, scale, bias, residual, mask = (
+        None if value is None else convert(np.asarray(value, np.float64))
+        for value in (x, scale, bias, keywords.get("residual"), keywords.get("mask"))
+    )
+    problem = Problem(features, keywords["eps"], keywords.get("activation"))
+    return problem, Inputs(x, scale, bias, residual, mask)
+
+
+def stages(problem, inputs, dy):
+    y, moments = definition.batch_norm(problem, inputs)
+    sums = definition.gradient_sums(problem, inputs, moments, dy)
+    return Stages(y, moments, sums, *definition.input_gradient(problem, inputs, moments, dy, sums))
 
 
 @pytest.mark.parametrize("case", GOOD, ids=str)
 def test_against_brute_force(case: Good):
     dy, x, scale, bias, keywords = case.arrays()
-    options = definition_arguments(case, keywords)
-    y, statistics = definition.batch_norm(x, scale, bias, **options)
+    problem, inputs = arguments(case.features, keywords, x, scale, bias)
+    got = stages(problem, inputs, dy)
     wanted = truth.batch_norm(x, scale, bias, **keywords)
-    np.testing.assert_allclose(y, wanted.y, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(statistics.mean, wanted.mean, rtol=1e-12)
-    np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-12)
-    alone = definition.statistics(x, features=case.features, weights=options["weights"])
-    np.testing.assert_allclose(alone.var, wanted.var, rtol=1e-12)
-
-    sums = definition.gradient_sums(dy, x, *statistics[1:], scale, bias, **options)
-    dx, g = definition.input_gradient(dy, x, statistics, sums, scale, bias, **options)
-    wanted = truth.batch_norm_gradients(dy, x, scale, bias, **keywords)
-    for got, name in ((dx, "x"), (sums[1], "scale"), (sums[0], "bias"), (g, "residual")):
-        np.testing.assert_allclose(got, wanted[name], rtol=1e-10, atol=1e-10, err_msg=name)
+    np.testing.assert_allclose(got.y, wanted.y, rtol=1e-12, atol=1e-12)
+    alone = definition.moments(problem, inputs)
+    for statistics in (got.moments.statistics(), alone.statistics()):
+        np.testing.assert_allclose(statistics.mean, wanted.mean, rtol=1e-12)
+        np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-11)
+    np.testing.assert_allclose(
+        definition.normalize(problem, inputs, alone), wanted.y, rtol=1e-12, atol=1e-12
+    )
+    gradients = {
+        "x": got.dx,
+        "scale": got.sums[1],
+        "bias": got.sums[0],
+        "residual": got.dresidual,
+    }
+    for name, wanted in truth.batch_norm_gradients(dy, x, scale, bias, **keywords).items():
+        np.testing.assert_allclose(gradients[name], wanted, rtol=1e-10, atol=1e-10, err_msg=name)
 
 
 @pytest.mark.parametrize("case", GOOD, ids=str)
 def test_against_finite_differences(case: Good):
     dy, x, scale, bias, keywords = case.arrays()
-    scale, bias = np.float64(scale), np.float64(bias)
-    options = definition_arguments(case, keywords)
-    _, statistics = definition.batch_norm(x, scale, bias, **options)
-    sums = definition.gradient_sums(dy, x, *statistics[1:], scale, bias, **options)
-    dx, _ = definition.input_gradient(dy, x, statistics, sums, scale, bias, **options)
-
+    problem, inputs = arguments(case.features, keywords, x, scale, bias)
+    got = stages(problem, inputs, dy)
     random, step = np.random.default_rng(1), 1e-6
-    for argument, gradient in ((0, dx), (1, sums[1]), (2, sums[0])):
-        values = [x, scale, bias]
-        direction = random.normal(size=values[argument].shape)
+    for name, gradient in (("x", got.dx), ("scale", got.sums[1]), ("bias", got.sums[0])):
+        value = getattr(inputs, name)
+        direction = random.normal(size=value.shape)
 
-        def loss(shift, values=values, argument=argument, direction=direction):
-            moved = list(values)
-            moved[argument] = moved[argument] + shift * direction
-            return np.sum(definition.batch_norm(*moved, **options)[0] * dy)
+        def y(shift, name=name, value=value, direction=direction):
+            moved = inputs._replace(**{name: value + shift * direction})
+            return definition.batch_norm(problem, moved)[0]
 
-        slope = (loss(step) - loss(-step)) / (2 * step)
+        slope = np.sum((y(step) - y(-step)) / (2 * step) * dy)
         np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", GOOD, ids=str)
+def test_forward_derivatives_against_finite_differences(case: Good):
+    _, x, scale, bias, keywords = case.arrays()
+    problem, inputs = arguments(case.features, keywords, x, scale, bias)
+    moments = definition.moments(problem, inputs)
+    random, step = np.random.default_rng(1), 1e-6
+    x_dot = random.normal(size=x.shape)
+    scale_dot, bias_dot = random.normal(size=(2, *inputs.scale.shape))
+    residual_dot = None if inputs.residual is None else random.normal(size=inputs.residual.shape)
+
+    def y(shift):
+        moved = inputs._replace(
+            x=inputs.x + shift * x_dot,
+            scale=inputs.scale + shift * scale_dot,
+            bias=inputs.bias + shift * bias_dot,
+            residual=None if residual_dot is None else inputs.residual + shift * residual_dot,
+        )
+        return definition.batch_norm(problem, moved)[0]
+
+    partial, s0, s1 = definition.tangent_sums(problem, inputs, moments, x_dot, residual_dot)
+    got = definition.output_tangent(
+        problem, inputs, moments, partial, s0 + bias_dot, s1 + scale_dot
+    )
+    wanted = (y(step) - y(-step)) / (2 * step)
+    np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", GOOD, ids=str)
@@ -74,19 +127,77 @@ def test_on_the_strict_namespace(case: Good):
     """array-api-strict refuses whatever the standard does not have."""
     dy, x, scale, bias, keywords = case.arrays()
     strict = array_api_strict.asarray
-    options = definition_arguments(case, keywords, strict)
-    scale, bias = np.float64(scale), np.float64(bias)
-    y, statistics = definition.batch_norm(strict(x), strict(scale), strict(bias), **options)
+    problem, inputs = arguments(case.features, keywords, x, scale, bias, strict)
+    got = stages(problem, inputs, strict(dy))
     wanted = truth.batch_norm(x, scale, bias, **keywords)
-    np.testing.assert_allclose(np.asarray(y), wanted.y, rtol=1e-12, atol=1e-12)
-    assert all(each.__array_namespace__() is array_api_strict for each in (y, *statistics))
-    definition.statistics(strict(x), features=case.features, weights=options["weights"])
-    parameters = (strict(scale), strict(bias))
-    sums = definition.gradient_sums(strict(dy), strict(x), *statistics[1:], *parameters, **options)
-    definition.input_gradient(strict(dy), strict(x), statistics, sums, *parameters, **options)
+    np.testing.assert_allclose(np.asarray(got.y), wanted.y, rtol=1e-12, atol=1e-12)
+    statistics = got.moments.statistics()
+    assert all(each.__array_namespace__() is array_api_strict for each in (got.y, *statistics))
+    moments = pooled(definition.moments(problem, inputs), lambda *parts: parts)
+    definition.normalize(problem, inputs, moments)
+    given = Moments.given(*statistics[1:])
+    definition.normalize(problem, inputs, given)
+    definition.input_gradient(problem, inputs, given, None, got.sums)
+    partial, *sums = definition.tangent_sums(problem, inputs, moments, strict(dy), None)
+    definition.output_tangent(problem, inputs, moments, partial, *sums)
     definition.update_running(*statistics[1:], statistics.merge(statistics), rate=0.1, correction=1)
-    options.pop("weights")
-    definition.normalize(strict(x), *statistics[1:], *parameters, **options)
+
+
+@pytest.mark.parametrize(
+    "length", [1, 1024, 1025, 1031, 2 * 1031, 4096, 10_007, 100_352, 1_000_003]
+)
+def test_long_sums_are_exact_to_some_roundings(length: int):
+    """Of float32 values of one sign, which a running sum would be far off from."""
+    x = np.random.default_rng(0).uniform(1, 2, (2, length)).astype(np.float32)
+
+    class OneByOne:
+        """NumPy, whose sum adds up the elements of an axis one after the other."""
+
+        def __getattr__(self, name):
+            return getattr(np, name)
+
+        def sum(self, x, axis, keepdims=False):
+            axes = axis if isinstance(axis, tuple) else (axis,)
+            for each in sorted(axes, reverse=True):
+                x = np.take(np.cumsum(x, axis=each, dtype=x.dtype), [-1], axis=each)
+                x = x if keepdims else np.squeeze(x, each)
+            return x
+
+    with patch("batchnorm.sums.namespace", lambda x: OneByOne()):
+        for axis in (0, 1):
+            values = np.ascontiguousarray(x.T) if axis == 0 else x
+            got = total(values, (axis,))
+            wanted = values.sum(axis=axis, keepdims=True, dtype=np.float64)
+            np.testing.assert_allclose(got, wanted, rtol=4e-5)
+            assert got.shape == wanted.shape
+
+
+@pytest.mark.parametrize("parts", [[3, 4], [0, 5, 1], [1, 1, 1], [0, 0]])
+def test_pooling_over_devices(parts: list[int]):
+    """Those of each device's part, about one pivot, are those of the whole."""
+    x = np.random.default_rng(0).normal(5, 2, (sum(parts), 3))
+    x[:1] += 1e3
+    problem = Problem((1,), 1e-5)
+    pieces = np.split(x, np.cumsum(parts)[:-1])
+    own = [definition.moments(problem, Inputs(piece)) for piece in pieces]
+    arrived, barrier = [], threading.Barrier(len(parts))
+
+    def add_up(*arrays):
+        arrived.append(arrays)
+        barrier.wait()
+        totals = [sum(values) for values in zip(*arrived, strict=True)]
+        if barrier.wait() == 0:
+            arrived.clear()
+        barrier.wait()
+        return totals
+
+    with ThreadPoolExecutor(len(parts)) as devices:
+        results = list(devices.map(lambda moments: pooled(moments, add_up), own))
+    count = sum(parts)
+    for statistics in (each.statistics() for each in results):
+        np.testing.assert_allclose(statistics.count, count)
+        np.testing.assert_allclose(statistics.mean, x.mean(0) if count else 0, rtol=1e-12)
+        np.testing.assert_allclose(statistics.var, x.var(0) if count else 0, rtol=1e-9)
 
 
 # ---- installed frameworks, on input that none of them finds hard
@@ -97,11 +208,8 @@ def nhwc():
     random = np.random.default_rng(0)
     x, dy = random.normal(size=(2, 8, 4, 4, 3)).astype(np.float32)
     scale, bias = random.uniform(0.5, 2, (2, 3)).astype(np.float32)
-    y, statistics = definition.batch_norm(np.float64(x), scale, bias, features=(3,), eps=1e-5)
-    options = {"features": (3,), "eps": 1e-5}
-    sums = definition.gradient_sums(dy, x, *statistics[1:], scale, bias, **options)
-    dx, _ = definition.input_gradient(dy, x, statistics, sums, scale, bias, **options)
-    return x, dy, scale, bias, y, statistics, dx, sums
+    got = stages(*arguments((3,), {"eps": 1e-5}, x, scale, bias), dy)
+    return x, dy, scale, bias, got.y, got.moments.statistics(), got.dx, got.sums
 
 
 def assert_near(*pairs):
@@ -206,12 +314,14 @@ def run_onnx(training: bool, x, scale, bias, mean, var, eps, momentum):
 
 def ours_as_onnx(training: bool, x, scale, bias, mean, var, eps, momentum):
     """BatchNormalization of the ONNX specification, from the stages."""
-    x = np.float64(x)
-    options = {"features": (1,), "eps": eps}
+    problem, inputs = arguments((1,), {"eps": eps}, x, scale, bias)
     if not training:
-        return [definition.normalize(x, mean, var, scale, bias, **options)]
-    y, statistics = definition.batch_norm(x, scale, bias, **options)
-    return [y, *definition.update_running(mean, var, statistics, rate=1 - momentum, correction=0)]
+        return [definition.normalize(problem, inputs, Moments.given(mean, var))]
+    y, moments = definition.batch_norm(problem, inputs)
+    running = definition.update_running(
+        mean, var, moments.statistics(), rate=1 - momentum, correction=0
+    )
+    return [y, *running]
 
 
 @pytest.mark.parametrize("training", [False, True])

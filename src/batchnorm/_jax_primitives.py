@@ -1,12 +1,11 @@
 """How a stage of batch normalization becomes a primitive of JAX.
 
 A function in jnp defines it: that is what runs on other platforms, and what JAX differentiates where
-a stage has no rule of its own. On the CPU a native stage is lowered to its handler in csrc/xla.cc,
-if it works on whole arrays of one device.
+a stage has no rule of its own. On the CPU a native stage is lowered to its handler in
+csrc/faces/xla.cc, if it works on whole arrays of one device.
 """
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .definition import Axes
-from .native import _cpu
+from .native import kernels, register_report
 
 Array = Any
 
@@ -154,8 +153,8 @@ class Stage:
         servable = (
             self.name in _targets()
             and inputs.x.size > 0
-            and inputs.x.dtype.name in _cpu.DTYPES
-            and problem.features[-1] - problem.features[0] == len(problem.features) - 1
+            and inputs.x.dtype.name in kernels.DTYPES
+            and kernels.layout(inputs.x.shape, problem.features) is not None
             and all(each is not None for each in linear)
             and _is_local(ctx.module_context)
         )
@@ -165,11 +164,10 @@ class Stage:
     def in_native(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
         inputs, linear = tree.unflatten(operands)
         x, weights = inputs.x, inputs.weights
-        first, last = problem.features[0], problem.features[-1]
         if weights is not None and any(weights.shape[axis] != 1 for axis in problem.features):
             weights = jnp.broadcast_to(weights, x.shape)
         moments = [None] * 5 if inputs.moments is None else inputs.moments
-        common = (x, weights, inputs.residual, inputs.scale, inputs.bias, *moments)
+        common = (x, inputs.scale, inputs.bias, inputs.residual, weights, *moments)
         # What is absent has no elements.
         absent = jnp.zeros(0, jnp.float32)
         types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
@@ -178,10 +176,8 @@ class Stage:
         call = jax.ffi.ffi_call(_targets()[self.name], results)
         values = call(
             *(absent if each is None else each for each in (*common, *linear)),
-            outer=np.int64(math.prod(x.shape[:first])),
-            channels=np.int64(math.prod(x.shape[first : last + 1])),
-            inner=np.int64(math.prod(x.shape[last + 1 :])),
-            activation=np.int64(_cpu.ACTIVATIONS[problem.activation]),
+            features=np.array(problem.features, np.int64),
+            activation=problem.activation or "",
             eps=np.float64(problem.eps),
         )
         return list(values[: len(types)])
@@ -244,7 +240,7 @@ def _is_local(module: mlir.ModuleContext) -> bool:
 @functools.cache
 def _targets() -> dict[str, str]:
     """The names under which XLA knows the handlers; none if they cannot serve."""
-    handlers = {} if _cpu is None else _cpu.xla_handlers()
+    handlers = {} if kernels is None else kernels.xla_handlers()
     targets = {name: f"batchnorm_{name}_{version('batchnorm')}" for name in handlers}
     try:
         for name, handler in handlers.items():
@@ -257,3 +253,12 @@ def _targets() -> dict[str, str]:
         )
         return {}
     return targets
+
+
+def _report() -> str:
+    if kernels is not None and not kernels.xla_handlers():
+        return "not served, since the kernels were built without the headers of jaxlib"
+    return "served on the CPU" if _targets() else "not served, since this jaxlib does not take them"
+
+
+register_report("JAX", _report)

@@ -1,0 +1,51 @@
+"""The activations by name: their values and their slopes."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .arrays import Array, namespace
+
+
+class _Activation(NamedTuple):
+    value: Callable[[Array], Array]
+    through: Callable[[Array, Array], Array]  # (dy, z): dy · act′(z)
+
+
+def _relu(z: Array) -> Array:
+    return namespace(z).where(z <= 0, 0.0, z)
+
+
+def _through_relu(dy: Array, z: Array) -> Array:
+    return namespace(z).where(z <= 0, 0.0, dy)
+
+
+def _silu(z: Array) -> Array:
+    # z·σ(z), beyond ±80 by its limits: neither it nor its derivative is ∞ · 0 there.
+    xp = namespace(z)
+    near = xp.clip(z, -80.0, 80.0)
+    return near * _sigmoid(near) + xp.maximum(z - 80.0, xp.zeros_like(z))
+
+
+def _through_silu(dy: Array, z: Array) -> Array:
+    z = namespace(z).clip(z, -80.0, 80.0)  # beyond, the slope is 0 or 1, not ∞ · 0
+    sigmoid = _sigmoid(z)
+    return dy * (sigmoid * (1 + z * (1 - sigmoid)))
+
+
+def _sigmoid(z: Array) -> Array:
+    return 0.5 + 0.5 * namespace(z).tanh(0.5 * z)
+
+
+ACTIVATIONS = {
+    "relu": _Activation(_relu, _through_relu),
+    "silu": _Activation(_silu, _through_silu),
+}
+
+
+def activate(z: Array, activation: str | None) -> Array:
+    return z if activation is None else ACTIVATIONS[activation].value(z)
+
+
+def through_activation(dy: Array, z: Array, activation: str | None) -> Array:
+    """dy · act′(z)."""
+    return dy if activation is None else ACTIVATIONS[activation].through(dy, z)

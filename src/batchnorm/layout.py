@@ -1,0 +1,52 @@
+"""Feature axes and reduced axes: which values belong together, and the shapes that follow.
+
+`features` is a sorted tuple of non-negative feature axes of x; all its other axes are reduced. A
+parameter has the feature shape: the sizes of x along them. Where the elements lie in memory is said
+in csrc/stages/layout.h.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .arrays import Array, namespace
+
+Axes = tuple[int, ...]
+Shape = Sequence[int]
+
+
+def reduced_axes(features: Axes, ndim: int) -> Axes:
+    return tuple([axis for axis in range(ndim) if axis not in features])
+
+
+def feature_shape(features: Axes, shape: Shape) -> tuple[int, ...]:
+    return tuple([shape[axis] for axis in features])
+
+
+def values_per_feature(features: Axes, shape: Shape) -> Any:
+    """How many elements each feature has: an int where the sizes are."""
+    return math.prod([shape[axis] for axis in reduced_axes(features, len(shape))])
+
+
+def weights_shape(features: Axes, shape: Shape, x_shape: Shape) -> tuple[int, ...]:
+    """Of weights of that shape and of the rank of x: of one for each row, or for each element."""
+    one_a_row = all(shape[axis] == 1 for axis in features)
+    return tuple(
+        [1 if one_a_row and axis in features else size for axis, size in enumerate(x_shape)]
+    )
+
+
+def is_empty(x: Array) -> bool:
+    """Whether x is known to have no elements; a size that is no int is taken for a positive one."""
+    return any(isinstance(size, int) and size == 0 for size in x.shape)
+
+
+def per_feature(features: Axes, reduced: Array) -> Array:
+    """`reduced`, whose reduced axes have length 1, without them."""
+    return namespace(reduced).reshape(reduced, feature_shape(features, reduced.shape))
+
+
+def along(features: Axes, parameter: Array, x: Array) -> Array:
+    """`parameter`, of the feature shape, with axes of length 1 where x is reduced."""
+    shape = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
+    return namespace(x).reshape(parameter, tuple(shape))

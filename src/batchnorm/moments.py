@@ -1,0 +1,133 @@
+"""The statistics of a batch: as users see them, and as the stages hand them on."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .arrays import Array, namespace
+
+
+class Statistics(NamedTuple):
+    """Count, mean and population variance of each feature.
+
+    Attributes
+    ----------
+    count : array, feature shape
+        How many elements each feature has: with a mask, the sum of its weights.
+    mean, var : array, feature shape
+        The mean, and the variance divided by count. Both are 0 where count is 0.
+    """
+
+    count: Array
+    mean: Array
+    var: Array
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Pool the statistics of two disjoint sets, exactly up to rounding.
+
+        The formula is that of Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm
+        for Computing Sample Variances" (1979). An empty set (count 0) changes nothing.
+
+        Parameters
+        ----------
+        other : Statistics
+            Statistics of further elements of the same features.
+
+        Returns
+        -------
+        Statistics
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from batchnorm.numpy import batch_statistics
+        >>> x = np.arange(12.0).reshape(6, 2)
+        >>> pooled = batch_statistics(x[:1]).merge(batch_statistics(x[1:]))
+        >>> bool(np.allclose(pooled.var, x.var(axis=0)))
+        True
+        """
+        count = self.count + other.count
+        fraction = other.count / or_one(count)
+        shift = other.mean - self.mean
+        mean = self.mean + fraction * shift
+        var = self.var + fraction * (other.var - self.var + (1 - fraction) * shift * shift)
+        return Statistics(count, mean, var)
+
+
+class Moments(NamedTuple):
+    """Mean and variance in the coordinate u = (x − pivot) / unit, of the feature shape.
+
+    In exact arithmetic no result depends on pivot or unit. In floating point, a pivot near the mean
+    makes x − pivot exact however large the mean is, and leaves the mean, pivot + unit·offset, as a
+    sum of two terms that need not be rounded to one; a large unit keeps every square finite.
+
+    unit and offset may be None: 1 and 0. count may be None, where mean and variance do not depend
+    on x: running statistics.
+    """
+
+    count: Array | None
+    pivot: Array
+    unit: Array | None
+    offset: Array | None
+    var: Array
+
+    @classmethod
+    def given(cls, mean: Array, var: Array) -> "Moments":
+        """A mean and a variance that do not depend on x."""
+        return cls(None, mean, None, None, var)
+
+    @classmethod
+    def about(
+        cls,
+        statistics: Statistics,
+        narrow: Callable[[Array], Array],
+        constant: Callable[[Array], Array] = lambda array: array,
+    ) -> "Moments":
+        """Statistics of a wider dtype in the one that `narrow` casts to, the mean not rounded."""
+        count, mean, var = statistics
+        xp = namespace(mean)
+        pivot = constant(narrow(mean))
+        unit = constant(narrow(xp.sqrt(xp.maximum(var, xp.ones_like(var)))))
+        offset, var = (mean - pivot) / unit, var / xp.square(xp.astype(unit, var.dtype))
+        return cls(
+            None if count is None else narrow(count), pivot, unit, narrow(offset), narrow(var)
+        )
+
+    def statistics(self) -> Statistics:
+        """These, rounded to one mean and one variance."""
+        count, pivot, unit, offset, var = self
+        if unit is None:
+            return Statistics(count, pivot, var)
+        return Statistics(count, pivot + unit * offset, unit * unit * var)
+
+
+Sum = Callable[..., Sequence[Array]]
+
+
+def pooled(
+    moments: Moments, add_up: Sum, constant: Callable[[Array], Array] = lambda array: array
+) -> Moments:
+    """The moments of all devices' elements; `add_up(*arrays)` sums each array over the devices.
+
+    First the devices agree on a pivot, the mean to within rounding, and on a unit, and then add up
+    moments around it, which loses nothing: the formula of Chan, Golub & LeVeque (1979), for many
+    sets at once. `constant` is the framework's stop_gradient, for the pivot and the unit.
+    """
+    count, own_pivot, own_unit, offset, var = moments
+    xp = namespace(own_pivot)
+    nothing = xp.zeros_like(own_pivot)
+    share = count * 1e-12  # so that no product of a count and a value overflows
+    reach = xp.where(count == 0, nothing, own_unit + xp.abs(own_pivot))
+    share, mean, reach = add_up(*map(constant, (share, share * own_pivot, reach)))
+    pivot, unit = mean / or_one(share), xp.maximum(reach, xp.ones_like(reach))
+    offset = ((own_pivot - pivot) + own_unit * offset) / unit
+    squares = var * (own_unit / unit) ** 2 + offset * offset
+    count, first, second = add_up(count, count * offset, count * squares)
+    offset = first / or_one(count)
+    var = second / or_one(count) - offset * offset
+    return Moments(count, pivot, unit, offset, xp.where(var < 0, nothing, var))
+
+
+def or_one(count: Array) -> Array:
+    """`count`, with 1 for 0: the divisor of sums that are 0 as well."""
+    xp = namespace(count)
+    return xp.where(count == 0, xp.ones_like(count), count)
