@@ -1,7 +1,8 @@
-"""The stages on tensors: native on the CPU, the definition's elsewhere.
+"""The stages on tensors: kernels on the CPU where they can serve, the definition elsewhere.
 
-The statistics of a batch are one tensor of shape (3, *feature shape): mean, var and count. Given
-ones, which normalize without being the batch's own, have no count: (2, *feature shape).
+The statistics of a batch are one tensor, float64 where the device has that, so that a mean is not
+rounded: its rows are those of `Statistics`, (3, *feature shape). The sums of a backward pass are
+the rows Σ g and Σ g·x̂, (2, *feature shape).
 """
 
 from pathlib import Path
@@ -9,49 +10,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import definition
-from ..definition import Statistics
-from ..native import kernels as _cpu
-from ._sync import Sync
+from .. import definition, native
+from ..arrays import namespace
+from ..definition import Inputs, Problem
+from ..layout import feature_shape, weights_shape
+from ..moments import Moments, Statistics
+from ._running import Running
+from ._sync import Alone
 
 # torch.compile can't look into what this finds out, but can into the dict that keeps it.
 for _kind in (Tensor, torch.nn.Parameter):
-    definition._namespace(_kind(torch.empty(0)))
+    namespace(_kind(torch.empty(0)))
 
 
-class Problem(NamedTuple):
-    """What is not a tensor. Without `sync`, the batch is that of this process.
+class Call(NamedTuple):
+    """What is not a tensor; `watched` is `_compat.is_watched(x)`."""
 
-    `watched` is `is_watched(x)`. With `is_layer`, the statistics have no derivative, which saves
-    time in a small call.
-    """
-
-    features: tuple[int, ...]
-    eps: float
+    problem: Problem
+    processes: Alone
     watched: bool
-    activation: str | None = None
-    sync: Sync | None = None
-    is_layer: bool = False
 
 
-class Inputs(NamedTuple):
-    """scale and bias are of the feature shape, residual like x; weights broadcast, in wide(x)."""
+class Given(NamedTuple):
+    """A mean and a variance that do not depend on x: running statistics."""
 
-    x: Tensor
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    weights: Tensor | None = None
+    mean: Tensor
+    var: Tensor
 
-    def parameter_gradients(self, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of scale and bias, in their dtypes, from Σ g and Σ g·x̂."""
-        sum_g, sum_g_x_hat = sums.unbind(0)
-        return (
-            None if self.scale is None else sum_g_x_hat.to(self.scale.dtype),
-            None if self.bias is None else sum_g.to(self.bias.dtype),
-        )
+
+By = Tensor | Given  # what an output is normalized by: the batch's statistics, or given ones
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -59,322 +47,231 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def is_watched(x: Tensor) -> bool:
-    """Whether anything but autograd looks at the operations on x."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or type(x) not in _PLAIN
-    )
-
-
-def is_of_batch(statistics: Tensor) -> bool:
-    return statistics.shape[0] == 3
-
-
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Wide enough for a mean that is not rounded, where the device has that."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def stages_of(problem: Problem, inputs: Inputs, dy: Tensor | None = None) -> "Native | Definition":
-    x = inputs.x
-    watched = dy is not None and (is_watched(x) or not _has_memory(dy))
-    if x.is_cpu and x.dtype in _CODES and not watched:
-        for x in (x, x.clone()):
-            if not x.is_neg() and _cpu.layout(x.shape, problem.features, x.stride()) is not None:
-                return Native(problem, inputs._replace(x=x))
-    return Definition(problem, inputs)
+class Stages:
+    """The stages of one call. What is computed by the definition can be differentiated.
 
-
-class Definition:
-    """The stages in `batchnorm.definition`'s words.
-
-    x is moved to the coordinate (x - pivot) / unit, about its mean and in units of its standard
-    deviation: a float32 pivot subtracts exactly, and what it lacks of the mean is subtracted after.
+    scale and bias are of the feature shape and of any dtype, residual is like x, weights broadcast.
     """
 
-    def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        self.problem, self.given, self.dtype = problem, inputs, inputs.x.dtype
-        dtype = wide(self.dtype)
-        tensors: Any = (None if each is None else each.to(dtype) for each in inputs)
-        self.inputs = Inputs(*tensors)
-        self.statistics_dtype = statistics_dtype(inputs.x)
+    def __init__(self, problem: Problem, inputs: Inputs, *, watched: bool) -> None:
+        self.problem, self.inputs = problem, inputs
+        x = inputs.x
+        self.is_native = (
+            native.kernels is not None and x.is_cpu and x.dtype in _DTYPES and not watched
+        )
 
-    def batch_norm(self) -> tuple[Tensor, Tensor]:
-        statistics = self.statistics()
-        return self.normalize(statistics[0], statistics[1]), statistics
+    def batch_norm(self, running: Running | None = None) -> tuple[Tensor, Tensor]:
+        """y, and the statistics that it is normalized by; running statistics move, too."""
+        x = self.inputs.x
+        if self.is_native:
+            y, statistics = torch.empty_like(x), self.rows(3)
+            operands = self.operands(statistics=statistics, y=y)
+            if running is not None:
+                operands.update(running.operands())
+            if self.runs(native.kernels.batch_norm, operands):
+                return y, statistics
+            if running is not None:  # perhaps in no memory that a kernel can change
+                y, statistics = self.batch_norm()
+                running.move(statistics, watched=True)
+                return y, statistics
+        y, moments = definition.batch_norm(self.problem, self.wide_inputs(), Tensor.detach)
+        statistics = self.statistics_of(moments)
+        if running is not None:
+            running.move(statistics, watched=True)
+        return y.to(x.dtype), statistics
 
     def statistics(self) -> Tensor:
-        count, pivot, unit, offset, var = (
-            each.to(self.statistics_dtype)
-            for each in definition.moments(
-                self.inputs.x,
-                features=self.problem.features,
-                weights=self.inputs.weights,
-                constant=Tensor.detach,
-            )
-        )
-        return torch.stack((pivot + unit * offset, unit * unit * var, count))
+        if self.is_native:
+            statistics = self.rows(3)
+            operands = self.operands(statistics=statistics)
+            for name in ("eps", "activation", "scale", "bias", "residual"):
+                del operands[name]
+            if self.runs(native.kernels.statistics, operands):
+                return statistics
+        moments = definition.moments(self.problem, self.wide_inputs(), Tensor.detach)
+        return self.statistics_of(moments)
 
-    def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
-        dtype = self.statistics_dtype
-        u, mean, var, _ = self.standard(mean.to(dtype), var.to(dtype))
-        options = self.options()
-        del options["weights"]
-        y: Tensor = definition.normalize(
-            u, mean, var, self.inputs.scale, self.inputs.bias, **options
-        )
-        return y.to(self.dtype)
+    def normalize(self, by: By) -> Tensor:
+        x = self.inputs.x
+        if self.is_native:
+            y = torch.empty_like(x)
+            mean, var = by if isinstance(by, Given) else by[1:].unbind(0)
+            operands = self.operands(mean=mean, var=var, y=y)
+            del operands["weights"]
+            if self.runs(native.kernels.normalize, operands):
+                return y
+        y = definition.normalize(self.problem, self.wide_inputs(), self.moments_of(by))
+        return y.to(x.dtype)
 
     def gradients(
-        self, statistics: Tensor, dy: Tensor, with_g: bool
+        self, by: By, dy: Tensor, with_dresidual: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        sums = self.gradient_sums(statistics, dy)
-        dx, g = self.input_gradient(statistics, sums, dy, with_g)
-        return *self.given.parameter_gradients(sums), dx, g
+        """Of scale, bias, x and residual."""
+        x, scale, bias = self.inputs[:3]
+        if self.is_native:
+            dscale, dbias, dx, dresidual = (
+                None if each is None else torch.empty_like(each)
+                for each in (scale, bias, x, x if with_dresidual else None)
+            )
+            operands = self.operands(
+                dy=dy, dscale=dscale, dbias=dbias, dx=dx, dresidual=dresidual, **_named(by)
+            )
+            if self.runs(native.kernels.batch_norm_gradients, operands):
+                assert dx is not None
+                return dscale, dbias, dx, dresidual
+        sums = self.gradient_sums(by, dy)
+        dx, dresidual = self.input_gradient(by, sums, dy, with_dresidual)
+        return *self.parameter_gradients(sums), dx, dresidual
 
-    def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
-        u, mean, var, _ = self.standard(statistics[0], statistics[1])
-        sums = definition.gradient_sums(
-            dy.to(u.dtype), u, mean, var, self.inputs.scale, self.inputs.bias, **self.options()
-        )
-        return torch.stack(sums).to(self.statistics_dtype)
+    def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
+        if self.is_native:
+            sums = self.rows(2)
+            if self.runs(
+                native.kernels.gradient_sums, self.operands(dy=dy, sums=sums, **_named(by))
+            ):
+                return sums
+        inputs, moments = self.wide_inputs(), self.moments_of(by)
+        dy = dy.to(inputs.x.dtype)
+        found = definition.gradient_sums(self.problem, inputs, moments, dy)
+        return torch.stack(found).to(statistics_dtype(inputs.x))
 
     def input_gradient(
-        self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
+        self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool
     ) -> tuple[Tensor, Tensor | None]:
-        u, mean, var, unit = self.standard(statistics[0], statistics[1])
-        count = statistics[2].to(u.dtype) if is_of_batch(statistics) else torch.ones_like(mean)
-        sums = sums.to(u.dtype) if is_of_batch(statistics) else torch.zeros_like(statistics)
-        du, g = definition.input_gradient(
-            dy.to(u.dtype),
-            u,
-            Statistics(count, mean, var),
-            tuple(sums.to(u.dtype)),
-            self.inputs.scale,
-            self.inputs.bias,
-            **self.options(),
+        x = self.inputs.x
+        if self.is_native:
+            dx = torch.empty_like(x)
+            dresidual = torch.empty_like(x) if with_dresidual else None
+            operands = self.operands(dy=dy, sums=sums, dx=dx, dresidual=dresidual, **_named(by))
+            if self.runs(native.kernels.input_gradient, operands):
+                return dx, dresidual
+        inputs, moments = self.wide_inputs(), self.moments_of(by)
+        dtype = inputs.x.dtype
+        sum_g, sum_g_x_hat = sums.to(dtype).unbind(0)
+        dx, g = definition.input_gradient(
+            self.problem, inputs, moments, dy.to(dtype), (sum_g, sum_g_x_hat)
         )
-        return (du / unit).to(self.dtype), g.to(self.dtype) if with_g else None
+        return dx.to(x.dtype), g.to(x.dtype) if with_dresidual else None
 
-    def standard(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u, its mean, and its variance plus eps, of the feature shape; and the unit along x."""
-        x, features = self.inputs.x, self.problem.features
-        var = var + self.problem.eps
-        pivot, unit = mean.detach().to(x.dtype), var.detach().sqrt().to(x.dtype)
-        along = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
-        u = (x - pivot.reshape(along)) / unit.reshape(along)
+    def parameter_gradients(self, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of scale and bias, in their dtypes."""
+        sum_g, sum_g_x_hat = sums.unbind(0)
+        scale, bias = self.inputs.scale, self.inputs.bias
         return (
-            u,
-            ((mean - pivot) / unit).to(x.dtype),
-            (var / unit.to(var.dtype) ** 2).to(x.dtype),
-            unit.reshape(along),
+            None if scale is None else sum_g_x_hat.to(scale.dtype),
+            None if bias is None else sum_g.to(bias.dtype),
         )
 
-    def options(self) -> dict[str, Any]:
-        return {
-            "features": self.problem.features,
-            "eps": 0.0,  # it is part of the variance of u
-            "weights": self.inputs.weights,
-            "residual": self.inputs.residual,
-            "activation": self.problem.activation,
-        }
+    # ---- for the definition
 
+    def wide_inputs(self) -> Inputs:
+        dtype = wide(self.inputs.x.dtype)
+        x, *others = (None if each is None else each.to(dtype) for each in self.inputs)
+        return Inputs(x, *others)
 
-class Native:
-    """The stages as kernels on memory; native/_cpu.pyi states what they take."""
+    def statistics_of(self, moments: Moments) -> Tensor:
+        dtype = statistics_dtype(self.inputs.x)
+        wider = Moments(*(each.to(dtype) for each in moments))
+        return torch.stack(tuple(wider.statistics()))
 
-    def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        self.problem, self.given = problem, inputs
-        x, scale, bias, residual, weights = inputs
+    def moments_of(self, by: By) -> Moments:
+        dtype = wide(self.inputs.x.dtype)
+        statistics = Statistics(None, *by) if isinstance(by, Given) else Statistics(*by.unbind(0))
+        if statistics.mean.dtype == dtype:
+            return Moments(statistics.count, statistics.mean, None, None, statistics.var)
+        return Moments.about(statistics, lambda each: each.to(dtype), Tensor.detach)
+
+    # ---- for the kernels
+
+    def rows(self, number: int) -> Tensor:
+        x = self.inputs.x
+        shape = feature_shape(self.problem.features, x.shape)
+        return x.new_empty((number, *shape), dtype=torch.float64)
+
+    def operands(self, **others: Any) -> dict[str, Any]:
+        """What kernels take, by name; native/_cpu.pyi says what each is."""
+        features, eps, activation = self.problem
+        x, scale, bias, residual, weights = self.inputs
         if weights is not None:
-            per_feature = any(weights.shape[each] != 1 for each in problem.features)
-            shape = [
-                1 if axis in problem.features and not per_feature else size
-                for axis, size in enumerate(x.shape)
-            ]
-            weights = weights.expand(shape)
-        self.arrays = {
+            weights = weights.expand(weights_shape(features, weights.shape, x.shape))
+        return {
             "x": x,
+            "features": features,
+            "eps": eps,
+            "activation": activation,
             "scale": scale,
             "bias": bias,
             "residual": residual,
             "weights": weights,
+            "team": _TEAM,
+            **others,
         }
-        self.arrays = {
-            name: each.resolve_neg() if each is not None else None
-            for name, each in self.arrays.items()
-        }
-        self.x = x
 
-    def call(self, kernel: Any, **arrays: Any) -> None:
-        """What lies wrong in memory is copied into the layout of x."""
-        problem = self.problem
-        arrays = {**self.arrays, **arrays}
-        if kernel is not _cpu.statistics:
-            arrays.update(eps=problem.eps, activation=problem.activation)
-        else:
-            arrays = {name: arrays[name] for name in ("x", "weights", "statistics")}
-        if kernel is _cpu.normalize:
-            del arrays["weights"]
-        options: Any = {"features": problem.features, "team": _TEAM}
-        while (name := kernel(**arrays, **options)) is not None:
-            copy = torch.empty_like(self.x, dtype=arrays[name].dtype)
-            if arrays[name].shape != self.x.shape:
-                copy = copy[
-                    tuple(slice(1 if size == 1 else None) for size in arrays[name].shape)
-                ].clone()
-            arrays[name] = copy.copy_(arrays[name])
+    def runs(self, kernel: Any, operands: dict[str, Any]) -> bool:
+        """Let the kernel do it, and say whether it could.
 
-    def batch_norm(self) -> tuple[Tensor, Tensor]:
-        y, statistics = torch.empty_like(self.x), self.per_feature(3)
-        self.call(_cpu.batch_norm, statistics=statistics, y=y)
-        return y, statistics.roll(-1, 0)
-
-    def statistics(self) -> Tensor:
-        statistics = self.per_feature(3)
-        self.call(_cpu.statistics, statistics=statistics)
-        return statistics.roll(-1, 0)
-
-    def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
-        y = torch.empty_like(self.x)
-        self.call(_cpu.normalize, mean=mean.resolve_neg(), var=var.resolve_neg(), y=y)
-        return y
-
-    def gradients(
-        self, statistics: Tensor, dy: Tensor, with_g: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        dx = torch.empty_like(self.x)
-        g = torch.empty_like(self.x) if with_g else None
-        scale, bias = self.arrays["scale"], self.arrays["bias"]
-        dscale = None if scale is None else torch.empty_like(scale)
-        dbias = None if bias is None else torch.empty_like(bias)
-        self.call(
-            _cpu.batch_norm_gradients,
-            **_given(statistics),
-            dy=dy.resolve_neg(),
-            dx=dx,
-            dscale=dscale,
-            dbias=dbias,
-            dresidual=g,
-        )
-        return dscale, dbias, dx, g
-
-    def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
-        sums = self.per_feature(2)
-        self.call(_cpu.gradient_sums, **_given(statistics), dy=dy.resolve_neg(), sums=sums)
-        return sums
-
-    def input_gradient(
-        self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        dx = torch.empty_like(self.x)
-        g = torch.empty_like(self.x) if with_g else None
-        self.call(
-            _cpu.input_gradient,
-            **_given(statistics),
-            sums=sums,
-            dy=dy.resolve_neg(),
-            dx=dx,
-            dresidual=g,
-        )
-        return dx, g
-
-    def per_feature(self, number: int) -> Tensor:
-        shape = [self.x.shape[axis] for axis in self.problem.features]
-        return self.x.new_empty(number, *shape, dtype=torch.float64)
+        An operand that it can't take as it lies in memory is copied for it. What the record of a
+        tensor does not say is looked at here: views that negate what is in memory.
+        """
+        for name, each in operands.items():
+            if isinstance(each, Tensor) and each.is_neg():
+                operands[name] = each.resolve_neg()
+        copied = set()
+        while (name := kernel(**operands)) is not None:
+            if name in copied or name not in _COPIED:
+                return False
+            copied.add(name)
+            operands[name] = _COPIED[name](operands["x"], operands[name])
+        return True
 
 
-def _given(statistics: Tensor) -> dict[str, Tensor]:
-    if is_of_batch(statistics):
-        return {"statistics": statistics.roll(1, 0)}
-    return {"mean": statistics[0], "var": statistics[1]}
+def _named(by: By) -> dict[str, Tensor]:
+    return by._asdict() if isinstance(by, Given) else {"statistics": by}
 
 
-def move_running(
-    problem: Problem,
-    running: tuple[Tensor, Tensor],
-    batches: Tensor | None,
-    statistics: Tensor,
-    rate: float | Tensor,
-    *,
-    may_be_empty: bool = True,
-) -> None:
-    """Move running statistics in place towards those of a batch, the variance with correction 1.
-
-    `batches` counts those that have any element.
-    """
-    running_mean, running_var = running
-    if (
-        _cpu is not None
-        and type(rate) is float
-        and not problem.watched
-        and _is_in_native_memory(running_mean)
-        and _is_in_native_memory(running_var)
-        and statistics.dtype == torch.float64
-        and running_mean.dtype == running_var.dtype
-        and (
-            batches is None or (_is_in_native_memory(batches, (torch.int64,)) and batches.ndim == 0)
-        )
-    ):
-        _cpu.update_running(
-            statistics=statistics.detach().roll(1, 0),
-            running_mean=running_mean,
-            running_var=running_var,
-            batches=batches,
-            rate=rate,
-            correction=1.0,
-        )
-        return
-    mean, var, count = statistics.detach()
-    dtype = statistics.dtype
-    new_mean, new_var = definition.update_running(
-        running_mean.to(dtype),
-        running_var.to(dtype),
-        Statistics(count, mean, var),
-        rate=rate,
-        correction=1,
-    )
-    running_mean.copy_(new_mean)
-    running_var.copy_(new_var)
-    if batches is not None:
-        batches.add_((count > 0).any() if may_be_empty else 1)
+def _like(x: Tensor, tensor: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(tensor)
 
 
-# The way into the OpenMP runtime of PyTorch's own operations, None where they have none: its threads
-# go on looking for work for a while after each operation, and another pool's would wait for them
-# (csrc/system/parallel.h).
-_TEAM = (
-    None
-    if _cpu is None
-    else _cpu.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-)
-_CODES = set()
-# From PyTorch 2.10 on tensors say where they lie in memory.
-if _cpu is not None and all(map(_cpu.register_tensor, _PLAIN)):
-    _CODES = {getattr(torch, name) for name in _cpu.DTYPES}
+def _weights_like(x: Tensor, weights: Tensor) -> Tensor:
+    """A copy with one weight for each row, or for each element, in the order of x in memory."""
+    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return weights.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
-def _has_memory(dy: Tensor) -> bool:
-    """Autograd may hand on zeros that are none in memory, and batches of autograd's own vmap."""
-    is_batch = torch._C._functorch.is_legacy_batchedtensor(dy)
-    return type(dy) is Tensor and not is_batch and not dy._is_zerotensor()
+def _own(x: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.clone()
 
 
-def _is_in_native_memory(
-    buffer: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
-) -> bool:
-    return (
-        type(buffer) is Tensor
-        and buffer.is_cpu
-        and buffer.dtype in dtypes
-        and buffer.is_contiguous()
-        and not buffer.is_neg()
-    )
+# What a kernel only reads, and how to copy it.
+_COPIED = {
+    "weights": _weights_like,
+    **dict.fromkeys(("residual", "dy"), _like),
+    **dict.fromkeys(("x", "scale", "bias", "mean", "var", "statistics", "sums"), _own),
+}
+_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
+_TEAM = None
+if native.kernels is not None:
+    for _kind in (Tensor, torch.nn.Parameter):
+        if not native.kernels.register_tensor(_kind):
+            _DTYPES.clear()
+    # The threads of PyTorch's own operations: they go on looking for work for a while after each,
+    # and another pool's would wait for them (csrc/system/parallel.h).
+    _TEAM = native.kernels.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+
+
+def _report() -> str:
+    if not _DTYPES:
+        return "not served, as this PyTorch has no DLPack exchange table; 2.10 and newer have"
+    if _TEAM is None:
+        return "served on the pool's threads, as PyTorch's own were not found"
+    return "served on PyTorch's own threads"
+
+
+native.register_report("PyTorch", _report)
