@@ -270,6 +270,18 @@ BAD = [
         arrays=(np.ones(4, np.complex64),),
     ),
     Bad(
+        "scale integers",
+        TypeError,
+        "scale must be an array of real floating-point .*int32",
+        arrays=(np.ones(4, np.int32),),
+    ),
+    Bad(
+        "bias bools",
+        TypeError,
+        "bias must be an array of real floating-point .*bool",
+        arrays=(_x(4), np.ones(4, bool)),
+    ),
+    Bad(
         "mask does not broadcast",
         ValueError,
         r"mask must broadcast to the shape \(6, 4\) of x, but its shape is \(5, 1\)",
@@ -330,6 +342,20 @@ BAD = [
         ValueError,
         r"mean must have the feature shape \(4,\)",
         arrays=(_x(3), _x(4)),
+        function="normalize",
+    ),
+    Bad(
+        "mean integers",
+        TypeError,
+        "mean must be an array of real floating-point .*int32",
+        arrays=(np.ones(4, np.int32), _x(4)),
+        function="normalize",
+    ),
+    Bad(
+        "var complex",
+        TypeError,
+        "var must be an array of real floating-point .*complex64",
+        arrays=(_x(4), np.ones(4, np.complex64)),
         function="normalize",
     ),
     Bad(

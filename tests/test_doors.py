@@ -302,6 +302,16 @@ def test_update_running_refuses(door: Door, keywords, error, message):
         door.update_running(running, running, statistics, **keywords)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, bool, np.complex64])
+def test_update_running_refuses_what_cannot_move(door: Door, dtype):
+    statistics = door.functions.batch_statistics(door.array(np.ones((5, 3), np.float32)))
+    right, wrong = door.array(np.zeros(3, np.float32)), door.array(np.zeros(3, dtype))
+    with pytest.raises(TypeError, match="mean must be an array of real floating-point"):
+        door.update_running(wrong, right, statistics, rate=0.1)
+    with pytest.raises(TypeError, match="var must be an array of real floating-point"):
+        door.update_running(right, wrong, statistics, rate=0.1)
+
+
 def test_update_running_refuses_another_shape(door: Door):
     statistics = door.call("batch_statistics", np.ones((4, 3), np.float32))
     right, wrong = (door.array(np.ones(n, np.float32)) for n in (3, 1))
