@@ -16,7 +16,7 @@ from cases import GOOD, Good
 from jax import export
 from jax.test_util import check_grads
 
-from batchnorm import _jax_primitives
+import batchnorm.native
 from batchnorm.jax import batch_norm, batch_statistics, normalize, update_running
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -378,7 +378,7 @@ def test_no_tracer_leaks():
 @pytest.fixture
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is lowered from here on is lowered to jnp."""
-    monkeypatch.setattr(_jax_primitives, "_targets", dict)
+    monkeypatch.setattr(batchnorm.native, "kernels", None)
 
 
 ACCURATE = {

@@ -12,6 +12,7 @@ from jax.nn import initializers
 from ... import checks
 from ... import jax as door
 from ...conventions import CONVENTIONS
+from ...jax.functions import batch_norm_of_any_count
 from .collection import Collection
 from .module import Initializer, Module
 from .state import ModuleState
@@ -124,7 +125,7 @@ class BatchNorm(Module):
             return y.astype(dtype)
 
         alone = self.is_initializing()
-        y, statistics = door._batch_norm_of_any_count(
+        y, statistics = batch_norm_of_any_count(
             x,
             **parameters,
             axis=features,
