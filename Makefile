@@ -10,7 +10,7 @@ help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # .venv/test, say, is there once the extra "test" is installed, and anew when a source has changed.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(shell find src -name '*.py')
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*) $(shell find src -name '*.py*' -not -name '*.pyc')
 $(VENV)/test $(VENV)/dev: export BATCHNORM_REQUIRE_NATIVE := 1
 
 $(IN_VENV)python:
@@ -41,12 +41,12 @@ lint: $(VENV)/dev ## Check formatting, types and style.
 	$(IN_VENV)ruff format --check .
 	$(IN_VENV)ruff check .
 	$(IN_VENV)mypy
-	$(IN_VENV)clang-format --dry-run --Werror csrc/* tests/native/* benchmarks/*.cc
+	$(IN_VENV)clang-format --dry-run --Werror csrc/*/* tests/native/* benchmarks/*.cc
 
 format: $(VENV)/dev ## Format Python and C++.
 	$(IN_VENV)ruff format .
 	$(IN_VENV)ruff check --fix .
-	$(IN_VENV)clang-format -i csrc/* tests/native/* benchmarks/*.cc
+	$(IN_VENV)clang-format -i csrc/*/* tests/native/* benchmarks/*.cc
 
 # Frame pointers and -O1 keep the reports readable. ThreadSanitizer cannot follow a fork.
 sanitize: $(VENV)/dev ## Run the native tests under the address, undefined and thread sanitizers.

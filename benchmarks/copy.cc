@@ -1,9 +1,9 @@
 // The unit of the benchmarks: a copy, on as many threads and by the same pool or team. measure.py
-// compiles it, together with csrc/parallel.cc.
+// compiles it, together with csrc/system/parallel.cc.
 #include <cstdint>
 #include <cstring>
 
-#include "parallel.h"
+#include "system/parallel.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>

@@ -93,7 +93,7 @@ def compiled_onednn() -> ctypes.CDLL | None:
 
 
 def team() -> int:
-    """See csrc/parallel.h; 0 without oneDNN."""
+    """See csrc/system/parallel.h; 0 without oneDNN."""
     start_region = getattr(compiled_onednn(), "GOMP_parallel", None)
     return ctypes.cast(start_region, ctypes.c_void_p).value or 0
 

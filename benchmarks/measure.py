@@ -128,9 +128,9 @@ def library(name: str, *sources: str, link: str | None = None) -> ctypes.CDLL | 
 def copies_of(x: np.ndarray, threads: int = THREADS, team: int = 0) -> Calls:
     """Two ways to copy x, into memory that has been written to: the faster is the unit.
 
-    `team`: see csrc/parallel.h.
+    `team`: see csrc/system/parallel.h.
     """
-    compiled = library("copy", "benchmarks/copy.cc", "csrc/parallel.cc")
+    compiled = library("copy", "benchmarks/copy.cc", "csrc/system/parallel.cc")
     assert compiled is not None, "benchmarks need a C++ compiler"
     bits = x.view(f"u{x.itemsize}")  # of bfloat16, too, which has no buffer
     y = np.ones_like(bits)

@@ -1,6 +1,6 @@
 // The four stages against a plain loop in double, over shapes, dtypes, weights and activations.
 // Run by `make sanitize`; exits with 1 after naming each case that is off.
-#include "batch_norm.h"
+#include "stages/batch_norm.h"
 
 #include <cmath>
 #include <cstdio>
@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "cache.h"
-#include "parallel.h"
+#include "system/cache.h"
+#include "system/parallel.h"
 
 using namespace batchnorm;
 

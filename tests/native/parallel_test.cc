@@ -1,12 +1,13 @@
-// Tests of csrc/parallel.h, without a framework: says what failed and exits with 1, or with 0.
+// Tests of csrc/system/parallel.h, without a framework: says what failed and exits with 1, or with
+// 0.
 //
-//     g++ -std=c++17 -O2 -pthread -Icsrc {tests/native/parallel_test,csrc/parallel}.cc
+//     g++ -std=c++17 -O2 -pthread -Icsrc {tests/native/parallel_test,csrc/system/parallel}.cc
 //     ./a.out              # a few seconds
 //     ./a.out --latency    # measures instead
 //
 // Also meant for -fsanitize=address,undefined and -fsanitize=thread. POSIX only.
 
-#include "parallel.h"
+#include "system/parallel.h"
 
 #include <pthread.h>
 #include <signal.h>

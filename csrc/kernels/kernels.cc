@@ -8,20 +8,20 @@
 // the total sum of squares is at least n/33 * (p - m)^2: the relative error stays of the order of
 // 33 eps where those elements are far from all others, and of eps where they are not. (Weights may
 // leave one element of a block that counts: then of n eps, n the elements of the next.)
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #include <algorithm>
 
-#include "simd.h"
-#include "walks.h"
+#include "kernels/simd.h"
+#include "kernels/walks.h"
 
 namespace batchnorm {
 namespace {
 
 // ---- statistics
 
-// Of a block: its sums of w, w*t and w*t^2, t = x - pivot, as moments of x.
-inline Moments about(double pivot, double weight, double first, double second) {
+// Of a block: its sums of w, w*t and w*t^2, t = x - pivot, as deviations of x.
+inline Deviations about(double pivot, double weight, double first, double second) {
   const double offset = weight == 0 ? 0 : first / weight;
   return {weight, pivot + offset, second - first * offset};
 }
@@ -49,7 +49,7 @@ F first_pivot(const Problem& problem, const Runs<T>& runs) {
 }
 
 template <class F, class T>
-void moments_by_runs(const Problem& problem, const Range& range, Moments* channels) {
+void deviations_by_runs(const Problem& problem, const Range& range, Deviations* channels) {
   const bool weighted = problem.weights;
   const int64_t ahead = range.ahead;
   for (int64_t c = range.channel0; c < range.channel1; ++c) {
@@ -76,7 +76,7 @@ void moments_by_runs(const Problem& problem, const Range& range, Moments* channe
     };
     const auto finish = [&](int64_t elements) BATCHNORM_INLINE {
       const double weight = weighted ? horizontal_sum<F>(weights) : static_cast<double>(elements);
-      const Moments found = about(pivot[0], weight, sums.sum_of_first(), sums.sum_of_second());
+      const Deviations found = about(pivot[0], weight, sums.sum_of_first(), sums.sum_of_second());
       channels[c].merge(found);
       if (found.count > 0) pivot = all(static_cast<F>(found.mean));
       weights = Pack<F>{};
@@ -124,7 +124,7 @@ void add_weights(int lanes, int64_t rows, const RowsOfWeights<W>& weights, F* su
   });
 }
 
-// Moments::merge for every lane, without branches, so that the compiler makes vectors of it.
+// Deviations::merge for every lane, without branches, so that the compiler makes vectors of it.
 template <class F, class T>
 void merge_blocks(int lanes, StripSums<F, T>& sums) {
   for (int i = 0; i < lanes; ++i) {
@@ -142,8 +142,8 @@ void merge_blocks(int lanes, StripSums<F, T>& sums) {
 }
 
 template <class F, class T>
-void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T>& sums,
-                      Moments* channels) {
+void deviations_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T>& sums,
+                         Deviations* channels) {
   const T* x = static_cast<const T*>(problem.x) + strip.first;
   const int64_t stride = strip.stride;
   std::fill_n(sums.count, strip.lanes, 0.0);
@@ -187,11 +187,12 @@ void moments_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T
 }
 
 template <class F, class T>
-void moments(const Problem& problem, const Range& range, Moments* channels) {
-  if (!by_rows(problem.shape)) return moments_by_runs<F, T>(problem, range, channels);
+void deviations(const Problem& problem, const Range& range, Deviations* channels) {
+  if (!by_rows(problem.shape)) return deviations_by_runs<F, T>(problem, range, channels);
   StripSums<F, T> sums;
-  for_strips(problem.shape, range, lanes_for_sums(problem),
-             [&](const Strip& strip) { moments_of_strip<F, T>(problem, strip, sums, channels); });
+  for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
+    deviations_of_strip<F, T>(problem, strip, sums, channels);
+  });
 }
 
 // ---- normalize
@@ -438,12 +439,12 @@ void with_activation(Activation activation, const Body& body) {
 extern const Kernels BATCHNORM_TABLE(BATCHNORM_LEVEL);
 const Kernels BATCHNORM_TABLE(BATCHNORM_LEVEL) = {
     BATCHNORM_INSTRUCTION_SET,
-    [](const Problem& problem, const Range& range, bool wide, Moments* channels) {
+    [](const Problem& problem, const Range& range, bool wide, Deviations* channels) {
       with_types(problem.dtype, [&](auto f, auto t) {
         using F = decltype(f);
         using T = decltype(t);
-        if (wide) return moments<double, T>(problem, range, channels);
-        moments<F, T>(problem, range, channels);
+        if (wide) return deviations<double, T>(problem, range, channels);
+        deviations<F, T>(problem, range, channels);
       });
     },
     [](const Problem& problem, const Range& range, const Coefficients* channels, void* y) {

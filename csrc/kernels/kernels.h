@@ -1,10 +1,10 @@
 // The loops over memory, compiled once for each instruction set.
 //
 // A loop works on a Range of the tensor and on one thread. What it needs to know of a channel comes
-// as doubles, computed by batch_norm.cc.
+// as doubles, computed by stages/batch_norm.cc.
 #pragma once
 
-#include "batch_norm.h"
+#include "stages/batch_norm.h"
 
 namespace batchnorm {
 
@@ -21,12 +21,12 @@ struct Range {
 };
 
 // Of a set of elements: sum w, mean, and sum w*(x - mean)^2.
-struct Moments {
+struct Deviations {
   double count = 0, mean = 0, squares = 0;
 
   // The union with a disjoint set: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise
   // Algorithm for Computing Sample Variances" (1979).
-  void merge(const Moments& other) {
+  void merge(const Deviations& other) {
     if (!(other.count > 0) && other.count == other.count) return;
     const double total = count + other.count;
     const double shift = other.mean - mean;
@@ -57,8 +57,9 @@ struct Coefficients {
 struct Kernels {
   const char* instruction_set;
 
-  // Merges the moments of the range into channels[c]. `wide`: in double even where x is narrower.
-  void (*moments)(const Problem&, const Range&, bool wide, Moments* channels);
+  // Merges the deviations of the range into channels[c]. `wide`: in double even where x is
+  // narrower.
+  void (*deviations)(const Problem&, const Range&, bool wide, Deviations* channels);
 
   void (*normalize)(const Problem&, const Range&, const Coefficients* channels, void* y);
 

@@ -8,27 +8,27 @@
 // where rstd = 1 / sqrt(var + eps), g = dy * act' and xhat = (x - mean) * rstd.
 //
 // (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.) Every tensor like x is contiguous and
-// seen as [outer, channels, inner]: NHWC is [N*H*W, C, 1], NCHW is [N, C, H*W]. Per-channel values
-// are doubles, so that a mean need not be rounded to a float before it is subtracted.
+// seen as [outer, channels, inner] (layout.h). Per-channel values are doubles, so that a mean need
+// not be rounded to a float before it is subtracted.
 //
 // An element whose weight is 0 is left out of the statistics and normalized all the same; where it
 // is not finite, it takes no part in any gradient.
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
-#include "parallel.h"
+#include "stages/layout.h"
+#include "system/parallel.h"
 
 namespace batchnorm {
 
 enum class Dtype : int { float32, float64, float16, bfloat16 };
 enum class Activation : int { none, relu, silu };
 
-struct Shape {
-  int64_t outer, channels, inner;
-  int64_t size() const { return outer * channels * inner; }
-};
+// By its name in Python; "" for none. False for an unknown one.
+bool find_activation(std::string_view name, Activation* activation);
 
 // What the stages have in common. Null pointers stand for what is absent.
 struct Problem {
@@ -71,13 +71,13 @@ void batch_norm_gradients(const Problem& problem, const double* count, const dou
                           const double* var, const void* dy, double* sum_g, double* sum_g_xhat,
                           void* dx, void* dresidual);
 
-// The step that follows, of a running mean and variance of that dtype, float32 or float64:
-// running = (1 - rate) * running + rate * new, the new variance multiplied by
-// count / (count - correction). A channel of no more than `correction` elements stays as it was.
-// batches, or null, is one more after a batch with any element.
+// The step that follows, of a running mean and variance, or null: running = (1 - rate) * running +
+// rate * new, the new variance multiplied by count / (count - correction). A channel of no more
+// than `correction` elements stays as it was. batches, or null, is one more after a batch with any
+// element.
 void update_running(int64_t channels, const double* count, const double* mean, const double* var,
-                    double rate, double correction, Dtype dtype, void* running_mean,
-                    void* running_var, int64_t* batches);
+                    double rate, double correction, double* running_mean, double* running_var,
+                    int64_t* batches);
 
 // The instruction set in use: the widest of instruction_sets() until another is set.
 const char* instruction_set();

@@ -1,6 +1,6 @@
 // The stages as a whole: which instruction set, which range for which thread, and what is computed
 // once a channel, in double.
-#include "batch_norm.h"
+#include "stages/batch_norm.h"
 
 #include <algorithm>
 #include <atomic>
@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
-#include "cache.h"
-#include "kernels.h"
-#include "parallel.h"
+#include "kernels/kernels.h"
+#include "system/cache.h"
+#include "system/parallel.h"
 
 namespace batchnorm {
 
@@ -201,7 +201,7 @@ Range without_fetching(Range block) {
   return block;
 }
 
-// Sums (or moments) of the channels of a block, by all threads: find(part, sums) adds those of a
+// Sums (or deviations) of the channels of a block, by all threads: find(part, sums) adds those of a
 // part.
 template <class Sums, class Find>
 void add_up(const Problem& problem, const Range& block, Sums* channels, const Find& find) {
@@ -220,25 +220,26 @@ void add_up(const Problem& problem, const Range& block, Sums* channels, const Fi
 
 // ---- the stages for the channels of a block
 
-void statistics(const Problem& problem, const Range& block, Moments* channels, double* count,
+void statistics(const Problem& problem, const Range& block, Deviations* channels, double* count,
                 double* mean, double* var) {
   const auto find = [&](bool wide) {
-    add_up(problem, block, channels, [&](const Range& part, Moments* moments) {
-      kernels().moments(problem, part, wide, moments);
+    add_up(problem, block, channels, [&](const Range& part, Deviations* deviations) {
+      kernels().deviations(problem, part, wide, deviations);
     });
   };
   find(false);
   // A square can overflow a float where the variance of float data does not overflow a double.
-  const bool overflow = problem.dtype != Dtype::float64 &&
-                        std::any_of(channels + block.channel0, channels + block.channel1,
-                                    [](const Moments& of) { return !std::isfinite(of.squares); });
+  const bool overflow =
+      problem.dtype != Dtype::float64 &&
+      std::any_of(channels + block.channel0, channels + block.channel1,
+                  [](const Deviations& of) { return !std::isfinite(of.squares); });
   if (overflow) find(true);
   for (int64_t c = block.channel0; c < block.channel1; ++c) {
-    const Moments& moments = channels[c];
-    count[c] = moments.count;
-    mean[c] = moments.mean;
-    var[c] = moments.count > 0 ? std::max(0.0, moments.squares / moments.count) : 0;
-    if (moments.squares != moments.squares) var[c] = moments.squares;
+    const Deviations& deviations = channels[c];
+    count[c] = deviations.count;
+    mean[c] = deviations.mean;
+    var[c] = deviations.count > 0 ? std::max(0.0, deviations.squares / deviations.count) : 0;
+    if (deviations.squares != deviations.squares) var[c] = deviations.squares;
   }
 }
 
@@ -290,6 +291,13 @@ void input_gradient(const Problem& problem, const Range& block, Coefficients* ch
 
 }  // namespace
 
+bool find_activation(std::string_view name, Activation* activation) {
+  if (name.empty()) return *activation = Activation::none, true;
+  if (name == "relu") return *activation = Activation::relu, true;
+  if (name == "silu") return *activation = Activation::silu, true;
+  return false;
+}
+
 const char* instruction_set() { return kernels().instruction_set; }
 
 std::vector<const char*> instruction_sets() {
@@ -308,9 +316,9 @@ bool set_instruction_set(const char* name) {
 }
 
 void statistics(const Problem& problem, double* count, double* mean, double* var) {
-  std::vector<Moments> moments(problem.shape.channels);
+  std::vector<Deviations> deviations(problem.shape.channels);
   for_blocks(problem, 1, [&](const Range& block) {
-    statistics(problem, block, moments.data(), count, mean, var);
+    statistics(problem, block, deviations.data(), count, mean, var);
   });
 }
 
@@ -321,10 +329,10 @@ void normalize(const Problem& problem, const double* mean, const double* var, vo
 }
 
 void batch_norm(const Problem& problem, double* count, double* mean, double* var, void* y) {
-  std::vector<Moments> moments(problem.shape.channels);
+  std::vector<Deviations> deviations(problem.shape.channels);
   std::vector<Coefficients> channels(problem.shape.channels);
   for_blocks(problem, 1, [&](const Range& block) {
-    statistics(problem, without_fetching(block), moments.data(), count, mean, var);
+    statistics(problem, without_fetching(block), deviations.data(), count, mean, var);
     find_coefficients(problem, block, mean, var, channels.data());
     normalize(problem, block, channels.data(), y);
   });
@@ -362,31 +370,20 @@ void batch_norm_gradients(const Problem& problem, const double* count, const dou
   });
 }
 
-namespace {
-
-template <class T>
-void move(double rate, double value, T* running) {
-  *running = static_cast<T>((1 - rate) * *running + rate * value);
-}
-
-}  // namespace
-
 void update_running(int64_t channels, const double* count, const double* mean, const double* var,
-                    double rate, double correction, Dtype dtype, void* running_mean,
-                    void* running_var, int64_t* batches) {
+                    double rate, double correction, double* running_mean, double* running_var,
+                    int64_t* batches) {
   if (batches && std::any_of(count, count + channels, [](double each) { return each > 0; })) {
     ++*batches;
   }
+  if (!running_mean) return;
+  const auto move = [&](double value, double* running) {
+    *running = (1 - rate) * *running + rate * value;
+  };
   for (int64_t c = 0; c < channels; ++c) {
     if (!(count[c] > correction)) continue;
-    const double unbiased = var[c] * (count[c] / (count[c] - correction));
-    if (dtype == Dtype::float64) {
-      move(rate, mean[c], static_cast<double*>(running_mean) + c);
-      move(rate, unbiased, static_cast<double*>(running_var) + c);
-    } else {
-      move(rate, mean[c], static_cast<float*>(running_mean) + c);
-      move(rate, unbiased, static_cast<float*>(running_var) + c);
-    }
+    move(mean[c], running_mean + c);
+    move(var[c] * (count[c] / (count[c] - correction)), running_var + c);
   }
 }
 

@@ -7,14 +7,14 @@
 // then not rounded to a float, and the variance of large values stays finite.
 //
 // A handler may run on a thread of XLA's pool. It never waits for that pool: see parallel.h.
-#include "xla.h"
+#include "faces/xla.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
-#include "batch_norm.h"
+#include "stages/batch_norm.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace batchnorm {

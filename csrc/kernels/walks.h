@@ -8,8 +8,8 @@
 
 #include <algorithm>
 
-#include "kernels.h"
-#include "simd.h"
+#include "kernels/kernels.h"
+#include "kernels/simd.h"
 
 namespace batchnorm {
 namespace {

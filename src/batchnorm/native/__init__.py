@@ -1,25 +1,33 @@
-"""The native kernels: whether they are here, and how to call them with NumPy arrays.
+"""The native kernels: whether they are here, and which faces of them serve.
 
-This is the only module that imports `batchnorm._cpu`. A native module that was never built is
-absent; one that is there but cannot be loaded raises ImportError.
+This is the only module that imports `batchnorm.native._cpu`. A native module that was never built
+is absent, and `kernels` is None; one that is there but cannot be loaded raises ImportError.
 """
 
-import importlib
 import importlib.util
-from typing import Any
+from collections.abc import Callable
 
-_cpu: Any = None
-if importlib.util.find_spec("batchnorm._cpu") is not None:
-    _cpu = importlib.import_module("batchnorm._cpu")
+if importlib.util.find_spec("batchnorm.native._cpu") is not None:
+    from . import _cpu as kernels
+else:
+    kernels = None  # type: ignore[assignment]
+
+_reports: dict[str, Callable[[], str | None]] = {}
+
+
+def register_report(name: str, why_not: Callable[[], str | None]) -> None:
+    """Let `native_status` tell of a door that is imported: why it has no kernels, None if it has."""
+    _reports[name] = why_not
 
 
 def native_status() -> str:
-    """Say in one sentence whether native kernels serve, and how.
+    """Say whether native kernels serve, and whom.
 
     Returns
     -------
     str
-        The instruction set and the number of threads in use, or why there are no native kernels.
+        The instruction set and the number of threads in use, and which of the doors that are
+        imported they serve; or why there are no native kernels.
 
     Examples
     --------
@@ -27,14 +35,14 @@ def native_status() -> str:
     >>> print(batchnorm.native_status())  # doctest: +ELLIPSIS
     Native kernels ...
     """
-    if _cpu is None:
+    if kernels is None:
         return (
             "Native kernels are not built: every array is served by batchnorm.definition; "
             "to build them, install a C++17 compiler (GCC or Clang) and reinstall batchnorm."
         )
-    threads = _cpu.num_threads()
+    threads = kernels.num_threads()
     return (
-        f"Native kernels serve, with {_cpu.instruction_set()} "
+        f"Native kernels serve, with {kernels.instruction_set()} "
         f"and up to {threads} thread{'s' if threads != 1 else ''}."
     )
 
@@ -67,8 +75,8 @@ def set_num_threads(threads: int) -> None:
         raise TypeError(f"threads must be an integer, but got {threads!r}.")
     if not 1 <= threads <= 1024:
         raise ValueError(f"threads must be within [1, 1024], but got {threads}.")
-    if _cpu is not None:
-        _cpu.set_num_threads(threads)
+    if kernels is not None:
+        kernels.set_num_threads(threads)
 
 
 def instruction_sets() -> list[str]:
@@ -80,7 +88,7 @@ def instruction_sets() -> list[str]:
     >>> instruction_sets()  # doctest: +SKIP
     ['AVX-512', 'AVX2', 'SSE2']
     """
-    return [] if _cpu is None else list(_cpu.instruction_sets())
+    return [] if kernels is None else (kernels.instruction_sets())
 
 
 def set_instruction_set(name: str) -> None:
@@ -96,7 +104,7 @@ def set_instruction_set(name: str) -> None:
     ValueError
         If it is not one of them.
     """
-    if _cpu is None or not _cpu.set_instruction_set(name):
+    if kernels is None or not kernels.set_instruction_set(name):
         choices = ", ".join(instruction_sets()) or "none"
         raise ValueError(
             f"name must be an instruction set of this machine ({choices}), but got {name!r}."

@@ -1,4 +1,4 @@
-#include "cache.h"
+#include "system/cache.h"
 
 #include <algorithm>
 #include <atomic>

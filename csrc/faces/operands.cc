@@ -1,0 +1,311 @@
+#include "faces/operands.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace batchnorm {
+namespace {
+
+int64_t bytes_of(Element element) {
+  switch (element) {
+    case Element::float64:
+    case Element::int64:
+      return 8;
+    case Element::float32:
+      return 4;
+    case Element::float16:
+    case Element::bfloat16:
+      return 2;
+    default:
+      return 0;
+  }
+}
+
+bool is_floating(Element element) { return element < Element::int64; }
+
+double from_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const double magnitude = exponent == 31 ? (fraction ? std::numeric_limits<double>::quiet_NaN()
+                                                      : std::numeric_limits<double>::infinity())
+                           : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
+                                          : std::ldexp(fraction, -24);
+  return bits & 0x8000 ? -magnitude : magnitude;
+}
+
+// To nearest, ties to even, as a float of 11 bits; the sum carries into the exponent.
+uint16_t to_half(double value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const double magnitude = std::fabs(value);
+  if (magnitude != magnitude) return sign | 0x7e00;
+  if (magnitude >= 65520) return sign | 0x7c00;
+  if (magnitude < std::ldexp(1, -14)) {
+    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24)));
+  }
+  int exponent;
+  const double fraction = std::frexp(magnitude, &exponent);
+  const int rounded = static_cast<int>(std::nearbyint(std::ldexp(fraction, 11)));
+  return sign | static_cast<uint16_t>(((exponent + 14) << 10) + rounded - 1024);
+}
+
+float from_bfloat16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// visit(element, c) for each channel, in the order of the axes.
+template <class T, class Visit>
+void for_each(const Operand& operand, const Visit& visit) {
+  const Axes& axes = operand.axes;
+  T* element = static_cast<T*>(operand.data);
+  const int64_t elements = axes.elements();
+  int64_t index[kMaxRank] = {};
+  for (int64_t c = 0; c < elements; ++c) {
+    visit(*element, c);
+    for (int axis = axes.rank - 1; axis >= 0; --axis) {
+      element += axes.strides[axis];
+      if (++index[axis] < axes.sizes[axis]) break;
+      element -= axes.strides[axis] * axes.sizes[axis];
+      index[axis] = 0;
+    }
+  }
+}
+
+void read(const Operand& operand, double* values) {
+  switch (operand.element) {
+    case Element::float64:
+      return for_each<double>(operand, [&](double from, int64_t c) { values[c] = from; });
+    case Element::float32:
+      return for_each<float>(operand, [&](float from, int64_t c) { values[c] = from; });
+    case Element::float16:
+      return for_each<uint16_t>(operand,
+                                [&](uint16_t from, int64_t c) { values[c] = from_half(from); });
+    default:
+      return for_each<uint16_t>(operand,
+                                [&](uint16_t from, int64_t c) { values[c] = from_bfloat16(from); });
+  }
+}
+
+void write(const Operand& operand, const double* values) {
+  switch (operand.element) {
+    case Element::float64:
+      return for_each<double>(operand, [&](double& to, int64_t c) { to = values[c]; });
+    case Element::float32:
+      return for_each<float>(operand,
+                             [&](float& to, int64_t c) { to = static_cast<float>(values[c]); });
+    case Element::float16:
+      return for_each<uint16_t>(operand, [&](uint16_t& to, int64_t c) { to = to_half(values[c]); });
+    default:
+      return for_each<uint16_t>(operand, [&](uint16_t& to, int64_t c) {
+        to = to_bfloat16(static_cast<float>(values[c]));
+      });
+  }
+}
+
+std::string text(const int64_t* sizes, int rank) {
+  std::string text = "(";
+  for (int axis = 0; axis < rank; ++axis) {
+    text += (axis ? ", " : "") + std::to_string(sizes[axis]);
+  }
+  return text + (rank == 1 ? ",)" : ")");
+}
+
+bool have_same_shape(const Axes& a, const Axes& b) {
+  return a.rank == b.rank && std::equal(a.sizes, a.sizes + a.rank, b.sizes);
+}
+
+}  // namespace
+
+Reader::Reader(const Operand& x, Features features) : x_(x), features_(features) {
+  if (!is_in_memory(x, Access::read)) return;
+  if (features >> x.axes.rank) {
+    error_ = "features must be axes of x, whose shape is " + text(x.axes.sizes, x.axes.rank) + ".";
+  } else if (!is_floating(x.element) || !find_layout(x.axes, features, &layout_)) {
+    refuse(x);
+  } else {
+    note(x, Access::read);
+  }
+}
+
+void* Reader::like_x(const Operand& operand, Access access) {
+  if (is_done() || !operand.is_present) return nullptr;
+  if (operand.is_known && !have_same_shape(operand.axes, x_.axes)) {
+    refuse_shape(operand, text(x_.axes.sizes, x_.axes.rank));
+  } else if (is_in_memory(operand, access)) {
+    if (operand.element == x_.element && lie_alike(operand.axes, x_.axes)) {
+      note(operand, access);
+      return operand.data;
+    }
+    refuse(operand);
+  }
+  return nullptr;
+}
+
+const void* Reader::weights(const Operand& operand, int64_t* channels) {
+  *channels = 1;
+  if (is_done() || !operand.is_present) return nullptr;
+  Axes rows = x_.axes;
+  for (int axis = 0; axis < rows.rank; ++axis) {
+    if (has(features_, axis)) rows.sizes[axis] = 1;
+  }
+  const bool is_full = have_same_shape(operand.axes, x_.axes);
+  if (operand.is_known && !is_full && !have_same_shape(operand.axes, rows)) {
+    refuse_shape(operand, text(x_.axes.sizes, x_.axes.rank) + " or " + text(rows.sizes, rows.rank));
+  } else if (is_in_memory(operand, Access::read)) {
+    const Element wanted = x_.element == Element::float64 ? Element::float64 : Element::float32;
+    if (operand.element == wanted && is_dense(operand.axes, layout_.order, layout_.axes)) {
+      if (is_full) *channels = layout_.shape.channels;
+      note(operand, Access::read);
+      return operand.data;
+    }
+    refuse(operand);
+  }
+  return nullptr;
+}
+
+const double* Reader::values(const Operand& operand) {
+  if (is_done() || !operand.is_present || !has_feature_shape(operand, 0)) return nullptr;
+  if (!is_in_memory(operand, Access::read)) return nullptr;
+  if (!is_floating(operand.element)) {
+    refuse(operand);
+    return nullptr;
+  }
+  note(operand, Access::read);
+  if (operand.element == Element::float64 && is_dense(operand.axes)) {
+    return static_cast<const double*>(operand.data);
+  }
+  double* values = memory_for_values();
+  read(operand, values);
+  return values;
+}
+
+double* Reader::new_values(const Operand& operand) { return values_to_change(operand, false); }
+
+double* Reader::changed_values(const Operand& operand) {
+  return operand.is_present ? values_to_change(operand, true) : nullptr;
+}
+
+double* Reader::values_to_change(const Operand& operand, bool is_read) {
+  if (is_done()) return nullptr;
+  if (!operand.is_present) return memory_for_values();
+  if (!has_feature_shape(operand, 0) || !is_in_memory(operand, Access::write)) return nullptr;
+  if (!is_floating(operand.element) || overlaps_itself(operand.axes)) {
+    refuse(operand);
+    return nullptr;
+  }
+  note(operand, Access::write);
+  if (operand.element == Element::float64 && is_dense(operand.axes)) {
+    return static_cast<double*>(operand.data);
+  }
+  double* values = memory_for_values();
+  if (is_read) read(operand, values);
+  pending_[number_pending_++] = {&operand, values};
+  return values;
+}
+
+void Reader::store() {
+  for (int i = 0; i < number_pending_; ++i) write(*pending_[i].operand, pending_[i].values);
+}
+
+double* Reader::rows(const Operand& operand, int64_t number, Access access) {
+  if (is_done() || !operand.is_present || !has_feature_shape(operand, number)) return nullptr;
+  if (!is_in_memory(operand, access)) return nullptr;
+  if (operand.element != Element::float64 || !is_dense(operand.axes)) {
+    refuse(operand);
+    return nullptr;
+  }
+  note(operand, access);
+  return static_cast<double*>(operand.data);
+}
+
+int64_t* Reader::counter(const Operand& operand) {
+  if (is_done() || !operand.is_present) return nullptr;
+  if (operand.is_known && operand.axes.elements() != 1) {
+    refuse_shape(operand, "()");
+  } else if (is_in_memory(operand, Access::write)) {
+    if (operand.element == Element::int64) {
+      note(operand, Access::write);
+      return static_cast<int64_t*>(operand.data);
+    }
+    refuse(operand);
+  }
+  return nullptr;
+}
+
+bool Reader::is_usable() {
+  for (int i = 0; i < memories_ && !is_done(); ++i) {
+    for (int j = 0; j < i && !is_done(); ++j) {
+      const Memory &one = memory_[j], &other = memory_[i];
+      if (one.access == Access::read && other.access == Access::read) continue;
+      if (one.end <= other.begin || other.end <= one.begin) continue;
+      const bool is_x = one.operand == &x_ && other.begin == one.begin;
+      if (is_x && other.access == Access::in_place) continue;
+      refuse(other.access == Access::read ? *one.operand : *other.operand);
+    }
+  }
+  return !is_done();
+}
+
+void Reader::refuse(const Operand& operand) {
+  if (!is_done()) unusable_ = operand.name;
+}
+
+void Reader::refuse_shape(const Operand& operand, const std::string& wanted) {
+  error_ = std::string(operand.name) + " must have the shape " + wanted + " that goes with " +
+           x_.name + ", whose shape is " + text(x_.axes.sizes, x_.axes.rank) +
+           ", but its shape is " + text(operand.axes.sizes, operand.axes.rank) + ".";
+}
+
+bool Reader::is_in_memory(const Operand& operand, Access access) {
+  if (is_done()) return false;
+  const int64_t bytes = bytes_of(operand.element);
+  if (operand.is_known && bytes > 0 && (access == Access::read || operand.is_writable)) {
+    if (operand.axes.elements() == 0) return true;
+    if (operand.data && reinterpret_cast<uintptr_t>(operand.data) % bytes == 0) return true;
+  }
+  refuse(operand);
+  return false;
+}
+
+// With `rows` > 0, so many of them.
+bool Reader::has_feature_shape(const Operand& operand, int64_t rows) {
+  if (!operand.is_known) return true;
+  int64_t sizes[kMaxRank + 1];
+  int rank = 0;
+  if (rows > 0) sizes[rank++] = rows;
+  for (int axis = 0; axis < x_.axes.rank; ++axis) {
+    if (has(features_, axis)) sizes[rank++] = x_.axes.sizes[axis];
+  }
+  if (rank == operand.axes.rank && std::equal(sizes, sizes + rank, operand.axes.sizes)) return true;
+  refuse_shape(operand, text(sizes, rank));
+  return false;
+}
+
+void Reader::note(const Operand& operand, Access access) {
+  const Axes& axes = operand.axes;
+  if (axes.elements() == 0) return;
+  const int64_t bytes = bytes_of(operand.element);
+  uintptr_t begin = reinterpret_cast<uintptr_t>(operand.data), end = begin + bytes;
+  for (int axis = 0; axis < axes.rank; ++axis) {
+    const int64_t reach = (axes.sizes[axis] - 1) * axes.strides[axis] * bytes;
+    (reach < 0 ? begin : end) += reach;
+  }
+  memory_[memories_++] = {&operand, access, begin, end};
+}
+
+double* Reader::memory_for_values() {
+  values_.emplace_front(layout_.shape.channels);
+  return values_.front().data();
+}
+
+}  // namespace batchnorm
