@@ -98,7 +98,7 @@ def _moments_tangent(
 
         def by_weights(weights: Array) -> tuple[Array, Array, Array]:
             found = definition.moments(problem, Inputs(x, weights=weights), jax.lax.stop_gradient)
-            ratio = found.unit / moments.unit
+            ratio: Array = found.unit / moments.unit
             return found.count, found.offset * ratio, found.var * ratio * ratio
 
         of_count, first, second = jax.jvp(by_weights, [inputs.weights], [dots.weights])[1]
@@ -267,7 +267,7 @@ def _batched(
 
 def _batch_norm_batched(
     operands: Sequence[Array], dims: Sequence[int | None], *, problem: Problem, tree: Any
-) -> tuple[list[Array], Sequence[int | None]]:
+) -> tuple[list[Array], list[Any]]:
     """Statistics are not batched where x is not."""
     if dims[0] is not None:
         return _batched(batch_norm, operands, dims, problem=problem, tree=tree)
