@@ -37,10 +37,11 @@ test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its 
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -k "jax or flax_nn" \
 	  tests/test_doors.py tests/test_jax.py tests/test_jax_devices.py tests/flax_nn
 
-lint: $(VENV)/dev ## Check formatting, types and style.
+lint: $(VENV)/dev ## Check formatting, types, style and who imports whom.
 	$(IN_VENV)ruff format --check .
 	$(IN_VENV)ruff check .
 	$(IN_VENV)mypy
+	PYTHONPATH=src $(IN_VENV)lint-imports --no-cache
 	$(IN_VENV)clang-format --dry-run --Werror csrc/*/* tests/native/* benchmarks/*.cc
 
 format: $(VENV)/dev ## Format Python and C++.

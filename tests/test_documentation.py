@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import batchnorm
+from batchnorm.documentation import COMMON, documented
 
 MODULES = [module.name for module in pkgutil.walk_packages(batchnorm.__path__, prefix="batchnorm.")]
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,72 @@ def test_all_that_a_door_offers_has_an_example(door):
     siblings = {name for name in module.__all__ if name.startswith(("Lazy", "BatchNorm3d"))}
     for name in set(module.__all__) - {"Gradients", "initializers"} - siblings:
         assert has_an_example(getattr(module, name)), name
+
+
+@pytest.mark.parametrize("name", COMMON)
+@pytest.mark.parametrize("door", ["numpy", "mlx", "jax", "torch"])
+def test_help_is_whole(door, name):
+    function = getattr(importlib.import_module(f"batchnorm.{door}"), name, None)
+    if function is None:
+        pytest.skip("a framework that differentiates")
+    docstring = inspect.getdoc(function)
+    order = ["Parameters", "Returns", "Raises", "Notes", "References", "Examples"]
+    titles = re.findall(r"^(\w+)\n-+$", docstring, re.MULTILINE)
+    assert titles == [title for title in order if title in titles]
+    assert {"Parameters", "Returns", "Raises", "Examples"} <= {*titles}
+    assert "..." not in docstring.partition("Examples\n")[0]
+    section = docstring.partition("Parameters\n")[2].partition("Returns\n")[0]
+    said = re.findall(r"^(\w.*?)(?: : .*)?$", section, re.MULTILINE)
+    assert sorted(", ".join(said).split(", ")) == sorted(inspect.signature(function).parameters)
+
+
+def test_a_docstring_is_completed():
+    @documented(array="tensor")
+    def normalize(x, mean, var, bias, out, axis):
+        """... A paragraph.
+
+        Parameters
+        ----------
+        x
+            ... It may be empty.
+        out : tensor
+            Where to.
+
+        Raises
+        ------
+        RuntimeError
+            If so.
+        """
+
+    assert inspect.getdoc(normalize) == inspect.cleandoc(
+        """
+        Normalize x by a given mean and variance, as in evaluation.
+
+        A paragraph.
+
+        Parameters
+        ----------
+        x : tensor of real floating-point numbers
+            It may be empty.
+        mean, var : tensor of the feature shape
+            Running statistics, or those of `batch_statistics`.
+        bias, axis
+            As in `batch_norm`.
+        out : tensor
+            Where to.
+
+        Returns
+        -------
+        y : tensor, of the shape and dtype of x
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `batch_norm`.
+        RuntimeError
+            If so.
+        """
+    )
 
 
 @pytest.mark.parametrize(("file", "program"), PROGRAMS)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import batchnorm.torch as bt
-from batchnorm.native import _cpu
+from batchnorm import native
 
 LAYERS = [
     (bt.BatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -829,7 +829,7 @@ def test_any_call_is_that_of_torch(call):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP runtime is another one there")
-@pytest.mark.skipif(_cpu is None, reason="native kernels are not built")
+@pytest.mark.skipif(native.kernels is None, reason="native kernels are not built")
 def test_work_is_done_by_the_threads_of_torch():
     """No others are started; in the child of a fork, where those are lost, it is done as well."""
     program = """

@@ -1,37 +1,27 @@
-// The handlers that XLA calls; src/batchnorm/_jax_primitives.py lowers to them.
+// The handlers that XLA calls; the JAX door lowers to them.
 //
-// The first ten operands of every handler are x, weights, residual, scale, bias and the statistics
-// count, pivot, unit, offset, var; its own operands follow. What a call does without has no
-// elements. The statistics of a channel are a pivot (its mean, rounded), a unit (a power of two),
-// and the mean and the variance in the coordinate (x - pivot) / unit: in float32, too, the mean is
-// then not rounded to a float, and the variance of large values stays finite.
+// Every handler takes the attributes features, activation ("" for none) and eps, and the operands
+// that Inputs names; its own follow. The statistics of a channel are moments: a pivot (its mean,
+// rounded), a unit (a power of two), and the mean and the variance in the coordinate
+// (x - pivot) / unit: in float32, too, the mean is then not rounded to a float, and the variance of
+// large values stays finite.
 //
-// A handler may run on a thread of XLA's pool. It never waits for that pool: see parallel.h.
+// A handler may run on a thread of XLA's pool. It never waits for that pool: see system/parallel.h.
 #include "faces/xla.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <exception>
+#include <new>
+#include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
+#include "faces/operands.h"
 #include "stages/batch_norm.h"
+#include "stages/layout.h"
 #include "xla/ffi/api/ffi.h"
-
-namespace batchnorm {
-
-// What every call is given besides its operands; the codes are those of batch_norm.h.
-struct Attributes {
-  int64_t outer, channels, inner, activation;
-  double eps;
-};
-
-}  // namespace batchnorm
-
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(batchnorm::Attributes, StructMember<int64_t>("outer"),
-                                      StructMember<int64_t>("channels"),
-                                      StructMember<int64_t>("inner"),
-                                      StructMember<int64_t>("activation"),
-                                      StructMember<double>("eps"));
 
 namespace batchnorm {
 namespace {
@@ -40,186 +30,306 @@ namespace ffi = xla::ffi;
 using Buffer = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
-// A value of each channel, float32 or float64, as doubles.
-class Values {
- public:
-  explicit Values(int64_t channels) : values_(channels) {}
-  explicit Values(Buffer buffer) : values_(buffer.element_count()) {
-    if (buffer.element_type() == ffi::DataType::F64) {
-      std::copy_n(static_cast<const double*>(buffer.untyped_data()), values_.size(), data());
-    } else {
-      std::copy_n(static_cast<const float*>(buffer.untyped_data()), values_.size(), data());
-    }
-  }
-  void store(Result result) const {
-    if (result->element_type() == ffi::DataType::F64) {
-      std::copy(values_.begin(), values_.end(), static_cast<double*>(result->untyped_data()));
-    } else {
-      std::transform(values_.begin(), values_.end(), static_cast<float*>(result->untyped_data()),
-                     [](double value) { return static_cast<float>(value); });
-    }
-  }
-  double& operator[](int64_t c) { return values_[c]; }
-  double* data() { return values_.empty() ? nullptr : values_.data(); }
-
- private:
-  std::vector<double> values_;
-};
-
-void* elements(Buffer buffer) { return buffer.element_count() ? buffer.untyped_data() : nullptr; }
-
-Dtype dtype_of(Buffer x) {
-  switch (x.element_type()) {
+Element element_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::F32:
+      return Element::float32;
     case ffi::DataType::F64:
-      return Dtype::float64;
+      return Element::float64;
     case ffi::DataType::F16:
-      return Dtype::float16;
+      return Element::float16;
     case ffi::DataType::BF16:
-      return Dtype::bfloat16;
+      return Element::bfloat16;
     default:
-      return Dtype::float32;
+      return Element::other;
   }
+}
+
+// XLA's buffers are in C order.
+Operand operand_of(const char* name, Buffer buffer) {
+  Operand operand;
+  operand.name = name;
+  operand.is_present = true;
+  operand.is_known = operand.is_writable = buffer.dimensions().size() <= kMaxRank;
+  operand.element = element_of(buffer.element_type());
+  operand.data = buffer.untyped_data();
+  operand.axes.rank = 0;
+  if (!operand.is_known) return operand;
+  for (const int64_t size : buffer.dimensions()) operand.axes.sizes[operand.axes.rank++] = size;
+  set_dense_strides(&operand.axes);
+  return operand;
+}
+
+Operand operand_of(const char* name, Result result) { return operand_of(name, *result); }
+
+// What a call does without comes without elements.
+template <class Array>
+Operand optional(const char* name, Array array) {
+  Operand operand = operand_of(name, array);
+  operand.is_present = operand.axes.elements() > 0;
+  return operand;
+}
+
+using FeatureAxes = ffi::Span<const int64_t>;
+
+Features features_of(FeatureAxes axes) {
+  Features features = 0;
+  for (const int64_t axis : axes) features |= Features{1} << (axis & 63);
+  return features;
 }
 
 // The operands that all handlers have in common, as the stages want them.
-class Inputs {
- public:
-  Inputs(const Attributes& attributes, ffi::RemainingArgs operands)
-      : operands_(operands), scale_(channel_values(3)), bias_(channel_values(4)) {
-    problem.shape = {attributes.outer, attributes.channels, attributes.inner};
-    problem.dtype = dtype_of(operand(0));
-    problem.activation = static_cast<Activation>(attributes.activation);
-    problem.eps = attributes.eps;
-    problem.x = elements(operand(0));
-    problem.weights = elements(operand(1));
-    problem.weight_channels =
-        operand(1).element_count() == operand(0).element_count() ? attributes.channels : 1;
-    problem.residual = elements(operand(2));
-    problem.scale = scale_.data();
-    problem.bias = bias_.data();
-  }
-  Buffer operand(size_t index) const { return *operands_.get<Buffer>(index); }
-  Values channel_values(size_t index) const { return Values(operand(index)); }
-
-  Values mean() const {
-    Values mean = channel_values(6), unit = channel_values(7), offset = channel_values(8);
-    for (int64_t c = 0; c < problem.shape.channels; ++c) mean[c] += unit[c] * offset[c];
-    return mean;
-  }
-  Values var() const {
-    Values unit = channel_values(7), var = channel_values(9);
-    for (int64_t c = 0; c < problem.shape.channels; ++c) var[c] *= unit[c] * unit[c];
-    return var;
-  }
-
+struct Inputs {
+  Operand x, scale, bias, residual, weights, count, pivot, unit, offset, var;
+  Reader reader;
   Problem problem = {};
 
- private:
-  ffi::RemainingArgs operands_;
-  Values scale_, bias_;
-};
-
-// What the kernels find, and store as results.
-struct Statistics {
-  explicit Statistics(int64_t channels) : count(channels), mean(channels), var(channels) {}
-  Values count, mean, var;
-
-  void store(const Problem& problem, Result counts, Result pivots, Result units, Result offsets,
-             Result vars) {
-    const int64_t channels = problem.shape.channels;
-    Values pivot(channels), unit(channels), offset(channels), scaled_var(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double std = std::sqrt(var[c]);
-      unit[c] = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
-      pivot[c] = problem.dtype == Dtype::float64 ? mean[c] : static_cast<float>(mean[c]);
-      offset[c] = (mean[c] - pivot[c]) / unit[c];
-      scaled_var[c] = var[c] / (unit[c] * unit[c]);
-    }
-    count.store(counts);
-    pivot.store(pivots);
-    unit.store(units);
-    offset.store(offsets);
-    scaled_var.store(vars);
+  Inputs(FeatureAxes features, std::string_view activation, double eps, Buffer x, Buffer scale,
+         Buffer bias, Buffer residual, Buffer weights, Buffer count, Buffer pivot, Buffer unit,
+         Buffer offset, Buffer var)
+      : x(operand_of("x", x)),
+        scale(optional("scale", scale)),
+        bias(optional("bias", bias)),
+        residual(optional("residual", residual)),
+        weights(optional("weights", weights)),
+        count(optional("count", count)),
+        pivot(operand_of("pivot", pivot)),
+        unit(optional("unit", unit)),
+        offset(optional("offset", offset)),
+        var(operand_of("var", var)),
+        reader(this->x, features_of(features)) {
+    problem.shape = reader.shape();
+    problem.dtype = reader.dtype();
+    problem.x = reader.x();
+    problem.eps = eps;
+    problem.scale = reader.values(this->scale);
+    problem.bias = reader.values(this->bias);
+    problem.residual = reader.like_x(this->residual, Access::read);
+    problem.weights = reader.weights(this->weights, &problem.weight_channels);
+    find_activation(activation, &problem.activation);
   }
 };
 
-ffi::Error xla_statistics(Attributes attributes, ffi::RemainingArgs operands, Result count,
-                          Result pivot, Result unit, Result offset, Result var) {
-  const Inputs inputs(attributes, operands);
-  Statistics found(attributes.channels);
-  statistics(inputs.problem, found.count.data(), found.mean.data(), found.var.data());
-  found.store(inputs.problem, count, pivot, unit, offset, var);
+// What the moments among the inputs say, of which count, unit (1) and offset (0) may be absent.
+class Given {
+ public:
+  explicit Given(Inputs& inputs)
+      : count_(inputs.reader.values(inputs.count)),
+        pivot_(inputs.reader.values(inputs.pivot)),
+        unit_(inputs.reader.values(inputs.unit)),
+        offset_(inputs.reader.values(inputs.offset)),
+        var_(inputs.reader.values(inputs.var)) {
+    if (!inputs.reader.is_usable()) return;
+    const int64_t channels = inputs.problem.shape.channels;
+    mean_.resize(channels);
+    scaled_var_.resize(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double unit = unit_ ? unit_[c] : 1;
+      mean_[c] = pivot_[c] + unit * (offset_ ? offset_[c] : 0);
+      scaled_var_[c] = unit * unit * var_[c];
+    }
+  }
+  const double* count() const { return count_; }
+  const double* mean() const { return mean_.data(); }
+  const double* var() const { return scaled_var_.data(); }
+
+ private:
+  const double *count_, *pivot_, *unit_, *offset_, *var_;
+  std::vector<double> mean_, scaled_var_;
+};
+
+// Moments that a handler finds, as its results.
+class Found {
+ public:
+  Found(Inputs& inputs, Result count, Result pivot, Result unit, Result offset, Result var)
+      : count_(operand_of("the result count", count)),
+        pivot_(operand_of("the result pivot", pivot)),
+        unit_(operand_of("the result unit", unit)),
+        offset_(operand_of("the result offset", offset)),
+        var_(operand_of("the result var", var)),
+        mean_(inputs.problem.shape.channels),
+        wide_var_(inputs.problem.shape.channels) {
+    counts = inputs.reader.new_values(count_);
+    pivots_ = inputs.reader.new_values(pivot_);
+    units_ = inputs.reader.new_values(unit_);
+    offsets_ = inputs.reader.new_values(offset_);
+    vars_ = inputs.reader.new_values(var_);
+  }
+  double* mean() { return mean_.data(); }
+  double* var() { return wide_var_.data(); }
+
+  void store(Inputs& inputs) {
+    const Problem& problem = inputs.problem;
+    for (int64_t c = 0; c < problem.shape.channels; ++c) {
+      const double mean = mean_[c], var = wide_var_[c], std = std::sqrt(var);
+      const double unit = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
+      units_[c] = unit;
+      pivots_[c] = problem.dtype == Dtype::float64 ? mean : static_cast<float>(mean);
+      offsets_[c] = (mean - pivots_[c]) / unit;
+      vars_[c] = var / (unit * unit);
+    }
+    inputs.reader.store();
+  }
+
+  double* counts;
+
+ private:
+  Operand count_, pivot_, unit_, offset_, var_;
+  double *pivots_, *units_, *offsets_, *vars_;
+  std::vector<double> mean_, wide_var_;
+};
+
+ffi::Error refusal(const Reader& reader) {
+  if (!reader.unusable()) return ffi::Error::InvalidArgument(reader.error());
+  return ffi::Error::InvalidArgument(
+      std::string(reader.unusable()) +
+      " has a dtype or a layout that batchnorm's kernels do not take");
+}
+
+// ---- the handlers: the operands of their own, and their results
+
+// -> the moments
+ffi::Error xla_statistics(Inputs& inputs, Result count, Result pivot, Result unit, Result offset,
+                          Result var) {
+  Found found(inputs, count, pivot, unit, offset, var);
+  if (!inputs.reader.is_usable()) return refusal(inputs.reader);
+  statistics(inputs.problem, found.counts, found.mean(), found.var());
+  found.store(inputs);
   return ffi::Error::Success();
 }
 
-// -> the statistics, y
-ffi::Error xla_batch_norm(Attributes attributes, ffi::RemainingArgs operands, Result count,
-                          Result pivot, Result unit, Result offset, Result var, Result y) {
-  const Inputs inputs(attributes, operands);
-  Statistics found(attributes.channels);
-  batch_norm(inputs.problem, found.count.data(), found.mean.data(), found.var.data(),
-             y->untyped_data());
-  found.store(inputs.problem, count, pivot, unit, offset, var);
+// -> the moments, y
+ffi::Error xla_batch_norm(Inputs& inputs, Result count, Result pivot, Result unit, Result offset,
+                          Result var, Result y) {
+  Found found(inputs, count, pivot, unit, offset, var);
+  const Operand output = operand_of("y", y);
+  void* to = inputs.reader.like_x(output, Access::in_place);
+  if (!inputs.reader.is_usable()) return refusal(inputs.reader);
+  batch_norm(inputs.problem, found.counts, found.mean(), found.var(), to);
+  found.store(inputs);
   return ffi::Error::Success();
 }
 
-ffi::Error xla_normalize(Attributes attributes, ffi::RemainingArgs operands, Result y) {
-  const Inputs inputs(attributes, operands);
-  normalize(inputs.problem, inputs.mean().data(), inputs.var().data(), y->untyped_data());
+// -> y
+ffi::Error xla_normalize(Inputs& inputs, Result y) {
+  const Given given(inputs);
+  const Operand output = operand_of("y", y);
+  void* to = inputs.reader.like_x(output, Access::in_place);
+  if (!inputs.reader.is_usable()) return refusal(inputs.reader);
+  normalize(inputs.problem, given.mean(), given.var(), to);
   return ffi::Error::Success();
 }
 
 // dy -> sum g, sum g*xhat
-ffi::Error xla_gradient_sums(Attributes attributes, ffi::RemainingArgs operands, Result sum_g,
-                             Result sum_g_xhat) {
-  const Inputs inputs(attributes, operands);
-  Values g(attributes.channels), g_xhat(attributes.channels);
-  gradient_sums(inputs.problem, inputs.mean().data(), inputs.var().data(),
-                elements(inputs.operand(10)), g.data(), g_xhat.data());
-  g.store(sum_g);
-  g_xhat.store(sum_g_xhat);
+ffi::Error xla_gradient_sums(Inputs& inputs, Buffer dy, Result sum_g, Result sum_g_xhat) {
+  Reader& reader = inputs.reader;
+  const Given given(inputs);
+  const Operand cotangent = operand_of("dy", dy), first = operand_of("sum_g", sum_g),
+                second = operand_of("sum_g_xhat", sum_g_xhat);
+  const void* from = reader.like_x(cotangent, Access::read);
+  double *g = reader.new_values(first), *g_xhat = reader.new_values(second);
+  if (!reader.is_usable()) return refusal(reader);
+  gradient_sums(inputs.problem, given.mean(), given.var(), from, g, g_xhat);
+  reader.store();
   return ffi::Error::Success();
 }
 
 // dy, sum g, sum g*xhat -> dx, g
-ffi::Error xla_input_gradient(Attributes attributes, ffi::RemainingArgs operands, Result dx,
+ffi::Error xla_input_gradient(Inputs& inputs, Buffer dy, Buffer sum_g, Buffer sum_g_xhat, Result dx,
                               Result dresidual) {
-  const Inputs inputs(attributes, operands);
-  input_gradient(inputs.problem, inputs.channel_values(5).data(), inputs.mean().data(),
-                 inputs.var().data(), inputs.channel_values(11).data(),
-                 inputs.channel_values(12).data(), elements(inputs.operand(10)), dx->untyped_data(),
-                 elements(*dresidual));
+  Reader& reader = inputs.reader;
+  const Given given(inputs);
+  const Operand cotangent = operand_of("dy", dy), first = operand_of("sum_g", sum_g),
+                second = operand_of("sum_g_xhat", sum_g_xhat), output = operand_of("dx", dx),
+                other = optional("dresidual", dresidual);
+  const void* from = reader.like_x(cotangent, Access::read);
+  const double *g = reader.values(first), *g_xhat = reader.values(second);
+  void* to = reader.like_x(output, Access::write);
+  void* to_other = reader.like_x(other, Access::write);
+  if (!reader.is_usable()) return refusal(reader);
+  input_gradient(inputs.problem, given.count(), given.mean(), given.var(), g, g_xhat, from, to,
+                 to_other);
   return ffi::Error::Success();
 }
 
 // dy -> sum g, sum g*xhat, dx, g
-ffi::Error xla_gradients(Attributes attributes, ffi::RemainingArgs operands, Result sum_g,
-                         Result sum_g_xhat, Result dx, Result dresidual) {
-  const Inputs inputs(attributes, operands);
-  Values g(attributes.channels), g_xhat(attributes.channels);
-  batch_norm_gradients(inputs.problem, inputs.channel_values(5).data(), inputs.mean().data(),
-                       inputs.var().data(), elements(inputs.operand(10)), g.data(), g_xhat.data(),
-                       dx->untyped_data(), elements(*dresidual));
-  g.store(sum_g);
-  g_xhat.store(sum_g_xhat);
+ffi::Error xla_gradients(Inputs& inputs, Buffer dy, Result sum_g, Result sum_g_xhat, Result dx,
+                         Result dresidual) {
+  Reader& reader = inputs.reader;
+  const Given given(inputs);
+  const Operand cotangent = operand_of("dy", dy), first = operand_of("sum_g", sum_g),
+                second = operand_of("sum_g_xhat", sum_g_xhat), output = operand_of("dx", dx),
+                other = optional("dresidual", dresidual);
+  const void* from = reader.like_x(cotangent, Access::read);
+  double *g = reader.new_values(first), *g_xhat = reader.new_values(second);
+  void* to = reader.like_x(output, Access::write);
+  void* to_other = reader.like_x(other, Access::write);
+  if (!reader.is_usable()) return refusal(reader);
+  batch_norm_gradients(inputs.problem, given.count(), given.mean(), given.var(), from, g, g_xhat,
+                       to, to_other);
+  reader.store();
   return ffi::Error::Success();
 }
 
-auto bind() { return ffi::Ffi::Bind().Attrs<Attributes>().RemainingArgs(); }
+template <auto stage>
+struct Handler;
+template <class... Own, ffi::Error (*stage)(Inputs&, Own...)>
+struct Handler<stage> {
+  static ffi::Error run(FeatureAxes features, std::string_view activation, double eps, Buffer x,
+                        Buffer scale, Buffer bias, Buffer residual, Buffer weights, Buffer count,
+                        Buffer pivot, Buffer unit, Buffer offset, Buffer var, Own... own) {
+    try {
+      Inputs inputs(features, activation, eps, x, scale, bias, residual, weights, count, pivot,
+                    unit, offset, var);
+      return stage(inputs, own...);
+    } catch (const std::bad_alloc&) {
+      return ffi::Error(ffi::ErrorCode::kResourceExhausted, "batchnorm: out of memory");
+    } catch (const std::exception& error) {
+      return ffi::Error::Internal(error.what());
+    }
+  }
+};
 
+auto with_inputs() {
+  return ffi::Ffi::Bind()
+      .Attr<FeatureAxes>("features")
+      .Attr<std::string_view>("activation")
+      .Attr<double>("eps")
+      .Arg<Buffer>()   // x
+      .Arg<Buffer>()   // scale
+      .Arg<Buffer>()   // bias
+      .Arg<Buffer>()   // residual
+      .Arg<Buffer>()   // weights
+      .Arg<Buffer>()   // count
+      .Arg<Buffer>()   // pivot
+      .Arg<Buffer>()   // unit
+      .Arg<Buffer>()   // offset
+      .Arg<Buffer>();  // var
+}
+
+template <class Binding>
+auto with_moments(Binding binding) {
+  return std::move(binding)
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>()
+      .template Ret<Buffer>();
+}
+
+XLA_FFI_DEFINE_HANDLER(statistics_handler, Handler<xla_statistics>::run,
+                       with_moments(with_inputs()));
+XLA_FFI_DEFINE_HANDLER(batch_norm_handler, Handler<xla_batch_norm>::run,
+                       with_moments(with_inputs()).Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER(normalize_handler, Handler<xla_normalize>::run, with_inputs().Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER(gradient_sums_handler, Handler<xla_gradient_sums>::run,
+                       with_inputs().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER(
-    statistics_handler, xla_statistics,
-    bind().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+    input_gradient_handler, Handler<xla_input_gradient>::run,
+    with_inputs().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>());
 XLA_FFI_DEFINE_HANDLER(
-    batch_norm_handler, xla_batch_norm,
-    bind().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
-XLA_FFI_DEFINE_HANDLER(normalize_handler, xla_normalize, bind().Ret<Buffer>());
-XLA_FFI_DEFINE_HANDLER(gradient_sums_handler, xla_gradient_sums,
-                       bind().Ret<Buffer>().Ret<Buffer>());
-XLA_FFI_DEFINE_HANDLER(input_gradient_handler, xla_input_gradient,
-                       bind().Ret<Buffer>().Ret<Buffer>());
-XLA_FFI_DEFINE_HANDLER(gradients_handler, xla_gradients,
-                       bind().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
+    gradients_handler, Handler<xla_gradients>::run,
+    with_inputs().Arg<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>());
 
 XlaHandler named(const char* name, XLA_FFI_Handler* handler) {
   return {name, reinterpret_cast<void*>(handler)};

@@ -115,35 +115,32 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
     features, x, weights = problem.features, inputs.x, inputs.weights
     xp = namespace(x)
     axes = reduced_axes(features, x.ndim)
+    if is_empty(x):
+        nothing = per_feature(features, total(x, axes))
+        return x, Moments(nothing, nothing, nothing + 1.0, nothing, nothing)
     inside = constant(x)
-    count: Any = values_per_feature(features, x.shape)
+    count = divisor = values_per_feature(features, x.shape)
     if weights is not None:
         weights = xp.broadcast_to(weights, x.shape)
         count = total(weights, axes)
+        divisor = or_one(count)
         inside = xp.abs(xp.where(weights > 0, inside, 0.0))
 
-    if is_empty(x):
-        pivot = unit = total(x, axes)
-        unit = unit + 1.0
-    else:
-        largest = xp.max(inside, axis=axes, keepdims=True)
-        mean = total(constant(x), axes, weights) / or_one(count)
-        fits = xp.isfinite(mean)  # a sum may overflow where the mean does not
-        pivot = constant(xp.where(fits, mean, 0.0))
-        reach = xp.maximum(xp.abs(largest), xp.abs(pivot))
-        unit = xp.where(fits, xp.maximum(reach, xp.ones_like(reach)), xp.finfo(x.dtype).max / 4)
-        unit = constant(unit)
+    largest = xp.max(inside, axis=axes, keepdims=True)
+    mean = total(constant(x), axes, weights) / divisor
+    fits = xp.isfinite(mean)  # a sum may overflow where the mean does not
+    pivot = constant(xp.where(fits, mean, 0.0))
+    reach = xp.maximum(xp.abs(largest), xp.abs(pivot))
+    unit = xp.where(fits, xp.maximum(reach, xp.ones_like(reach)), xp.finfo(x.dtype).max / 4)
+    unit = constant(unit)
 
     u = (x - pivot) * (1.0 / unit)
-    first = per_feature(features, total(u, axes, weights))
-    second = per_feature(features, total(xp.square(u), axes, weights))
-    if weights is not None:
-        count = per_feature(features, count)
-    offset = first / or_one(count)
+    offset = total(u, axes, weights) / divisor
     # Rounding can leave a variance of 0 a little below it.
-    var = xp.abs(second / or_one(count) - xp.square(offset))
-    pivot, unit = per_feature(features, pivot), per_feature(features, unit)
-    return u, Moments(count, pivot, unit, offset, var)
+    var = xp.abs(total(xp.square(u), axes, weights) / divisor - xp.square(offset))
+    count = count if weights is not None else xp.full_like(pivot, count)
+    found = (per_feature(features, each) for each in (count, pivot, unit, offset, var))
+    return u, Moments(*found)
 
 
 def _coordinate(problem: Problem, x: Array, moments: Moments) -> Array:
@@ -223,8 +220,7 @@ def _standard(problem: Problem, inputs: Inputs, moments: Moments) -> _Standard:
     slope = along(features, slope if inputs.scale is None else slope * inputs.scale, x)
     share = None
     if moments.count is not None:
-        share = 1.0 / or_one(moments.count)
-        share = along(features, share, x) if hasattr(share, "shape") else share
+        share = along(features, 1.0 / or_one(moments.count), x)
         if inputs.weights is not None:
             share = xp.where(inputs.weights > 0, inputs.weights, 0.0) * share
     if valid is not None:

@@ -1,7 +1,7 @@
 """The statistics of a batch: as users see them, and as the stages hand them on."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .arrays import Array, namespace
 
@@ -60,8 +60,8 @@ class Moments(NamedTuple):
     makes x − pivot exact however large the mean is, and leaves the mean, pivot + unit·offset, as a
     sum of two terms that need not be rounded to one; a large unit keeps every square finite.
 
-    unit and offset may be None: 1 and 0. count may be a number, where every feature has that many
-    elements; and None, where mean and variance do not depend on x: running statistics.
+    unit and offset may be None: 1 and 0. count may be None, where mean and variance do not depend
+    on x: running statistics.
     """
 
     count: Array | None
@@ -75,15 +75,26 @@ class Moments(NamedTuple):
         """A mean and a variance that do not depend on x."""
         return cls(None, mean, None, None, var)
 
-    def counted(self) -> "Moments":
-        """These, with the count as an array."""
-        if hasattr(self.count, "shape"):
-            return self
-        return self._replace(count=namespace(self.pivot).full_like(self.pivot, self.count))
+    @classmethod
+    def about(
+        cls,
+        statistics: Statistics,
+        narrow: Callable[[Array], Array],
+        constant: Callable[[Array], Array] = lambda array: array,
+    ) -> "Moments":
+        """Statistics of a wider dtype in the one that `narrow` casts to, the mean not rounded."""
+        count, mean, var = statistics
+        xp = namespace(mean)
+        pivot = constant(narrow(mean))
+        unit = constant(narrow(xp.sqrt(xp.maximum(var, xp.ones_like(var)))))
+        offset, var = (mean - pivot) / unit, var / xp.square(xp.astype(unit, var.dtype))
+        return cls(
+            None if count is None else narrow(count), pivot, unit, narrow(offset), narrow(var)
+        )
 
     def statistics(self) -> Statistics:
         """These, rounded to one mean and one variance."""
-        count, pivot, unit, offset, var = self.counted()
+        count, pivot, unit, offset, var = self
         if unit is None:
             return Statistics(count, pivot, var)
         return Statistics(count, pivot + unit * offset, unit * unit * var)
@@ -101,11 +112,10 @@ def pooled(
     moments around it, which loses nothing: the formula of Chan, Golub & LeVeque (1979), for many
     sets at once. `constant` is the framework's stop_gradient, for the pivot and the unit.
     """
-    count, own_pivot, own_unit, offset, var = moments.counted()
+    count, own_pivot, own_unit, offset, var = moments
     xp = namespace(own_pivot)
-    nothing = xp.zeros_like(own_pivot)
     share = count * 1e-12  # so that no product of a count and a value overflows
-    reach = xp.where(count == 0, nothing, own_unit + xp.abs(own_pivot))
+    reach = xp.where(count == 0, xp.zeros_like(own_pivot), own_unit + xp.abs(own_pivot))
     share, mean, reach = add_up(*map(constant, (share, share * own_pivot, reach)))
     pivot, unit = mean / or_one(share), xp.maximum(reach, xp.ones_like(reach))
     offset = ((own_pivot - pivot) + own_unit * offset) / unit
@@ -113,14 +123,10 @@ def pooled(
     count, first, second = add_up(count, count * offset, count * squares)
     offset = first / or_one(count)
     var = second / or_one(count) - offset * offset
-    return Moments(count, pivot, unit, offset, xp.where(var < 0, nothing, var))
+    return Moments(count, pivot, unit, offset, xp.where(var < 0, xp.zeros_like(var), var))
 
 
-def or_one(count: Any) -> Any:
+def or_one(count: Array) -> Array:
     """`count`, with 1 for 0: the divisor of sums that are 0 as well."""
-    if isinstance(count, int):
-        return count or 1
-    if not hasattr(count, "shape"):
-        return count
     xp = namespace(count)
     return xp.where(count == 0, xp.ones_like(count), count)

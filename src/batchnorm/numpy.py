@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from . import checks, definition
 from .definition import Gradients, Statistics
+from .documentation import documented
 from .native import _cpu
 
 __all__ = [
@@ -31,6 +32,7 @@ Array = npt.NDArray[Any]
 Axis = int | Sequence[int]
 
 
+@documented(wide="float64")
 def batch_norm(
     x: npt.ArrayLike,
     scale: npt.ArrayLike | None = None,
@@ -43,44 +45,12 @@ def batch_norm(
     activation: str | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Statistics]:
-    """Normalize x by its own statistics, as in training.
-
-    ``y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, with the mean and
-    the population variance of each feature [1]_.
+    """...
 
     Parameters
     ----------
-    x : array of real floating-point numbers
-    scale, bias : array of the feature shape, optional
-        1 and 0 where there is none.
-    axis : int or tuple of ints
-        The feature axis or axes, which are not reduced.
-    eps : float
-        Added to the variance, inside the root.
-    mask : array that broadcasts to x, optional
-        Which elements count in the statistics: bools, or weights >= 0. All elements are normalized.
-    residual : array that broadcasts to x, optional
-    activation : None, "relu" or "silu"
     out : array of the shape and dtype of x, optional
         Where to put y; x itself will do.
-
-    Returns
-    -------
-    y : array, of the shape and dtype of x
-    statistics : Statistics
-        In float64, of the feature shape. Of an empty x: zeros.
-
-    Raises
-    ------
-    TypeError
-        If an argument is of the wrong type, or x not of a real floating-point dtype.
-    ValueError
-        If an argument is out of range, has the wrong shape, or if x has one element a feature.
-
-    References
-    ----------
-    .. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-       Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -106,6 +76,7 @@ def batch_norm(
     return call.finished(y, out), statistics
 
 
+@documented()
 def normalize(
     x: npt.ArrayLike,
     mean: npt.ArrayLike,
@@ -119,24 +90,7 @@ def normalize(
     activation: str | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Normalize x by a given mean and variance, as in evaluation.
-
-    Parameters
-    ----------
-    x : array of real floating-point numbers
-    mean, var : array of the feature shape
-        Running statistics, or those of `batch_statistics`.
-    scale, bias, axis, eps, residual, activation, out
-        As in `batch_norm`.
-
-    Returns
-    -------
-    y : array, of the shape and dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`.
+    """...
 
     Examples
     --------

@@ -13,7 +13,6 @@ from flax import serialization
 from small_modules import Store, Sum
 
 from batchnorm.flax import nn
-from batchnorm.flax.nn.tracing import current_trace
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -353,7 +352,7 @@ def test_a_collection_does_not_keep_a_transformation_alive():
     def run(x):
         with nn.stateful() as state:
             Store.call({}, 3, state)
-        kept.extend([state, weakref.ref(current_trace())])
+            kept.extend([state, weakref.ref(state.mutation.trace)])
         return x
 
     run(1.0)

@@ -265,10 +265,8 @@ def test_truncating_at_a_path_that_no_module_has():
 
 
 def test_truncating_wants_its_arguments():
-    from batchnorm.flax.nn.outputs import TruncatedModule
-
     with pytest.raises(ValueError, match=r"^`wrapped_module` and `truncate_path` are required"):
-        TruncatedModule.call({}, X)
+        nested_model().truncate_at(None)(X)
 
 
 def test_truncating_a_model_with_a_transformation_inside():

@@ -169,21 +169,21 @@ def _warn(refusal: str) -> None:
     )
 
 
-def _why_not_native() -> str | None:
+def _report() -> str:
     targets, refusal = _registered()
     if refusal is not None:
-        return f"this jaxlib does not take them: {refusal}"
-    return None if targets else "they were built without the headers of jaxlib"
+        return f"not served, since this jaxlib does not take the kernels: {refusal}"
+    return "served" if targets else "not served, since they were built without jaxlib's headers"
 
 
-native.register_report("JAX", _why_not_native)
+native.register_report("JAX", _report)
 
 
 # ---- the stages
 
 
 def _statistics(problem: Problem, inputs: Inputs, _: None) -> Sequence[Array]:
-    return definition.moments(problem, inputs, jax.lax.stop_gradient).counted()
+    return definition.moments(problem, inputs, jax.lax.stop_gradient)
 
 
 def _normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Sequence[Array]:
@@ -193,7 +193,7 @@ def _normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Sequence[A
 def _batch_norm(problem: Problem, inputs: Inputs, _: None) -> Sequence[Array]:
     assert inputs.weights is None, "its derivative does not know of them"
     y, moments = definition.batch_norm(problem, inputs, jax.lax.stop_gradient)
-    return [*moments.counted(), y]
+    return [*moments, y]
 
 
 def _output_tangent(

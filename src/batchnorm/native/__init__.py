@@ -12,22 +12,25 @@ if importlib.util.find_spec("batchnorm.native._cpu") is not None:
 else:
     kernels = None  # type: ignore[assignment]
 
-_reports: dict[str, Callable[[], str | None]] = {}
+_reports: dict[str, Callable[[], str]] = {"NumPy": lambda: "served"}
 
 
-def register_report(name: str, why_not: Callable[[], str | None]) -> None:
-    """Let `native_status` tell of a door that is imported: why it has no kernels, None if it has."""
-    _reports[name] = why_not
+def register_report(name: str, report: Callable[[], str]) -> None:
+    """Let `native_status` name a door, once it is imported.
+
+    `report` says "served", and how, or "not served" and why.
+    """
+    _reports[name] = report
 
 
 def native_status() -> str:
-    """Say whether native kernels serve, and whom.
+    """Say whether native kernels serve, how, and which of the doors that are imported.
 
     Returns
     -------
     str
-        The instruction set and the number of threads in use, and which of the doors that are
-        imported they serve; or why there are no native kernels.
+        The instruction set and the number of threads in use, and the state of each door; or why
+        there are no native kernels.
 
     Examples
     --------
@@ -41,9 +44,10 @@ def native_status() -> str:
             "to build them, install a C++17 compiler (GCC or Clang) and reinstall batchnorm."
         )
     threads = kernels.num_threads()
+    faces = "".join(f" {name}: {report()}." for name, report in _reports.items())
     return (
         f"Native kernels serve, with {kernels.instruction_set()} "
-        f"and up to {threads} thread{'s' if threads != 1 else ''}."
+        f"and up to {threads} thread{'s' if threads != 1 else ''}.{faces}"
     )
 
 

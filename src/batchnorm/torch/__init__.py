@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("batchnorm.torch needs PyTorch: pip install batchnorm[torch]") from error
 
-from ..definition import Statistics
+from ..moments import Statistics
 from . import functional
 from .conversion import convert, revert
 from .functions import batch_norm, batch_statistics, normalize, update_running

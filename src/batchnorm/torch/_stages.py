@@ -1,61 +1,45 @@
-"""The stages on tensors: native on the CPU, the definition's elsewhere.
+"""The stages on tensors: kernels on the CPU where they can serve, the definition elsewhere.
 
-The statistics of a batch are one tensor of shape (3, *feature shape): mean, var and count. Given
-ones, which normalize without being the batch's own, have no count: (2, *feature shape).
+The statistics of a batch are one tensor, float64 where the device has that, so that a mean is not
+rounded: its rows are those of `Statistics`, (3, *feature shape). The sums of a backward pass are
+the rows Σ g and Σ g·x̂, (2, *feature shape).
 """
 
-import ctypes
-import math
-import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import definition
-from ..definition import Statistics
-from ..native import _cpu
-from ._sync import Sync
+from .. import definition, native
+from ..arrays import namespace
+from ..definition import Inputs, Problem
+from ..layout import feature_shape, weights_shape
+from ..moments import Moments, Statistics
+from ._running import Running
+from ._sync import Alone
 
 # torch.compile can't look into what this finds out, but can into the dict that keeps it.
 for _kind in (Tensor, torch.nn.Parameter):
-    definition._namespace(_kind(torch.empty(0)))
+    namespace(_kind(torch.empty(0)))
 
 
-class Problem(NamedTuple):
-    """What is not a tensor. Without `sync`, the batch is that of this process.
+class Call(NamedTuple):
+    """What is not a tensor; `watched` is `_compat.is_watched(x)`."""
 
-    `watched` is `is_watched(x)`. With `is_layer`, the statistics have no derivative, which saves
-    time in a small call.
-    """
-
-    features: tuple[int, ...]
-    eps: float
+    problem: Problem
+    processes: Alone
     watched: bool
-    activation: str | None = None
-    sync: Sync | None = None
-    is_layer: bool = False
 
 
-class Inputs(NamedTuple):
-    """scale and bias are of the feature shape, residual like x; weights broadcast, in wide(x)."""
+class Given(NamedTuple):
+    """A mean and a variance that do not depend on x: running statistics."""
 
-    x: Tensor
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    weights: Tensor | None = None
+    mean: Tensor
+    var: Tensor
 
-    def parameter_gradients(self, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Of scale and bias, in their dtypes, from Σ g and Σ g·x̂."""
-        sum_g, sum_g_x_hat = sums.unbind(0)
-        return (
-            None if self.scale is None else sum_g_x_hat.to(self.scale.dtype),
-            None if self.bias is None else sum_g.to(self.bias.dtype),
-        )
+
+By = Tensor | Given  # what an output is normalized by: the batch's statistics, or given ones
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,405 +47,231 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def is_watched(x: Tensor) -> bool:
-    """Whether anything but autograd looks at the operations on x."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or type(x) not in _PLAIN
-    )
-
-
-def is_of_batch(statistics: Tensor) -> bool:
-    return statistics.shape[0] == 3
-
-
 def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Wide enough for a mean that is not rounded, where the device has that."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
-def stages_of(problem: Problem, inputs: Inputs, dy: Tensor | None = None) -> "Native | Definition":
-    x = inputs.x
-    watched = dy is not None and (is_watched(x) or not _has_memory(dy))
-    if x.is_cpu and x.dtype in _CODES and not watched:
-        layout = _layout(x.shape, x.stride(), problem.features)
-        if layout is None or x.is_neg():  # gaps, or a view that negates what is in memory
-            inputs = inputs._replace(x=x.clone())
-            layout = _layout(x.shape, inputs.x.stride(), problem.features)
-        if layout is not None:
-            return Native(problem, inputs, layout)
-    return Definition(problem, inputs)
+class Stages:
+    """The stages of one call. What is computed by the definition can be differentiated.
 
-
-class Definition:
-    """The stages in `batchnorm.definition`'s words.
-
-    x is moved to the coordinate (x - pivot) / unit, about its mean and in units of its standard
-    deviation: a float32 pivot subtracts exactly, and what it lacks of the mean is subtracted after.
+    scale and bias are of the feature shape and of any dtype, residual is like x, weights broadcast.
     """
 
-    def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        self.problem, self.given, self.dtype = problem, inputs, inputs.x.dtype
-        dtype = wide(self.dtype)
-        tensors: Any = (None if each is None else each.to(dtype) for each in inputs)
-        self.inputs = Inputs(*tensors)
-        self.statistics_dtype = statistics_dtype(inputs.x)
+    def __init__(self, problem: Problem, inputs: Inputs, *, watched: bool) -> None:
+        self.problem, self.inputs = problem, inputs
+        x = inputs.x
+        self.is_native = (
+            native.kernels is not None and x.is_cpu and x.dtype in _DTYPES and not watched
+        )
 
-    def batch_norm(self) -> tuple[Tensor, Tensor]:
-        statistics = self.statistics()
-        return self.normalize(statistics[0], statistics[1]), statistics
+    def batch_norm(self, running: Running | None = None) -> tuple[Tensor, Tensor]:
+        """y, and the statistics that it is normalized by; running statistics move, too."""
+        x = self.inputs.x
+        if self.is_native:
+            y, statistics = torch.empty_like(x), self.rows(3)
+            operands = self.operands(statistics=statistics, y=y)
+            if running is not None:
+                operands.update(running.operands())
+            if self.runs(native.kernels.batch_norm, operands):
+                return y, statistics
+            if running is not None:  # perhaps in no memory that a kernel can change
+                y, statistics = self.batch_norm()
+                running.move(statistics, watched=True)
+                return y, statistics
+        y, moments = definition.batch_norm(self.problem, self.wide_inputs(), Tensor.detach)
+        statistics = self.statistics_of(moments)
+        if running is not None:
+            running.move(statistics, watched=True)
+        return y.to(x.dtype), statistics
 
     def statistics(self) -> Tensor:
-        count, pivot, unit, offset, var = (
-            each.to(self.statistics_dtype)
-            for each in definition.moments(
-                self.inputs.x,
-                features=self.problem.features,
-                weights=self.inputs.weights,
-                constant=Tensor.detach,
-            )
-        )
-        return torch.stack((pivot + unit * offset, unit * unit * var, count))
+        if self.is_native:
+            statistics = self.rows(3)
+            operands = self.operands(statistics=statistics)
+            for name in ("eps", "activation", "scale", "bias", "residual"):
+                del operands[name]
+            if self.runs(native.kernels.statistics, operands):
+                return statistics
+        moments = definition.moments(self.problem, self.wide_inputs(), Tensor.detach)
+        return self.statistics_of(moments)
 
-    def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
-        dtype = self.statistics_dtype
-        u, mean, var, _ = self.standard(mean.to(dtype), var.to(dtype))
-        options = self.options()
-        del options["weights"]
-        y: Tensor = definition.normalize(
-            u, mean, var, self.inputs.scale, self.inputs.bias, **options
-        )
-        return y.to(self.dtype)
+    def normalize(self, by: By) -> Tensor:
+        x = self.inputs.x
+        if self.is_native:
+            y = torch.empty_like(x)
+            mean, var = by if isinstance(by, Given) else by[1:].unbind(0)
+            operands = self.operands(mean=mean, var=var, y=y)
+            del operands["weights"]
+            if self.runs(native.kernels.normalize, operands):
+                return y
+        y = definition.normalize(self.problem, self.wide_inputs(), self.moments_of(by))
+        return y.to(x.dtype)
 
     def gradients(
-        self, statistics: Tensor, dy: Tensor, with_g: bool
+        self, by: By, dy: Tensor, with_dresidual: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        sums = self.gradient_sums(statistics, dy)
-        dx, g = self.input_gradient(statistics, sums, dy, with_g)
-        return *self.given.parameter_gradients(sums), dx, g
+        """Of scale, bias, x and residual."""
+        x, scale, bias = self.inputs[:3]
+        if self.is_native:
+            dscale, dbias, dx, dresidual = (
+                None if each is None else torch.empty_like(each)
+                for each in (scale, bias, x, x if with_dresidual else None)
+            )
+            operands = self.operands(
+                dy=dy, dscale=dscale, dbias=dbias, dx=dx, dresidual=dresidual, **_named(by)
+            )
+            if self.runs(native.kernels.batch_norm_gradients, operands):
+                assert dx is not None
+                return dscale, dbias, dx, dresidual
+        sums = self.gradient_sums(by, dy)
+        dx, dresidual = self.input_gradient(by, sums, dy, with_dresidual)
+        return *self.parameter_gradients(sums), dx, dresidual
 
-    def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
-        u, mean, var, _ = self.standard(statistics[0], statistics[1])
-        sums = definition.gradient_sums(
-            dy.to(u.dtype), u, mean, var, self.inputs.scale, self.inputs.bias, **self.options()
-        )
-        return torch.stack(sums).to(self.statistics_dtype)
+    def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
+        if self.is_native:
+            sums = self.rows(2)
+            if self.runs(
+                native.kernels.gradient_sums, self.operands(dy=dy, sums=sums, **_named(by))
+            ):
+                return sums
+        inputs, moments = self.wide_inputs(), self.moments_of(by)
+        dy = dy.to(inputs.x.dtype)
+        found = definition.gradient_sums(self.problem, inputs, moments, dy)
+        return torch.stack(found).to(statistics_dtype(inputs.x))
 
     def input_gradient(
-        self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
+        self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool
     ) -> tuple[Tensor, Tensor | None]:
-        u, mean, var, unit = self.standard(statistics[0], statistics[1])
-        count = statistics[2].to(u.dtype) if is_of_batch(statistics) else torch.ones_like(mean)
-        sums = sums.to(u.dtype) if is_of_batch(statistics) else torch.zeros_like(statistics)
-        du, g = definition.input_gradient(
-            dy.to(u.dtype),
-            u,
-            Statistics(count, mean, var),
-            tuple(sums.to(u.dtype)),
-            self.inputs.scale,
-            self.inputs.bias,
-            **self.options(),
+        x = self.inputs.x
+        if self.is_native:
+            dx = torch.empty_like(x)
+            dresidual = torch.empty_like(x) if with_dresidual else None
+            operands = self.operands(dy=dy, sums=sums, dx=dx, dresidual=dresidual, **_named(by))
+            if self.runs(native.kernels.input_gradient, operands):
+                return dx, dresidual
+        inputs, moments = self.wide_inputs(), self.moments_of(by)
+        dtype = inputs.x.dtype
+        sum_g, sum_g_x_hat = sums.to(dtype).unbind(0)
+        dx, g = definition.input_gradient(
+            self.problem, inputs, moments, dy.to(dtype), (sum_g, sum_g_x_hat)
         )
-        return (du / unit).to(self.dtype), g.to(self.dtype) if with_g else None
+        return dx.to(x.dtype), g.to(x.dtype) if with_dresidual else None
 
-    def standard(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u, its mean, and its variance plus eps, of the feature shape; and the unit along x."""
-        x, features = self.inputs.x, self.problem.features
-        var = var + self.problem.eps
-        pivot, unit = mean.detach().to(x.dtype), var.detach().sqrt().to(x.dtype)
-        along = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
-        u = (x - pivot.reshape(along)) / unit.reshape(along)
+    def parameter_gradients(self, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Of scale and bias, in their dtypes."""
+        sum_g, sum_g_x_hat = sums.unbind(0)
+        scale, bias = self.inputs.scale, self.inputs.bias
         return (
-            u,
-            ((mean - pivot) / unit).to(x.dtype),
-            (var / unit.to(var.dtype) ** 2).to(x.dtype),
-            unit.reshape(along),
+            None if scale is None else sum_g_x_hat.to(scale.dtype),
+            None if bias is None else sum_g.to(bias.dtype),
         )
 
-    def options(self) -> dict[str, Any]:
+    # ---- for the definition
+
+    def wide_inputs(self) -> Inputs:
+        dtype = wide(self.inputs.x.dtype)
+        x, *others = (None if each is None else each.to(dtype) for each in self.inputs)
+        return Inputs(x, *others)
+
+    def statistics_of(self, moments: Moments) -> Tensor:
+        dtype = statistics_dtype(self.inputs.x)
+        wider = Moments(*(each.to(dtype) for each in moments))
+        return torch.stack(tuple(wider.statistics()))
+
+    def moments_of(self, by: By) -> Moments:
+        dtype = wide(self.inputs.x.dtype)
+        statistics = Statistics(None, *by) if isinstance(by, Given) else Statistics(*by.unbind(0))
+        if statistics.mean.dtype == dtype:
+            return Moments(statistics.count, statistics.mean, None, None, statistics.var)
+        return Moments.about(statistics, lambda each: each.to(dtype), Tensor.detach)
+
+    # ---- for the kernels
+
+    def rows(self, number: int) -> Tensor:
+        x = self.inputs.x
+        shape = feature_shape(self.problem.features, x.shape)
+        return x.new_empty((number, *shape), dtype=torch.float64)
+
+    def operands(self, **others: Any) -> dict[str, Any]:
+        """What kernels take, by name; native/_cpu.pyi says what each is."""
+        features, eps, activation = self.problem
+        x, scale, bias, residual, weights = self.inputs
+        if weights is not None:
+            weights = weights.expand(weights_shape(features, weights.shape, x.shape))
         return {
-            "features": self.problem.features,
-            "eps": 0.0,  # it is part of the variance of u
-            "weights": self.inputs.weights,
-            "residual": self.inputs.residual,
-            "activation": self.problem.activation,
+            "x": x,
+            "features": features,
+            "eps": eps,
+            "activation": activation,
+            "scale": scale,
+            "bias": bias,
+            "residual": residual,
+            "weights": weights,
+            "team": _TEAM,
+            **others,
         }
 
+    def runs(self, kernel: Any, operands: dict[str, Any]) -> bool:
+        """Let the kernel do it, and say whether it could.
 
-class Native:
-    """The stages as kernels on memory, the arguments of which csrc/batch_norm.h explains."""
-
-    def __init__(self, problem: Problem, inputs: Inputs, layout: "_Layout") -> None:
-        x, scale, bias, residual, weights = inputs
-        self.given, self.x, self.order = inputs, x, layout.order
-        self.feature_shape = layout.feature_shape
-        weight_channels = 0
-        if weights is not None:
-            per_feature = any(weights.shape[each] != 1 for each in problem.features)
-            weight_channels = layout.channels if per_feature else 1
-            shape = [
-                1 if axis in problem.features and not per_feature else size
-                for axis, size in enumerate(x.shape)
-            ]
-            weights = self.in_order(weights.expand(shape))
-        if residual is not None:
-            residual = self.in_order(residual)
-        # In that dtype the kernels write the gradients of scale and bias as well.
-        self.parameter_dtype, self.scale, self.bias = _parameters(scale, bias)
-        self.held = (residual, weights)  # as long as their addresses are in use
-        self.arguments = (
-            layout.outer,
-            layout.channels,
-            layout.inner,
-            _CODES[x.dtype],
-            _cpu.ACTIVATIONS[problem.activation],
-            problem.eps,
-            x.data_ptr(),
-            _address(residual),
-            _CODES[self.parameter_dtype],
-            _address(self.scale),
-            _address(self.bias),
-            _address(weights),
-            weight_channels,
-            _TEAM,
-        )
-
-    def in_order(self, tensor: Tensor) -> Tensor:
-        """The tensor, its elements in the order in memory that those of x have."""
-        if self.order is not None:
-            tensor = tensor.permute(self.order)
-        return tensor.contiguous().resolve_neg()
-
-    def batch_norm(self) -> tuple[Tensor, Tensor]:
-        y, statistics = torch.empty_like(self.x), self.per_feature(3)
-        _cpu.batch_norm(*self.arguments, *_addresses(statistics), y.data_ptr())
-        return y, statistics
-
-    def statistics(self) -> Tensor:
-        statistics = self.per_feature(3)
-        _cpu.statistics(*self.arguments, *_addresses(statistics))
-        return statistics
-
-    def normalize(self, mean: Tensor, var: Tensor) -> Tensor:
-        y = torch.empty_like(self.x)
-        dtype, first, second = _parameters(mean, var)
-        _cpu.normalize(
-            *self.arguments, _CODES[dtype], _address(first), _address(second), y.data_ptr()
-        )
-        return y
-
-    def gradients(
-        self, statistics: Tensor, dy: Tensor, with_g: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        dy, dx = self.in_order(dy), torch.empty_like(self.x)
-        g = torch.empty_like(self.x) if with_g else None
-        dscale = None if self.scale is None else torch.empty_like(self.scale)
-        dbias = None if self.bias is None else torch.empty_like(self.bias)
-        _cpu.batch_norm_gradients(
-            *self.arguments,
-            *_addresses(statistics),
-            dy.data_ptr(),
-            _address(dbias),
-            _address(dscale),
-            dx.data_ptr(),
-            _address(g),
-        )
-        if self.parameter_dtype == torch.float64:  # of a parameter that may be narrower
-            given: Any = self.given
-            dscale = None if dscale is None else dscale.to(given.scale.dtype)
-            dbias = None if dbias is None else dbias.to(given.bias.dtype)
-        return dscale, dbias, dx, g
-
-    def gradient_sums(self, statistics: Tensor, dy: Tensor) -> Tensor:
-        dy, sums = self.in_order(dy), self.per_feature(2)
-        _, mean, var = _addresses(statistics)
-        _cpu.gradient_sums(*self.arguments, mean, var, dy.data_ptr(), *_addresses(sums)[1:])
-        return sums
-
-    def input_gradient(
-        self, statistics: Tensor, sums: Tensor, dy: Tensor, with_g: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        dy, dx = self.in_order(dy), torch.empty_like(self.x)
-        g = torch.empty_like(self.x) if with_g else None
-        _cpu.input_gradient(
-            *self.arguments,
-            *_addresses(statistics),
-            *_addresses(sums)[1:],
-            dy.data_ptr(),
-            dx.data_ptr(),
-            _address(g),
-        )
-        return dx, g
-
-    def per_feature(self, number: int) -> Tensor:
-        return self.x.new_empty(number, *self.feature_shape, dtype=torch.float64)
+        An operand that it can't take as it lies in memory is copied for it. What the record of a
+        tensor does not say is looked at here: views that negate what is in memory.
+        """
+        for name, each in operands.items():
+            if isinstance(each, Tensor) and each.is_neg():
+                operands[name] = each.resolve_neg()
+        copied = set()
+        while (name := kernel(**operands)) is not None:
+            if name in copied or name not in _COPIED:
+                return False
+            copied.add(name)
+            operands[name] = _COPIED[name](operands["x"], operands[name])
+        return True
 
 
-def move_running(
-    problem: Problem,
-    running: tuple[Tensor, Tensor],
-    batches: Tensor | None,
-    statistics: Tensor,
-    rate: float | Tensor,
-    *,
-    may_be_empty: bool = True,
-) -> None:
-    """Move running statistics in place towards those of a batch, the variance with correction 1.
-
-    `batches` counts those that have any element.
-    """
-    running_mean, running_var = running
-    if (
-        _cpu is not None
-        and type(rate) is float
-        and not problem.watched
-        and _is_in_native_memory(running_mean)
-        and _is_in_native_memory(running_var)
-        and statistics.dtype == torch.float64
-        and running_mean.dtype == running_var.dtype
-        and (
-            batches is None or (_is_in_native_memory(batches, (torch.int64,)) and batches.ndim == 0)
-        )
-    ):
-        _cpu.update_running(
-            running_mean.numel(),
-            *_addresses(statistics),
-            rate,
-            1.0,
-            _CODES[running_mean.dtype],
-            running_mean.data_ptr(),
-            running_var.data_ptr(),
-            _address(batches),
-        )
-        return
-    mean, var, count = statistics.detach()
-    dtype = statistics.dtype
-    new_mean, new_var = definition.update_running(
-        running_mean.to(dtype),
-        running_var.to(dtype),
-        Statistics(count, mean, var),
-        rate=rate,
-        correction=1,
-    )
-    running_mean.copy_(new_mean)
-    running_var.copy_(new_var)
-    if batches is not None:
-        batches.add_((count > 0).any() if may_be_empty else 1)
+def _named(by: By) -> dict[str, Tensor]:
+    return by._asdict() if isinstance(by, Given) else {"statistics": by}
 
 
-def _team() -> int:
-    """The way into the OpenMP runtime of PyTorch's own operations, 0 where they have none.
-
-    Its threads go on looking for work for a while after each operation, and another pool's would
-    wait for them (csrc/parallel.h).
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:
-        loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
-        return ctypes.cast(loaded.GOMP_parallel, ctypes.c_void_p).value or 0
-    except (AttributeError, OSError):
-        return 0
+def _like(x: Tensor, tensor: Tensor) -> Tensor:
+    return torch.empty_like(x).copy_(tensor)
 
 
-_TEAM = _team()
-_CODES = {} if _cpu is None else {getattr(torch, name): code for name, code in _cpu.DTYPES.items()}
+def _weights_like(x: Tensor, weights: Tensor) -> Tensor:
+    """A copy with one weight for each row, or for each element, in the order of x in memory."""
+    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return weights.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
-def _has_memory(dy: Tensor) -> bool:
-    """Autograd may hand on zeros that are none in memory, and batches of autograd's own vmap."""
-    is_batch = torch._C._functorch.is_legacy_batchedtensor(dy)
-    return type(dy) is Tensor and not is_batch and not dy._is_zerotensor()
+def _own(x: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.clone()
 
 
-def _parameters(
-    first: Tensor | None, second: Tensor | None
-) -> tuple[torch.dtype, Tensor | None, Tensor | None]:
-    """Two parameters as the kernels read them: in float32 where both are, else in float64."""
-    for each in (first, second):
-        if each is not None and (
-            each.dtype != torch.float32 or not each.is_contiguous() or each.is_neg()
-        ):
-            break
-    else:
-        return torch.float32, first, second
-    first, second = (
-        None if each is None else each.to(torch.float64).contiguous().resolve_neg()
-        for each in (first, second)
-    )
-    return torch.float64, first, second
+# What a kernel only reads, and how to copy it.
+_COPIED = {
+    "weights": _weights_like,
+    **dict.fromkeys(("residual", "dy"), _like),
+    **dict.fromkeys(("x", "scale", "bias", "mean", "var", "statistics", "sums"), _own),
+}
+_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
+_TEAM = None
+if native.kernels is not None:
+    for _kind in (Tensor, torch.nn.Parameter):
+        if not native.kernels.register_tensor(_kind):
+            _DTYPES.clear()
+    # The threads of PyTorch's own operations: they go on looking for work for a while after each,
+    # and another pool's would wait for them (csrc/system/parallel.h).
+    _TEAM = native.kernels.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
-class _Layout(NamedTuple):
-    """x in memory; `order`: its axes from the outermost to the innermost, None for C order."""
-
-    outer: int
-    channels: int
-    inner: int
-    order: tuple[int, ...] | None
-    feature_shape: tuple[int, ...]
+def _report() -> str:
+    if not _DTYPES:
+        return "not served, as this PyTorch has no DLPack exchange table; 2.10 and newer have"
+    if _TEAM is None:
+        return "served on the pool's threads, as PyTorch's own were not found"
+    return "served on PyTorch's own threads"
 
 
-@lru_cache(maxsize=4096)
-def _layout(
-    shape: tuple[int, ...], strides: tuple[int, ...], features: tuple[int, ...]
-) -> _Layout | None:
-    """None if x has gaps or overlaps, or its feature axes do not lie side by side, in order."""
-    in_order = tuple(range(len(shape)))
-    by_stride = tuple(sorted(in_order, key=lambda axis: -strides[axis]))
-    for order in (in_order, by_stride):
-        step = 1
-        for axis in reversed(order):
-            if shape[axis] > 1 and strides[axis] != step:
-                break
-            step *= shape[axis]
-        else:
-            break
-    else:
-        return None
-    axes = [axis for axis in order if shape[axis] != 1]
-    begin = next((i for i, axis in enumerate(axes) if axis in features), 0)
-    wanted = [axis for axis in features if shape[axis] != 1]
-    end = begin + len(wanted)
-    if axes[begin:end] != wanted:
-        return None
-    outer, channels, inner = (
-        math.prod(shape[axis] for axis in part) for part in (axes[:begin], wanted, axes[end:])
-    )
-    return _Layout(
-        outer,
-        channels,
-        inner,
-        None if order == in_order else order,
-        tuple(shape[axis] for axis in features),
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    """Where the first element is; 0 for no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _addresses(rows: Tensor) -> tuple[int, int, int]:
-    """Of count (0 if there is none), mean and var: of the rows 2, 0 and 1."""
-    first, number = rows.data_ptr(), rows.shape[0]
-    size = rows.nbytes // number
-    return first + 2 * size if number == 3 else 0, first, first + size
-
-
-def _is_in_native_memory(
-    buffer: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
-) -> bool:
-    return (
-        type(buffer) is Tensor
-        and buffer.is_cpu
-        and buffer.dtype in dtypes
-        and buffer.is_contiguous()
-        and not buffer.is_neg()
-    )
+native.register_report("PyTorch", _report)

@@ -6,19 +6,39 @@ feature. Where torch.compile or a derivative of higher order looks on, the sum b
 for each feature and process as well.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+
+from ..moments import or_one
+from ._compat import traceable_all_reduce
 
 Group = Any  # torch.distributed.ProcessGroup, where PyTorch is built with it
 
 
-class Sync:
-    """The processes that share statistics; `name` says for whom, in an error."""
+class Alone:
+    """A process that shares its statistics with nobody.
+
+    Statistics are one tensor here, whose rows are those of `Statistics`: count, mean, var.
+    """
+
+    is_shared = False
+
+    def pooled(self, statistics: Tensor) -> Tensor:
+        return statistics
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class Processes(Alone):
+    """Those that share statistics; `name` says for whom, in an error."""
+
+    is_shared = True
 
     def __init__(self, group: Group, name: Callable[[], str]) -> None:
         self.group, self.name = group, name
@@ -31,16 +51,16 @@ class Sync:
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         others = torch.zeros_like(statistics)
         parts = torch.stack([statistics if each == rank else others for each in range(size)])
-        means, variances, counts = self.sum(parts).unbind(1)
+        counts, means, variances = self.sum(parts).unbind(1)
         count = counts.sum(0)
-        shares = counts / torch.where(count == 0, 1.0, count)
+        shares = counts / or_one(count)
         mean = (shares * means).sum(0)
         var = (shares * (variances + (means - mean) ** 2)).sum(0)
-        return torch.stack((mean, var, count))
+        return torch.stack((count, mean, var))
 
     def sum(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which can't look into `_Sum`
-            return funcol.all_reduce(tensor, "sum", self.group)
+            return traceable_all_reduce(tensor, "sum", self.group)
         total: Tensor = _Sum.apply(tensor, self)
         return total
 
@@ -56,33 +76,42 @@ class Sync:
             ) from error
 
 
+ALONE = Alone()
+
+
 class _Sum(torch.autograd.Function):
     """The sum over the processes; linear, and its own transpose."""
 
     @staticmethod
-    def forward(tensor: Tensor, sync: Sync) -> Tensor:
+    def forward(tensor: Tensor, processes: Processes) -> Tensor:
         total = tensor.clone()
-        sync.sum_in_place(total)
+        processes.sum_in_place(total)
         return total
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Sync], output: Tensor) -> None:
-        ctx.sync = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Processes], output: Tensor) -> None:
+        ctx.processes = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.sync.sum(gradient), None
+        return ctx.processes.sum(gradient), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        total: Tensor = ctx.sync.sum(tangent)
+        total: Tensor = ctx.processes.sum(tangent)
         return total
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, None], tensor: Tensor, sync: Sync
+        info: Any, in_dims: tuple[int | None, None], tensor: Tensor, processes: Processes
     ) -> tuple[Tensor, int | None]:
-        return sync.sum(tensor), in_dims[0]
+        return processes.sum(tensor), in_dims[0]
+
+
+def processes_of(sync: Any, name: Callable[[], str]) -> Alone:
+    """Whom a `sync` argument means, for an operation of that name."""
+    group = group_of(sync)
+    return ALONE if group is None else Processes(group, name)
 
 
 def group_of(sync: Any) -> Group | None:
@@ -95,6 +124,22 @@ def group_of(sync: Any) -> Group | None:
         return None
     group = dist.group.WORLD if sync is True else sync
     return group if dist.get_world_size(group) > 1 else None
+
+
+def path_of(layer: torch.nn.Module) -> str:
+    """Its path in the outermost model that is being called and holds it; empty if none does."""
+    models: list[torch.nn.Module] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, torch.nn.Module) and not any(caller is each for each in models):
+            models.append(caller)
+        frame = frame.f_back
+    for model in reversed(models):
+        for path, module in model.named_modules():
+            if module is layer:
+                return path
+    return ""
 
 
 def _check(group: Any) -> None:

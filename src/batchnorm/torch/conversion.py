@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from . import layers
+from ._compat import BatchNormBase
 from ._sync import Group, group_of
 
 _OURS: dict[type, type] = {
@@ -23,6 +23,17 @@ _OURS: dict[type, type] = {
     )
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+# What our classes define: an attribute of that name on a layer of torch.nn means something else.
+_DEFINED = {
+    name
+    for kind in (layers.Layer, layers.SyncBatchNorm)
+    for name in vars(kind)
+    if not name.startswith("__")
+}
+# Of these, what our layers keep on themselves.
+_STATE = {name for name in _DEFINED if not callable(getattr(layers.SyncBatchNorm, name))}
+_STATE.add("process_group")
 
 
 def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> torch.nn.Module:
@@ -47,8 +58,9 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
     Raises
     ------
     TypeError
-        If the model holds a subclass of torch.nn's layers, which may mean something of its own; or
-        if sync is something else. Nothing is changed then.
+        If the model holds a subclass of torch.nn's layers, which may mean something of its own, or
+        one with an attribute that means something else in ours (a `forward` of its own, say); or if
+        sync is something else. Nothing is changed then.
     ValueError
         If this process is not in the group. Nothing is changed then.
 
@@ -65,7 +77,7 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
     for layer, kind in _found(module, lambda path, layer: _converted(path, layer, shared)):
         before, layer.__class__ = type(layer), kind
         if kind is layers.SyncBatchNorm and shared:
-            layer._converted_from = layer._converted_from or _THEIRS.get(before, before)
+            layer.converted_from = layer.converted_from or _THEIRS.get(before, before)
             layer.process_group = None if sync is True else sync
     return module
 
@@ -104,11 +116,9 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
     """
     for layer, kind in _found(module, _reverted):
         layer.__class__ = kind
-        added = set(vars(layers._Layer))
-        if kind is not torch.nn.SyncBatchNorm:
-            added.add("process_group")
-        for name in added.intersection(vars(layer)):
-            delattr(layer, name)
+        for name in _STATE.intersection(vars(layer)):
+            if name != "process_group" or kind is not torch.nn.SyncBatchNorm:
+                delattr(layer, name)
     return module
 
 
@@ -122,13 +132,20 @@ def _found(
 
 def _converted(path: str, layer: torch.nn.Module, shared: bool) -> type | None:
     kind = type(layer)
-    if not isinstance(layer, _BatchNorm) or (kind in _THEIRS and not shared):
+    if not isinstance(layer, BatchNormBase) or (kind in _THEIRS and not shared):
         return None
     if kind not in _OURS and kind not in _THEIRS:
         raise TypeError(
             f"convert knows the batch normalizations of torch.nn, but {path or 'module'!r} is a "
             f"{kind.__module__}.{kind.__qualname__}, which may do something of its own. Replace it "
             "by hand, or leave it out of the module that is converted."
+        )
+    own = _DEFINED.intersection(vars(layer)) - (_STATE if kind in _THEIRS else set())
+    if own:
+        raise TypeError(
+            f"convert would give {path or 'module'!r} another meaning of {', '.join(sorted(own))}, "
+            "which is set on this layer itself. Remove it, or leave the layer out of the module "
+            "that is converted."
         )
     if shared and isinstance(layer, LazyModuleMixin):
         raise TypeError(
@@ -139,7 +156,7 @@ def _converted(path: str, layer: torch.nn.Module, shared: bool) -> type | None:
 
 
 def _reverted(path: str, layer: torch.nn.Module) -> type | None:
-    if not isinstance(layer, layers._Layer):
+    if not isinstance(layer, layers.Layer):
         return None
     kind = type(layer)
     if kind not in _THEIRS:
@@ -153,4 +170,4 @@ def _reverted(path: str, layer: torch.nn.Module) -> type | None:
             raise ValueError(
                 f"torch.nn's layers have no {name}, but that of {path or 'module'!r} is {value!r}."
             )
-    return layer._converted_from or _THEIRS[kind]
+    return layer.converted_from or _THEIRS[kind]

@@ -4,8 +4,10 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import CONVENTIONS
-from . import _autograd, _stages
-from .functions import check_parameter, checked, values_of
+from . import _derivatives
+from ._arguments import check_parameter, checked, values_of
+from ._running import Running
+from ._stages import Given
 
 
 def batch_norm(
@@ -53,20 +55,19 @@ def batch_norm(
     >>> print(mean)
     tensor([0.2000, 4.0000])
     """
-    problem, inputs = checked(input, weight, bias, 1, eps, None, None, None)
+    call, inputs = checked(input, weight, bias, 1, eps, None, None, None)
     checks.torch_both_running(running_mean is None, running_var is None)
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is not None:
-            check_parameter(name, value, input, problem.features)
+            check_parameter(name, value, input, call.problem.features)
+    if not training:
+        checks.torch_running(running_mean is not None)
+        assert running_mean is not None
+        assert running_var is not None
+        return _derivatives.normalize(call, inputs, Given(running_mean, running_var))
+    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
+    checks.torch_values(values_of(call, inputs), input.shape)
     running = None
     if running_mean is not None and running_var is not None:
-        running = running_mean, running_var
-    if not training:
-        checks.torch_running(running is not None)
-        return _autograd.batch_norm(problem, inputs, running)[0]
-    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
-    checks.torch_values(values_of(problem, inputs), input.shape)
-    y, statistics = _autograd.batch_norm(problem, inputs)
-    if running is not None:
-        _stages.move_running(problem, running, None, statistics, rate)
-    return y
+        running = Running(running_mean, running_var, None, rate)
+    return _derivatives.batch_norm_of_layer(call, inputs, running)[0]

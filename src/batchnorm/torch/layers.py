@@ -1,6 +1,5 @@
 """The layers of torch.nn, with its constructors, its state_dict keys and its messages."""
 
-import gc
 from typing import Any, Literal, Self
 
 import torch
@@ -9,10 +8,12 @@ from torch import Tensor
 
 from .. import checks
 from ..conventions import CONVENTIONS
-from . import _autograd, _stages
-from ._stages import Inputs, Problem
-from ._sync import Group, Sync, group_of
-from .functions import residual_like, weights_of
+from ..definition import Inputs, Problem
+from . import _compat, _derivatives
+from ._arguments import residual_like, values_of, weights_of
+from ._running import Running
+from ._stages import Call, Given
+from ._sync import ALONE, Alone, Group, path_of, processes_of
 
 NormalizeBy = Literal["batch", "running"]
 
@@ -20,7 +21,7 @@ _CONVENTION = CONVENTIONS["torch"]
 FREEZING = ("normalize_by", "update_running")
 
 
-class _Layer(torch.nn.modules.batchnorm._BatchNorm):
+class Layer(_compat.BatchNormBase):  # type: ignore[misc, valid-type]
     """What the layers have in common; each is an instance of a class of torch.nn as well.
 
     Attributes
@@ -43,7 +44,7 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
     # until that is needed, and after loading a state_dict, which in torch.nn does not hold it.
     _elements_tracked: Tensor | None = None
     # What `convert` has made a SyncBatchNorm of; None where the class says it.
-    _converted_from: type | None = None
+    converted_from: type | None = None
 
     def __init__(
         self,
@@ -93,33 +94,36 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         """
         self._check_input_dim(input)
         # Once, since torch.nn.Module takes its time to find a tensor.
-        running = self.running_mean, self.running_var
-        is_tracked = running[0] is not None
+        given = Given(self.running_mean, self.running_var)
+        is_tracked = given.mean is not None
         by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
-        watched = _stages.is_watched(input)
-        if watched and by_running and not moves and _is_exporting():
+        watched = _compat.is_watched(input)
+        if watched and by_running and not moves and self._is_exported():
             return self._exported(input, residual)
-        if watched and _is_traced() and torch.onnx.is_in_onnx_export():
+        if watched and _compat.is_traced() and torch.onnx.is_in_onnx_export():
             raise RuntimeError(
                 f"{type(self).__name__} can be exported to ONNX in evaluation mode only: call "
                 "eval() on the model first."
             )
-        problem, inputs = self._checked(input, residual, mask, running, watched)
+        call, inputs = self._checked(input, residual, mask, given, watched)
         # An empty batch says nothing; one that checkpointing computes again, nothing new.
-        is_empty = input.numel() == 0 and problem.sync is None
-        moves = moves and not is_empty and not _is_in_backward_pass()
+        is_empty = input.numel() == 0 and not call.processes.is_shared
+        moves = moves and not is_empty and not _compat.is_in_backward_pass()
         if by_running:
-            y = _autograd.batch_norm(problem, inputs, running)[0]
+            y = _derivatives.normalize(call, inputs, given)
             if moves:
                 with torch.no_grad():
-                    statistics = _autograd.batch_statistics(problem, inputs)
-                self._move_running(problem, inputs, running, statistics)
+                    statistics = _derivatives.batch_statistics(call, inputs)
+                self._move_running(call, inputs, given, statistics)
             return y
-        if problem.sync is None:
-            checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
-        y, statistics = _autograd.batch_norm(problem, inputs)
+        if not call.processes.is_shared:
+            checks.torch_values(values_of(call, inputs), input.shape)
+        if moves and self.momentum is not None and not self.skip_nonfinite:
+            running = self._running(call, inputs, given, self._rate())
+            return _derivatives.batch_norm_of_layer(call, inputs, running)[0]
+        y, statistics = _derivatives.batch_norm_of_layer(call, inputs, None)
         if moves:
-            self._move_running(problem, inputs, running, statistics)
+            self._move_running(call, inputs, given, statistics)
         return y
 
     def freeze(
@@ -208,9 +212,9 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         input: Tensor,
         residual: Tensor | None,
         mask: Tensor | None,
-        running: tuple[Any, Any],
+        running: Given,
         watched: bool,
-    ) -> tuple[Problem, Inputs]:
+    ) -> tuple[Call, Inputs]:
         dtype, device, shape = input.dtype, input.device, input.shape
         checks.floating("input", dtype, dtype.is_floating_point)
         checks.number_of_channels(shape[1], self.num_features, shape)
@@ -219,8 +223,8 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         for name, each in (
             ("weight", weight),
             ("bias", bias),
-            ("running_mean", running[0]),
-            ("running_var", running[1]),
+            ("running_mean", running.mean),
+            ("running_var", running.var),
         ):
             if each is not None and (
                 each.dtype != dtype or each.device != device or each.shape != channels
@@ -232,9 +236,9 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         if residual is not None:
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
-        eps = checks.positive_eps(self.eps)
-        problem = Problem((1,), eps, watched, self.activation, self._sync(), is_layer=True)
-        return problem, Inputs(input, weight, bias, residual, weights)
+        problem = Problem((1,), checks.positive_eps(self.eps), self.activation)
+        call = Call(problem, self._processes(), watched)
+        return call, Inputs(input, weight, bias, residual, weights)
 
     def _normalizes_by_running(self, is_tracked: bool) -> bool:
         if self.normalize_by is not None:
@@ -248,8 +252,11 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
             return self.update_running
         return self.training and self.track_running_stats
 
-    def _sync(self) -> Sync | None:
-        return None
+    def _processes(self) -> Alone:
+        return ALONE
+
+    def _is_exported(self) -> bool:
+        return _compat.is_traced() or torch.compiler.is_exporting()
 
     def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """As the operators that an exporter knows."""
@@ -259,53 +266,42 @@ class _Layer(torch.nn.modules.batchnorm._BatchNorm):
         y = y if residual is None else y + residual.to(y.dtype)
         return y if self.activation is None else getattr(F, self.activation)(y)
 
-    def _move_running(
-        self,
-        problem: Problem,
-        inputs: Inputs,
-        running: tuple[Tensor, Tensor],
-        statistics: Tensor,
-    ) -> None:
-        batches = self.num_batches_tracked
-        may_be_empty = self.skip_nonfinite or inputs.weights is not None or problem.sync is not None
+    def _rate(self) -> float:
+        return _CONVENTION.rate(checks.fraction("momentum", self.momentum))
+
+    def _running(self, call: Call, inputs: Inputs, running: Given, rate: float | Tensor) -> Running:
+        may_be_empty = self.skip_nonfinite or inputs.weights is not None or call.processes.is_shared
+        return Running(
+            *running, self.num_batches_tracked, rate, may_be_empty, owner=type(self).__name__
+        )
+
+    def _move_running(self, call: Call, inputs: Inputs, running: Given, statistics: Tensor) -> None:
+        """What needs to look at the batch's statistics first."""
+        statistics = statistics.detach()
         finite: Tensor | None = None
         if self.skip_nonfinite:
             # Without a count they change nothing.
-            statistics = statistics.detach()
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
         rate: float | Tensor
         if self.momentum is None:
-            count = statistics[2].detach()
+            count = statistics[0]
             before = self._elements_tracked
-            is_transformed = torch._C._are_functorch_transforms_active()
+            is_transformed = _compat.is_transformed()
             if before is None or is_transformed:
-                before = batches * count
+                before = self.num_batches_tracked * count
             tracked_now = before.to(count) + count
             if not is_transformed:  # or a value would escape from the transformation
                 self._elements_tracked = tracked_now
             rate = count / torch.where(tracked_now == 0, 1.0, tracked_now)
         else:
-            rate = _CONVENTION.rate(checks.fraction("momentum", self.momentum))
-        try:
-            _stages.move_running(
-                problem, running, batches, statistics, rate, may_be_empty=may_be_empty
-            )
-            if finite is not None:
-                self.num_batches_skipped.add_(~finite)
-        except RuntimeError as error:
-            if not torch._C._are_functorch_transforms_active():
-                raise
-            raise RuntimeError(
-                f"{type(self).__name__} can't update its running statistics inside of torch.func's "
-                "vmap, grad and the like, which have no side effects. Give the transformed "
-                "function the buffers as an argument (torch.func.functional_call; for ensembles, "
-                "torch.func.stack_module_state); or freeze(normalize_by='batch'); or use "
-                "batchnorm.torch.batch_norm and update_running."
-            ) from error
+            rate = self._rate()
+        self._running(call, inputs, running, rate).move(statistics, watched=call.watched)
+        if finite is not None:
+            self.num_batches_skipped.add_(~finite)
 
 
-class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
+class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`: batch normalization of (N, C) or (N, C, L).
 
     Its state_dict is torch.nn's, and so are its defaults and what it computes, up to rounding.
@@ -339,7 +335,7 @@ class BatchNorm1d(_Layer, torch.nn.BatchNorm1d):
     """
 
 
-class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
+class BatchNorm2d(Layer, torch.nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`: batch normalization of (N, C, H, W); see `BatchNorm1d`.
 
     Examples
@@ -352,11 +348,11 @@ class BatchNorm2d(_Layer, torch.nn.BatchNorm2d):
     """
 
 
-class BatchNorm3d(_Layer, torch.nn.BatchNorm3d):
+class BatchNorm3d(Layer, torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`: batch normalization of (N, C, D, H, W); see `BatchNorm1d`."""
 
 
-class SyncBatchNorm(_Layer):
+class SyncBatchNorm(Layer):
     """`torch.nn.SyncBatchNorm`: the batch is that of all processes of a group; any device.
 
     It is no instance of torch.nn.SyncBatchNorm, all instances of which DistributedDataParallel
@@ -393,7 +389,10 @@ class SyncBatchNorm(_Layer):
     >>> y = SyncBatchNorm(3)(torch.randn(4, 3))
     """
 
-    _check_input_dim = torch.nn.SyncBatchNorm._check_input_dim
+    # Where it is in the model that called it first: a backward pass no longer knows.
+    _path: str | None = None
+
+    _check_input_dim = _compat.check_input_of_sync
 
     def __init__(
         self,
@@ -411,23 +410,17 @@ class SyncBatchNorm(_Layer):
         )
         self.process_group = process_group
 
-    def _sync(self) -> Sync | None:
+    def _processes(self) -> Alone:
         if not self.training and self.normalize_by is None and self.update_running is None:
-            return None
-        group = group_of(self.process_group or True)
-        return None if group is None else Sync(group, self._whereabouts)
+            return ALONE
+        processes = processes_of(self.process_group or True, self._whereabouts)
+        if processes.is_shared and self._path is None and not torch.compiler.is_compiling():
+            self._path = path_of(self)
+        return processes
 
     def _whereabouts(self) -> str:
-        """Which layer of which model this is; looked for only where an error must say it."""
-        paths = [
-            path
-            for each in gc.get_objects()
-            if issubclass(type(each), torch.nn.Module) and "_modules" in vars(each)
-            for path, module in each.named_modules()
-            if module is self and path
-        ]
-        path = max(paths, key=len, default="")
-        at = f" {path!r}" if path else ""
+        """Which layer of which model this is."""
+        at = f" {self._path!r}" if self._path else ""
         if self.num_batches_tracked is None:
             return f"{type(self).__name__}{at}"
         return f"{type(self).__name__}{at} (after {int(self.num_batches_tracked)} batches)"
@@ -463,16 +456,3 @@ class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d, BatchNorm3d):
     """`torch.nn.LazyBatchNorm3d`: a `BatchNorm3d` that takes num_features from its first input."""
 
     cls_to_become = BatchNorm3d
-
-
-def _is_exporting() -> bool:
-    return _is_traced() or torch.compiler.is_exporting()
-
-
-def _is_traced() -> bool:
-    """By torch.jit.trace, or by the older exporter to ONNX."""
-    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
-
-
-def _is_in_backward_pass() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

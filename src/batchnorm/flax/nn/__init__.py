@@ -19,10 +19,9 @@ from jax.nn import initializers as initializers
 from . import serialization  # noqa: F401, it registers with Flax
 from .collection import Collection
 from .functions import module, module_method
-from .model import Model
-from .module import Module
+from .module import Model, Module, TransparentModule
 from .normalization import BatchNorm
-from .outputs import TransparentModule, capture_module_outputs
+from .outputs import capture_module_outputs
 from .state import ModuleState, get_state, is_stateful, stateful
 
 __all__ = [

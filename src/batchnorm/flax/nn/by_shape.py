@@ -8,9 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.api_util import debug_info
-from jax.extend.linear_util import wrap_init
-from jax.interpreters.partial_eval import PartialVal, trace_to_jaxpr_nounits
+
+from ._compat import partial_results
 
 
 def partly_evaluated(function: Callable[..., Any], input_specs: Iterable[Any]) -> Any:
@@ -29,23 +28,13 @@ def partly_evaluated(function: Callable[..., Any], input_specs: Iterable[Any]) -
         leaves = [_TRACER if isinstance(leaf, jax.core.Tracer) else leaf for leaf in results]
         return [leaf for leaf in results if isinstance(leaf, jax.core.Tracer)]
 
-    unknown = [PartialVal.unknown(jax.core.ShapedArray(s.shape, s.dtype)) for s in specs]
-    about = debug_info("init_by_shape", function, specs, {})
-    _, results, _ = trace_to_jaxpr_nounits(wrap_init(traced, debug_info=about), unknown)
-    known = iter(map(_known_or_spec, results))
+    results = iter(partial_results(traced, specs, function))
     return jax.tree.unflatten(
-        structure, [next(known) if leaf is _TRACER else leaf for leaf in leaves]
+        structure, [next(results) if leaf is _TRACER else leaf for leaf in leaves]
     )
 
 
 _TRACER = object()  # stands in a list where a tracer was
-
-
-def _known_or_spec(value: PartialVal) -> Any:
-    if value.is_known():
-        return value.get_known()
-    aval: Any = value.get_aval()
-    return _spec(aval.shape, aval.dtype)
 
 
 def _parsed_specs(input_specs: Iterable[Any]) -> list[jax.ShapeDtypeStruct]:

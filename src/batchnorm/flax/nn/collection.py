@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import jax
 
-from .scope import Scope, path_of, top_frame, top_scope
-from .tracing import belongs_to, current_trace
+from ._compat import belongs_to, current_trace
+from .scope import Scope, frames, path_of, top_frame
 
 Tree = TypeVar("Tree")
 
@@ -18,6 +19,14 @@ def _copied(tree: Tree) -> Tree:
     """Copy the containers and keep the leaves."""
     copy: Tree = jax.tree.map(lambda leaf: leaf, tree)
     return copy
+
+
+@dataclasses.dataclass
+class Mutation:
+    """What a collection knows for the time of being mutable."""
+
+    trace: Any  # the transformation in which it became so
+    root: Scope | None = None  # the first scope below the anchor that stored
 
 
 class Collection:
@@ -58,22 +67,9 @@ class Collection:
             raise TypeError(
                 f"state must be a dict from paths to values, got {type(state).__name__}."
             )
-        self._set_up({} if state is None else state, top_scope())
-
-    def _set_up(self, state: Any, anchor: Scope | None) -> None:
-        self.state = state
-        self._anchor = anchor  # where paths begin
-        self._mutable = False
-        # The rest is for the time of being mutable.
-        self._trace: Any = None  # the transformation in which it became so
-        self._root: Scope | None = None  # the first scope below the anchor that stored
-
-    @classmethod
-    def _with_state(cls, state: Any, anchor: Scope | None) -> Collection:
-        # Unlike __init__ this takes any state: JAX also unflattens with placeholders.
-        collection = object.__new__(cls)
-        collection._set_up(state, anchor)
-        return collection
+        self.state = {} if state is None else state
+        self.anchor = None if frames.top is None else frames.top.scope  # where paths begin
+        self.mutation: Mutation | None = None
 
     def __repr__(self) -> str:
         return f"Collection({self.state!r})"
@@ -87,21 +83,16 @@ class Collection:
             raise KeyError(f"Nothing is stored under {path!r}. Paths: {list(self.state)}.")
         return self.state[path]
 
-    def _frozen_copy(self) -> Collection:
-        return self._with_state(_copied(self.state), self._anchor)
-
     @contextlib.contextmanager
     def mutate(self) -> Iterator[Collection]:
         """Make a copy in which modules can store; after the with statement it is frozen."""
-        collection = self._frozen_copy()
-        collection._trace = current_trace()
-        collection._mutable = True
+        collection = frozen_copy(self)
+        collection.mutation = Mutation(current_trace())
         try:
             yield collection
         finally:
-            collection._mutable = False
             # Whoever keeps the collection must not keep the transformation alive.
-            collection._trace = collection._root = None
+            collection.mutation = None
 
     def retrieve(self, default: Any = None) -> Any:
         """Return what the module that runs has stored.
@@ -116,7 +107,7 @@ class Collection:
         ValueError
             No module runs, or it lies outside of the one in which the collection was made.
         """
-        return self._retrieve(top_frame("retrieve").scope, default)
+        return retrieve(self, top_frame("retrieve").scope, default)
 
     def store(self, value: Any) -> Any:
         """Store a value for the module that runs, and return the one it replaces, or None.
@@ -134,65 +125,78 @@ class Collection:
             began after `mutate`; or a second outermost module stores, and one of the two
             has no name to keep them apart.
         """
-        return self._store(top_frame("store").scope, value)
+        return store(self, top_frame("store").scope, value)
 
-    def _retrieve(self, scope: Scope, default: Any) -> Any:
-        return self.state.get(path_of(self._line_to(scope)), default)
 
-    def _store(self, scope: Scope, value: Any) -> Any:
-        if not self._mutable:
-            raise ValueError(
-                "Collection is not mutable. Use the `mutate` method to create a mutable copy,"
-                " or `stateful` with mutable=True, and store inside of its with statement."
-            )
-        if not belongs_to(value, self._trace):
-            raise ValueError(
-                "Stateful operations are not allowed when the Collection is created outside of"
-                " the current Jax transformation. Make it mutable (`mutate`, `stateful`,"
-                " `capture_module_outputs`) inside of the transformed function, and return it"
-                " from there."
-            )
-        line = self._line_to(scope)
-        first, root = self._root or line[0], line[0]
-        if first is not root and None in (first.name, root.name):
-            raise ValueError(
-                "When multiple top-level module calls use a Collection each top-level module"
-                " should have a name. Pass name= to each call, the same one where they share"
-                " state, or make the Collection mutable for each of them anew."
-            )
-        path = path_of(line)
-        replaced = self.state.get(path)
-        self.state[path] = value
-        self._root = first
-        return replaced
+def frozen_copy(collection: Collection) -> Collection:
+    return _unflatten(collection.anchor, (_copied(collection.state),))
 
-    def _line_to(self, scope: Scope) -> list[Scope]:
-        line = scope.line_from(self._anchor)
-        if line is None:
-            raise ValueError(
-                "Trying to capture state outside the scope of this Collection. Most likely due"
-                " to passing around a shared Module: make the Collection where the shared"
-                " module was made, or further out."
-            )
-        if not line:
-            raise ValueError(
-                "State should be stored from within a module. Consider using the value directly"
-                " instead of storing it in a Collection that this module itself has made."
-            )
-        return line
+
+def retrieve(collection: Collection, scope: Scope, default: Any) -> Any:
+    """Return what the module at `scope` has stored."""
+    return collection.state.get(path_of(_line_to(scope, collection.anchor)), default)
+
+
+def store(collection: Collection, scope: Scope, value: Any) -> Any:
+    """Store a value for the module at `scope`, and return the one it replaces."""
+    mutation = collection.mutation
+    if mutation is None:
+        raise ValueError(
+            "Collection is not mutable. Use the `mutate` method to create a mutable copy,"
+            " or `stateful` with mutable=True, and store inside of its with statement."
+        )
+    if not belongs_to(value, mutation.trace):
+        raise ValueError(
+            "Stateful operations are not allowed when the Collection is created outside of"
+            " the current Jax transformation. Make it mutable (`mutate`, `stateful`,"
+            " `capture_module_outputs`) inside of the transformed function, and return it"
+            " from there."
+        )
+    line = _line_to(scope, collection.anchor)
+    first, root = mutation.root or line[0], line[0]
+    if first is not root and None in (first.name, root.name):
+        raise ValueError(
+            "When multiple top-level module calls use a Collection each top-level module"
+            " should have a name. Pass name= to each call, the same one where they share"
+            " state, or make the Collection mutable for each of them anew."
+        )
+    path = path_of(line)
+    replaced = collection.state.get(path)
+    collection.state[path] = value
+    mutation.root = first
+    return replaced
+
+
+def _line_to(scope: Scope, anchor: Scope | None) -> list[Scope]:
+    line = scope.line_from(anchor)
+    if line is None:
+        raise ValueError(
+            "Trying to capture state outside the scope of this Collection. Most likely due"
+            " to passing around a shared Module: make the Collection where the shared"
+            " module was made, or further out."
+        )
+    if not line:
+        raise ValueError(
+            "State should be stored from within a module. Consider using the value directly"
+            " instead of storing it in a Collection that this module itself has made."
+        )
+    return line
 
 
 def _flatten(collection: Collection) -> tuple[tuple[Any], Scope | None]:
-    if collection._mutable:
+    if collection.mutation is not None:
         raise ValueError(
             "A mutable collection should not be transformed by Jax. Pass the collection it was"
             " made from, and call `mutate` or `stateful` inside of the transformed function."
         )
-    return (collection.state,), collection._anchor
+    return (collection.state,), collection.anchor
 
 
 def _unflatten(anchor: Scope | None, children: tuple[Any]) -> Collection:
-    return Collection._with_state(children[0], anchor)
+    collection = Collection()
+    collection.anchor = anchor
+    (collection.state,) = children  # any state, unchecked: JAX also unflattens with placeholders
+    return collection
 
 
 jax.tree_util.register_pytree_node(Collection, _flatten, _unflatten)

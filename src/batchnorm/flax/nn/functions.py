@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
-from .module import Module
+from .module import Module, derived
 
 
 def module(function: Callable[..., Any]) -> type[Module]:
@@ -32,14 +31,8 @@ def module(function: Callable[..., Any]) -> type[Module]:
         parameters=[itself, *signature.parameters.values()]
     )
     apply.__doc__ = function.__doc__
-    attributes = {
-        "apply": apply,
-        "__module__": function.__module__,
-        "__qualname__": function.__qualname__,
-    }
-    return types.new_class(
-        function.__name__, (Module,), exec_body=lambda namespace: namespace.update(attributes)
-    )
+    same = {each: getattr(function, each) for each in ("__module__", "__qualname__", "__doc__")}
+    return derived(Module, function.__name__, apply=apply, **same)
 
 
 class module_method:  # noqa: N801, it is used as a decorator
@@ -71,9 +64,8 @@ class module_method:  # noqa: N801, it is used as a decorator
         made_as = f"_{self._function.__name__}_method"
         if made_as not in vars(owner):
             name = self._function.__name__
-            method = owner._derived(
-                name=name, qualname=f"{owner.__qualname__}.{name}", apply=self._function
-            )
+            qualname = f"{owner.__qualname__}.{name}"
+            method = derived(owner, name, apply=self._function, __qualname__=qualname)
             setattr(owner, made_as, method)
         made: type[Module] = vars(owner)[made_as]
         return made

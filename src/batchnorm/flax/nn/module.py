@@ -1,26 +1,26 @@
-"""Module: a function with parameters, and the ways to make one."""
+"""Module: a function with parameters; Model: one together with them; and what is made of both."""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
+import functools
 import inspect
 import types
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
+from ._compat import belongs_to, current_trace
 from .by_shape import partly_evaluated
 from .collection import Collection
 from .keys import check_key, fold_in
-from .scope import Frame, Scope, check_name, context, initializing_frame, pushed, top_frame
-from .state import ModuleState, get_state, is_stateful
-from .tracing import belongs_to, current_trace
-
-if TYPE_CHECKING:
-    from .model import Model
+from .outputs import outputs_at, record
+from .scope import Frame, Scope, check_name, frames, initializing_frame, top_frame
+from .state import ModuleState, get_state, is_stateful, variables_of
 
 Initializer = Callable[..., Any]
 
@@ -225,8 +225,6 @@ class Module(abc.ABC):
         >>> float(model(5.0))
         6.0
         """
-        from .model import Model
-
         output, params = cls.init(rng, *args, name=name, **kwargs)
         return output, Model(cls, params)
 
@@ -253,8 +251,6 @@ class Module(abc.ABC):
         >>> y.shape, model.params
         ((2,), {'bias': Array([1., 1.], dtype=float32)})
         """
-        from .model import Model
-
         output, params = cls.init_by_shape(rng, input_specs, *args, name=name, **kwargs)
         return output, Model(cls, params)
 
@@ -327,8 +323,8 @@ class Module(abc.ABC):
         if name is not None:
             check_name(name)
             cls._check_renaming(name)
-        return cls._derived(
-            _bound={**cls._bound, **kwargs}, _name=cls._name if name is None else name
+        return derived(
+            cls, _bound={**cls._bound, **kwargs}, _name=cls._name if name is None else name
         )
 
     @classmethod
@@ -364,12 +360,12 @@ class Module(abc.ABC):
         >>> Twice.init(jax.random.PRNGKey(0), 2.0)[1]
         {'shift': {'bias': Array(1., dtype=float32)}}
         """
-        if not context.frames:
+        parent = frames.top
+        if parent is None:
             raise ValueError(
                 "The shared module should be used during Module application: call `shared`"
                 " inside of a module's apply function."
             )
-        parent = context.frames[-1]
         automatic = name is None
         if name is None:
             name = str(parent.automatic_names)
@@ -377,7 +373,7 @@ class Module(abc.ABC):
         parent.check_free(name, shared=True)
         parent.shared[name] = True
         parent.automatic_names += automatic
-        return cls._derived(_bound={**cls._bound, **kwargs}, _name=name, _owner=weakref.ref(parent))
+        return derived(cls, _bound={**cls._bound, **kwargs}, _name=name, _owner=weakref.ref(parent))
 
     def param(self, name: str, shape: tuple[int, ...] | None, initializer: Initializer) -> Any:
         """Declare a parameter, from within `apply`.
@@ -507,14 +503,15 @@ class Module(abc.ABC):
             raise TypeError(
                 f"collection must be a Collection or None, got {type(collection).__name__}."
             )
-        variable = ModuleState(collection, self._frame.scope, name)
+        scope = self._frame.scope
+        variable = ModuleState(collection, scope, name)
         frame = initializing_frame()
         if initializer is not None and frame is not None:
             with jax.ensure_compile_time_eval():
                 rng, key = jax.random.split(frame.rng)
                 value = initializer(key, shape)
             # A module that `init` does not make, but comes upon, keeps the state that it has.
-            if frame is self._frame or not variable._exists():
+            if frame is self._frame or name not in variables_of(collection, scope, name):
                 variable.value = value
             frame.rng = rng
         return variable
@@ -529,28 +526,15 @@ class Module(abc.ABC):
         return initializing_frame() is not None
 
     @classmethod
-    def _derived(
-        cls, *, name: str | None = None, qualname: str | None = None, **attributes: Any
-    ) -> type[Module]:
-        attributes |= {
-            "__module__": cls.__module__,
-            "__qualname__": qualname or cls.__qualname__,
-            "__doc__": cls.__doc__,
-        }
-        return types.new_class(
-            name or cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(attributes)
-        )
-
-    @classmethod
     def _parent(cls) -> Frame:
         """Return the frame in whose parameters those of a submodule live."""
-        if not context.frames:
+        if frames.top is None:
             raise ValueError(
                 "A Module should only be instantiated directly inside another module. Outside"
                 f" use {cls.__name__}.init(rng, ...) and {cls.__name__}.call(params, ...)."
             )
         if cls._owner is None:
-            return context.frames[-1]
+            return frames.top
         owner = cls._owner()
         if owner is None:
             raise ValueError(
@@ -574,10 +558,8 @@ class Module(abc.ABC):
             name = cls._name
         if name is not None:
             check_name(name)
-        if context.frames:
-            scope = context.frames[-1].scope_of(name, cls.__name__)
-        else:
-            scope = Scope(name, None, name)
+        around = frames.top
+        scope = Scope(name, None, name) if around is None else around.scope_of(name, cls.__name__)
         trace = None if rng is None else current_trace()
         return Frame(scope, params, rng, trace, transparent=cls._transparent)
 
@@ -585,10 +567,9 @@ class Module(abc.ABC):
     def _run(cls, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         instance = object.__new__(cls)
         instance._frame = frame
-        with pushed(context.frames, frame):
+        with frames.pushed(frame):
             output = instance.apply(*args, **{**cls._bound, **kwargs})
-            for record in context.recorders:
-                record(output)
+            record(output)
         return output
 
     @classmethod
@@ -607,3 +588,192 @@ def _check_shape(name: str, value: Any, shape: Any) -> None:
             f"Existing shape {np.shape(value)} differs from requested shape {shape} of parameter"
             f" '{name}'."
         )
+
+
+def derived(cls: abc.ABCMeta, name: str | None = None, **attributes: Any) -> type[Module]:
+    """Make a subclass that, but for `attributes`, looks like the class itself."""
+    alike = {each: getattr(cls, each) for each in ("__module__", "__qualname__", "__doc__")}
+    return types.new_class(
+        name or cls.__name__, (cls,), exec_body=lambda body: body.update(alike | attributes)
+    )
+
+
+class TransparentModule(Module):
+    """A module around one other that does not show in the parameters or in paths.
+
+    The child has the name "0", which `shared` gives to the first one without a name.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from batchnorm.flax import nn
+    >>> class Shift(nn.Module):
+    ...     def apply(self, x):
+    ...         return x + self.param("bias", (), nn.initializers.ones)
+    >>> class Doubled(nn.TransparentModule):
+    ...     def apply(self, x):
+    ...         return 2 * Shift(x, name="0")
+    >>> Doubled.init(jax.random.PRNGKey(0), 2.0)[1]
+    {'bias': Array(1., dtype=float32)}
+    """
+
+    _transparent = True
+
+    @classmethod
+    def _wrap(cls, params: Any) -> Any:
+        return {"0": params}
+
+    @classmethod
+    def _unwrap(cls, params: Any) -> Any:
+        if len(params) != 1:
+            raise ValueError(
+                f"Transparent modules should have exactly one child. Got {list(params)}."
+            )
+        if "0" not in params:
+            raise ValueError(
+                f"Transparent modules should contain an unnamed child. Got {list(params)};"
+                ' pass name="0" to it.'
+            )
+        return params["0"]
+
+
+class TruncatedModule(TransparentModule):
+    """A module around another that returns outputs from inside of it; see Model.truncate_at."""
+
+    def apply(
+        self,
+        *args: Any,
+        wrapped_module: type[Module] | None = None,
+        truncate_path: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run a module and return outputs from inside of it.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            The arguments of the wrapped module.
+        wrapped_module
+            The module to run.
+        truncate_path
+            The path of a module inside of it, or a pytree of paths.
+
+        Returns
+        -------
+        Any
+            For each path the list of the outputs of the module there.
+
+        Raises
+        ------
+        ValueError
+            `wrapped_module` or `truncate_path` is missing.
+        KeyError
+            No module has the path.
+        """
+        if wrapped_module is None or truncate_path is None:
+            raise ValueError(
+                "`wrapped_module` and `truncate_path` are required keyword arguments. "
+                f"Got {wrapped_module!r} and {truncate_path!r}."
+            )
+        run = functools.partial(wrapped_module, *args, name="0", **kwargs)
+        return outputs_at(truncate_path, run)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A module together with its parameters, to be called like a function.
+
+    A model is a pytree whose leaves are the parameters, so that it may be passed through
+    `jax.jit` and `jax.vmap`; its gradient is a model too. Methods that the module has by
+    `nn.module_method` are the model's methods. Models are equal only if identical, so that
+    what `jax.jit(model)` has compiled is used for no other.
+
+    Parameters
+    ----------
+    module
+        A subclass of Module.
+    params
+        Its parameters, as `init` returns them.
+
+    Raises
+    ------
+    TypeError
+        `module` is not a subclass of Module.
+
+    Examples
+    --------
+    >>> import jax
+    >>> from batchnorm.flax import nn
+    >>> class Shift(nn.Module):
+    ...     def apply(self, x):
+    ...         return x + self.param("bias", (), nn.initializers.ones)
+    >>> _, params = Shift.init(jax.random.PRNGKey(0), 2.0)
+    >>> model = nn.Model(Shift, params)
+    >>> float(model(2.0))
+    3.0
+    >>> gradient = jax.grad(lambda model: model(2.0) ** 2)(model)
+    >>> float(gradient.params["bias"])
+    6.0
+    """
+
+    module: type[Module]
+    params: Any
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.module, type) and issubclass(self.module, Module)):
+            raise TypeError(
+                f"module must be a subclass of nn.Module, got {self.module!r}. "
+                "The order is nn.Model(module, params)."
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the module; the arguments are those of `Module.call`."""
+        return self.module.call(self.params, *args, **kwargs)
+
+    def replace(self, **changes: Any) -> Model:
+        """Return a copy with another `module` or other `params`."""
+        return dataclasses.replace(self, **changes)
+
+    def truncate_at(self, module_path: Any) -> Model:
+        """Return a model that outputs what modules inside of this one put out.
+
+        Parameters
+        ----------
+        module_path
+            The path of a module, such as "/block/conv", or a list, dict or other pytree of
+            paths. Calling the new model with a path that no module has is a KeyError.
+
+        Returns
+        -------
+        Model
+            Its output has the structure of `module_path`, and for each path the list of
+            the outputs of the module there.
+
+        Examples
+        --------
+        >>> from batchnorm.flax import nn
+        >>> @nn.module
+        ... def Double(x):
+        ...     return 2 * x
+        >>> @nn.module
+        ... def Network(x):
+        ...     return Double(x) + 1
+        >>> nn.Model(Network, {"Double_0": {}}).truncate_at("/Double_0")(5)
+        [10]
+        """
+        return self.replace(
+            module=TruncatedModule.partial(wrapped_module=self.module, truncate_path=module_path)
+        )
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        # vars: `self.module` would lead here again where unpickling has not set it yet.
+        method = getattr(vars(self).get("module"), name, None)
+        if isinstance(method, type) and issubclass(method, Module):
+            return functools.partial(method.call, self.params)
+        raise AttributeError(
+            f'No attribute named "{name}". A Model has module, params, replace, truncate_at and'
+            " the functions that its module declares with nn.module_method."
+        )
+
+
+jax.tree_util.register_dataclass(Model, data_fields=["params"], meta_fields=["module"])

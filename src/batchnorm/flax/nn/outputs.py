@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from ._compat import belongs_to, current_trace
 from .collection import Collection
-from .module import Module
-from .scope import context, pushed
-from .tracing import belongs_to, current_trace
+from .scope import Stack
+
+_recorders: Stack[Callable[[Any], None]] = Stack()
+
+
+def record(output: Any) -> None:
+    """Show the output of the module that runs to all who look on."""
+    for recorder in _recorders.items:
+        recorder(output)
 
 
 @contextlib.contextmanager
@@ -40,100 +47,25 @@ def capture_module_outputs() -> Iterator[Collection]:
     """
     with (
         Collection().mutate() as outputs,
-        pushed(context.recorders, lambda output: _record(outputs, output)),
+        _recorders.pushed(lambda output: _keep(outputs, output)),
     ):
         yield outputs
 
 
-def _record(outputs: Collection, output: Any) -> None:
+def outputs_at(paths: Any, run: Callable[[], Any]) -> Any:
+    """Return what `run` makes modules put out: for each of a pytree of paths, a list."""
+    trace = current_trace()
+    with Collection().mutate() as outputs:
+
+        def recorder(output: Any) -> None:
+            # Nothing can come out of a transformation inside of the model.
+            if belongs_to(output, trace):
+                _keep(outputs, output)
+
+        with _recorders.pushed(recorder):
+            run()
+    return jax.tree.map(outputs.__getitem__, paths)
+
+
+def _keep(outputs: Collection, output: Any) -> None:
     outputs.store([*outputs.retrieve(default=[]), output])
-
-
-class TransparentModule(Module):
-    """A module around one other that does not show in the parameters or in paths.
-
-    The child has the name "0", which `shared` gives to the first one without a name.
-
-    Examples
-    --------
-    >>> import jax
-    >>> from batchnorm.flax import nn
-    >>> class Shift(nn.Module):
-    ...     def apply(self, x):
-    ...         return x + self.param("bias", (), nn.initializers.ones)
-    >>> class Doubled(nn.TransparentModule):
-    ...     def apply(self, x):
-    ...         return 2 * Shift(x, name="0")
-    >>> Doubled.init(jax.random.PRNGKey(0), 2.0)[1]
-    {'bias': Array(1., dtype=float32)}
-    """
-
-    _transparent = True
-
-    @classmethod
-    def _wrap(cls, params: Any) -> Any:
-        return {"0": params}
-
-    @classmethod
-    def _unwrap(cls, params: Any) -> Any:
-        if len(params) != 1:
-            raise ValueError(
-                f"Transparent modules should have exactly one child. Got {list(params)}."
-            )
-        if "0" not in params:
-            raise ValueError(
-                f"Transparent modules should contain an unnamed child. Got {list(params)};"
-                ' pass name="0" to it.'
-            )
-        return params["0"]
-
-
-class TruncatedModule(TransparentModule):
-    """A module around another that returns outputs from inside of it; see Model.truncate_at."""
-
-    def apply(
-        self,
-        *args: Any,
-        wrapped_module: type[Module] | None = None,
-        truncate_path: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Run a module and return outputs from inside of it.
-
-        Parameters
-        ----------
-        *args, **kwargs
-            The arguments of the wrapped module.
-        wrapped_module
-            The module to run.
-        truncate_path
-            The path of a module inside of it, or a pytree of paths.
-
-        Returns
-        -------
-        Any
-            For each path the list of the outputs of the module there.
-
-        Raises
-        ------
-        ValueError
-            `wrapped_module` or `truncate_path` is missing.
-        KeyError
-            No module has the path.
-        """
-        if wrapped_module is None or truncate_path is None:
-            raise ValueError(
-                "`wrapped_module` and `truncate_path` are required keyword arguments. "
-                f"Got {wrapped_module!r} and {truncate_path!r}."
-            )
-        trace = current_trace()
-        with Collection().mutate() as outputs:
-
-            def record(output: Any) -> None:
-                # Nothing can come out of a transformation inside of the model.
-                if belongs_to(output, trace):
-                    _record(outputs, output)
-
-            with pushed(context.recorders, record):
-                wrapped_module(*args, name="0", **kwargs)
-        return jax.tree.map(outputs.__getitem__, truncate_path)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from .collection import Collection
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
@@ -121,43 +118,39 @@ class Frame:
         return Scope(None, self.scope, segment)
 
 
-class Context(threading.local):
-    """The stacks of one thread."""
+class Stack(threading.local, Generic[Item]):
+    """What the with statements of one thread have entered; the innermost is the last."""
 
     def __init__(self) -> None:
-        self.frames: list[Frame] = []  # modules that run
-        self.states: list[Collection] = []  # entered by `stateful`
-        self.recorders: list[Callable[[Any], None]] = []  # called with each module's output
+        self.items: list[Item] = []
+
+    @property
+    def top(self) -> Item | None:
+        return self.items[-1] if self.items else None
+
+    @contextlib.contextmanager
+    def pushed(self, item: Item) -> Iterator[Item]:
+        """Keep `item` on top for the time of a with statement."""
+        self.items.append(item)
+        try:
+            yield item
+        finally:
+            self.items.pop()
 
 
-context = Context()
-
-
-@contextlib.contextmanager
-def pushed(stack: list[Item], item: Item) -> Iterator[Item]:
-    """Keep `item` on top of `stack` for the time of a with statement."""
-    stack.append(item)
-    try:
-        yield item
-    finally:
-        stack.pop()
-
-
-def top_scope() -> Scope | None:
-    """Return the scope of the module that runs, or None."""
-    return context.frames[-1].scope if context.frames else None
+frames: Stack[Frame] = Stack()  # of the modules that run
 
 
 def top_frame(caller: str) -> Frame:
     """Return the frame of the module that runs, or say that `caller` needs one."""
-    if not context.frames:
+    if frames.top is None:
         raise ValueError(f"{caller} should only be used inside a module's apply function.")
-    return context.frames[-1]
+    return frames.top
 
 
 def initializing_frame() -> Frame | None:
     """Return the innermost frame that makes parameters, or None outside of any `init`."""
-    return next((frame for frame in reversed(context.frames) if frame.rng is not None), None)
+    return next((frame for frame in reversed(frames.items) if frame.rng is not None), None)
 
 
 def check_name(name: object) -> None:

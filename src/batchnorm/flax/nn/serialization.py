@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .collection import Collection
-from .model import Model
+from .module import Model
 
 try:
     from flax import serialization

@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from .collection import Collection
-from .scope import Scope, context, pushed
+from .collection import Collection, frozen_copy, retrieve, store
+from .scope import Scope, Stack
+
+_entered: Stack[Collection] = Stack()  # by `stateful`
 
 
 @contextlib.contextmanager
@@ -61,8 +63,8 @@ def stateful(state: Collection | None = None, mutable: bool = True) -> Iterator[
             "nn.Collection(...) makes one from a dict."
         )
     before = Collection() if state is None else state
-    copy = before.mutate() if mutable else contextlib.nullcontext(before._frozen_copy())
-    with copy as after, pushed(context.states, after):
+    copy = before.mutate() if mutable else contextlib.nullcontext(frozen_copy(before))
+    with copy as after, _entered.pushed(after):
         yield after
 
 
@@ -77,7 +79,7 @@ def is_stateful() -> bool:
     >>> inside, nn.is_stateful()
     (True, False)
     """
-    return bool(context.states)
+    return _entered.top is not None
 
 
 def get_state() -> Collection:
@@ -95,12 +97,12 @@ def get_state() -> Collection:
     ...     nn.get_state() is state
     True
     """
-    if not context.states:
+    if _entered.top is None:
         raise ValueError(
             "Use the flax.nn.stateful context manager to enable stateful computations:"
             " `with nn.stateful(state) as new_state:`, or pass a Collection."
         )
-    return context.states[-1]
+    return _entered.top
 
 
 class ModuleState:
@@ -133,18 +135,6 @@ class ModuleState:
         self._scope = scope
         self.name = name
 
-    def _variables(self) -> dict[str, Any]:
-        variables = self._collection._retrieve(self._scope, {})
-        if not isinstance(variables, dict):
-            raise ValueError(
-                f"State variable `{self.name}` cannot be kept in this Collection: the module has"
-                f" stored a {type(variables).__name__} there. Use a Collection of its own."
-            )
-        return variables
-
-    def _exists(self) -> bool:
-        return self.name in self._variables()
-
     @property
     def value(self) -> Any:
         """The value in the collection, which assigning replaces.
@@ -155,7 +145,7 @@ class ModuleState:
             On reading, the variable does not exist. On assigning, `Collection.store`
             refuses the value.
         """
-        variables = self._variables()
+        variables = variables_of(self._collection, self._scope, self.name)
         if self.name not in variables:
             raise ValueError(
                 f"No state variable named `{self.name}` exists. Variables of this module: "
@@ -165,4 +155,16 @@ class ModuleState:
 
     @value.setter
     def value(self, value: Any) -> None:
-        self._collection._store(self._scope, {**self._variables(), self.name: value})
+        variables = variables_of(self._collection, self._scope, self.name)
+        store(self._collection, self._scope, {**variables, self.name: value})
+
+
+def variables_of(collection: Collection, scope: Scope, name: str) -> dict[str, Any]:
+    """Return the state variables of the module at `scope`, for the one of that name."""
+    variables = retrieve(collection, scope, {})
+    if not isinstance(variables, dict):
+        raise ValueError(
+            f"State variable `{name}` cannot be kept in this Collection: the module has"
+            f" stored a {type(variables).__name__} there. Use a Collection of its own."
+        )
+    return variables

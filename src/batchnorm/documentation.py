@@ -1,0 +1,202 @@
+"""What the functions of every door have in common, said once.
+
+A door decorates them with `documented`, and says in their docstrings only what is its own. `help`
+and doctest see the whole.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+COMMON = {
+    "batch_norm": """
+Normalize x by its own statistics, as in training.
+
+``y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, with the mean and
+the population variance of each feature [1]_.
+
+Parameters
+----------
+x : {array} of real floating-point numbers
+scale, bias : {array} of the feature shape, optional
+    1 and 0 where there is none.
+axis : int or tuple of ints
+    The feature axis or axes, which are not reduced.
+eps : float
+    Added to the variance, inside the root.
+mask : {array} that broadcasts to x, optional
+    Which elements count in the statistics: bools, or weights >= 0. All elements are normalized.
+residual : {array} that broadcasts to x, optional
+activation : None, "relu" or "silu"
+
+Returns
+-------
+y : {array}, of the shape and dtype of x
+statistics : Statistics
+    In {wide}, of the feature shape. Of an empty x: zeros.
+
+Raises
+------
+TypeError
+    If an argument is of the wrong type, or x not of a real floating-point dtype.
+ValueError
+    If an argument is out of range, has the wrong shape, or if x has one element a feature.
+
+References
+----------
+.. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+   Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
+""",
+    "normalize": """
+Normalize x by a given mean and variance, as in evaluation.
+
+Parameters
+----------
+x : {array} of real floating-point numbers
+mean, var : {array} of the feature shape
+    Running statistics, or those of `batch_statistics`.
+...
+    As in `batch_norm`.
+
+Returns
+-------
+y : {array}, of the shape and dtype of x
+
+Raises
+------
+TypeError, ValueError
+    As `batch_norm`.
+""",
+    "batch_statistics": """
+Count, mean and population variance of each feature.
+
+Parameters
+----------
+...
+    As in `batch_norm`.
+
+Returns
+-------
+Statistics
+    In {wide}, of the feature shape. Of an empty x: zeros.
+
+Raises
+------
+TypeError, ValueError
+    As `batch_norm`; but one element a feature will do.
+""",
+    "update_running": """
+Move running statistics towards those of a batch.
+
+``new = (1 - rate) * old + rate * batch``; the variance of the batch is first multiplied by
+``count / (count - correction)``. A feature of which the batch has no more than `correction`
+elements stays as it was.
+
+Parameters
+----------
+mean, var : {array} of the feature shape
+statistics : Statistics
+rate : float within [0, 1]
+    The weight of the new value.
+correction : 0 or 1
+    1 for the unbiased variance, 0 for the population variance.
+
+Returns
+-------
+mean, var : {array}, of the dtypes that came
+
+Raises
+------
+TypeError, ValueError
+    If rate or correction is out of range, or a shape differs from the statistics'.
+""",
+    "batch_norm_gradients": """
+Gradients of a loss through `batch_norm`, from its gradient with respect to y.
+
+``dx = scale / sqrt(var + eps) * (g - w / m * (sum(g) + x_hat * sum(g * x_hat)))`` with
+``g = dy * activation'``, w the mask (1 without one) and m its sum; the gradients of bias and
+scale are the two sums.
+
+Parameters
+----------
+dy : {array} of the shape of x
+statistics : Statistics
+    As `batch_norm` returned them.
+...
+    As they were given to `batch_norm`.
+
+Returns
+-------
+Gradients
+    x and residual in their dtypes, scale and bias in {wide}; None for what was not given.
+
+Raises
+------
+TypeError, ValueError
+    As `batch_norm`; and if dy or the statistics do not have the shapes that go with x.
+""",
+}
+
+
+def documented(
+    array: str = "array", wide: str = "float32, for float64 in float64"
+) -> Callable[[Function], Function]:
+    """Complete the docstring of a function from what the doors have in common.
+
+    The docstring goes on from the common text, and may begin with "..." to say so. Its entry for a
+    name, in a section, stands in the place of the common one, or goes on from that if its text
+    begins with "...". The common entry "..." is for all parameters of which nothing else is said.
+
+    Parameters
+    ----------
+    array
+        What the door calls an array.
+    wide
+        The dtype of its statistics.
+    """
+
+    def completed(function: Function) -> Function:
+        common = _sections(COMMON[function.__name__].format(array=array, wide=wide))
+        own = _sections(function.__doc__ or "")
+        parts = []
+        for title in ("", "Parameters", "Returns", "Raises", "Notes", "References", "Examples"):
+            texts = [sections[title] for sections in (common, own) if sections.get(title)]
+            if not title:
+                texts = [text.removeprefix("...").strip() for text in texts if text != "..."]
+            elif title == "Parameters":
+                texts = [_merged(texts, inspect.signature(function).parameters)]
+            elif title in ("Returns", "Raises"):
+                texts = [_merged(texts)]
+            if texts:
+                heading = f"{title}\n{'-' * len(title)}\n" if title else ""
+                parts.append(heading + "\n\n".join(texts))
+        function.__doc__ = "\n\n".join(parts)
+        return function
+
+    return completed
+
+
+def _sections(docstring: str) -> dict[str, str]:
+    """The text under each title; that before the first has the title ""."""
+    lead, *rest = re.split(r"^(\w+)\n-+$", inspect.cleandoc(docstring), flags=re.MULTILINE)
+    return {"": lead.strip()} | {
+        title: text.strip() for title, text in zip(rest[::2], rest[1::2], strict=True)
+    }
+
+
+def _merged(sections: list[str], parameters: Iterable[str] | None = None) -> str:
+    """One section of all entries, in the order of `parameters`, if those are its names."""
+    entries: dict[str, str] = {}
+    for entry in (each for section in sections for each in re.split(r"\n(?=\S)", section)):
+        head, _, text = entry.partition("\n")
+        for name in head.split(" : ")[0].split(", "):
+            goes_on = text.lstrip().startswith("... ")
+            entries[name] = entries[name] + "\n" + text.replace("... ", "", 1) if goes_on else entry
+    if parameters is not None:
+        unsaid = ", ".join(name for name in parameters if name not in entries)
+        rest = entries.get("...", "").replace("...", unsaid, 1)
+        entries = {name: entries.get(name, rest) for name in parameters}
+    return "\n".join(dict.fromkeys(entries.values()))

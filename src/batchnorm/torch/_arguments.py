@@ -1,0 +1,83 @@
+"""The arguments as the stages want them, or an error that says what is wrong with one."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..definition import Inputs, Problem
+from ..layout import feature_shape, values_per_feature
+from ._compat import is_watched
+from ._stages import Call, wide
+from ._sync import Group, processes_of
+
+Axis = int | Sequence[int]
+
+
+def checked(
+    x: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    axis: Axis,
+    eps: float,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    sync: Group | bool | None = None,
+) -> tuple[Call, Inputs]:
+    check_floating("x", x)
+    features = checks.feature_axes(axis, x.shape)
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is not None:
+            check_parameter(name, value, x, features)
+    processes = processes_of(sync, lambda: "batch_norm")
+    problem = Problem(features, checks.positive_eps(eps), checks.activation(activation))
+    inputs = Inputs(x, scale, bias, residual_like(x, residual), weights_of(x, mask))
+    return Call(problem, processes, is_watched(x)), inputs
+
+
+def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
+    if residual is None:
+        return None
+    check_floating("residual", residual)
+    _check_device("residual", residual, x)
+    checks.broadcasts("residual", residual.shape, x.shape)
+    return residual.to(x.dtype).expand(x.shape)
+
+
+def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask as weights, of the rank of x, NaN where they are negative."""
+    if mask is None:
+        return None
+    checks.instance("mask", mask, Tensor)
+    checks.floating("mask", mask.dtype, not mask.dtype.is_complex)
+    _check_device("mask", mask, x)
+    checks.broadcasts("mask", mask.shape, x.shape)
+    weights = mask.to(wide(x.dtype))
+    if mask.dtype != torch.bool:
+        weights = torch.where(weights < 0, math.nan, weights)
+    return weights.reshape((1,) * (x.ndim - mask.ndim) + tuple(mask.shape))
+
+
+def values_of(call: Call, inputs: Inputs) -> int:
+    """How many elements each feature has."""
+    values: int = values_per_feature(call.problem.features, inputs.x.shape)
+    return values
+
+
+def check_floating(name: str, value: object) -> None:
+    checks.instance(name, value, Tensor)
+    assert isinstance(value, Tensor)
+    checks.floating(name, value.dtype, value.dtype.is_floating_point)
+
+
+def check_parameter(name: str, value: Tensor, x: Tensor, features: tuple[int, ...]) -> None:
+    check_floating(name, value)
+    _check_device(name, value, x)
+    checks.feature_shape(name, value.shape, feature_shape(features, x.shape), x.shape)
+
+
+def _check_device(name: str, value: Tensor, x: Tensor) -> None:
+    checks.same_device(name, value.device, x.device)

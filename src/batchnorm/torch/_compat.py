@@ -1,0 +1,91 @@
+"""All that the door uses of PyTorch without a promise that it stays.
+
+Each use says what it is for, what would break it, and what to do then. tests/test_torch_compat.py
+has a test by the name of each, which fails when a version of PyTorch has changed it.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as _functional_collectives
+from torch import Tensor
+from torch.autograd import forward_ad
+
+# The base of torch.nn's batch norms, for isinstance and to inherit their state. Were it renamed,
+# _NormBase has it; or the common base of BatchNorm1d and BatchNorm2d.
+BatchNormBase = torch.nn.modules.batchnorm._BatchNorm
+
+# Which inputs torch.nn.SyncBatchNorm takes, in its words: those of two or more axes.
+check_input_of_sync = torch.nn.SyncBatchNorm._check_input_dim
+
+# A sum over processes that torch.compile can trace; its replacement is whatever Dynamo makes of
+# torch.distributed.all_reduce.
+traceable_all_reduce = _functional_collectives.all_reduce
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether anything but autograd looks at the operations on x.
+
+    Each is asked where PyTorch itself keeps it: torch.compile (public), torch.func, modes of
+    __torch_dispatch__, torch.jit.trace, forward-mode derivatives; a subclass of Tensor has its say
+    as well. Were one gone, its users would see the kernels as no operation at all: look for the new
+    place, or let all of them see plain operations.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or type(x) not in _PLAIN
+    )
+
+
+def is_transformed() -> bool:
+    """Whether a transformation of torch.func is at work, which allows no side effects.
+
+    Without it, an update of running statistics could not say what to do instead.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace, or the older exporter to ONNX, looks on.
+
+    torch.jit.is_tracing is public, and goes with torch.jit.
+    """
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def is_in_backward_pass() -> bool:
+    """Whether a backward pass runs: a forward one within is checkpointing's second.
+
+    Were it gone, checkpointing would count a batch twice, as it does in torch.nn's layers.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def is_batch_of_autograd(tensor: Tensor) -> bool:
+    """Whether it is one of the batches of torch.autograd's own vmap (is_grads_batched).
+
+    Such a tensor has no memory. Were it gone, so would be these batches: return False.
+    """
+    return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
+
+
+def is_zeros_without_memory(tensor: Tensor) -> bool:
+    """Whether it is a tensor of zeros that is none in memory, as autograd hands on.
+
+    Were it gone: its address is null.
+    """
+    return bool(tensor._is_zerotensor())
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Any:
+    """Function.apply without what it does for torch.func, which is not at work here.
+
+    That saves a third of a small call. Were it gone, `function.apply` does the same.
+    """
+    return super(torch.autograd.Function, function).apply

@@ -1,0 +1,219 @@
+"""Batch normalization with derivatives, by the stages on tensors.
+
+Autograd sees one function with a backward pass of its own, `_Output`. Whatever else looks into a
+computation sees the definition's plain operations, which have derivatives of every order:
+torch.compile, torch.export, torch.func, forward-mode derivatives, tracing, subclasses of Tensor;
+and autograd, where the backward pass is itself differentiated.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..definition import Inputs
+from . import _compat
+from ._running import Running
+from ._stages import By, Call, Given, Stages
+
+
+def batch_norm(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """y and the batch's statistics, both of which can be differentiated."""
+    if _needs_operations(call, inputs):
+        return _by_operations(call, inputs, None)
+    if not _requires_grad(inputs):
+        y, statistics = _forward(call, inputs, None, None)
+        assert isinstance(statistics, Tensor)
+        return y, statistics
+    y, statistics = _apply_with_statistics(call, inputs, None, *inputs, None, None)
+    return y, statistics
+
+
+def batch_norm_of_layer(
+    call: Call, inputs: Inputs, running: Running | None
+) -> tuple[Tensor, Tensor]:
+    """y and the batch's statistics, which have no derivative; running statistics move, too."""
+    if _needs_operations(call, inputs):
+        y, statistics = _by_operations(call, inputs, None)
+        if running is not None:
+            running.move(statistics, watched=True)
+    elif _requires_grad(inputs):
+        y = _apply(call, inputs, running, *inputs, None, None)
+        statistics = y.grad_fn.by
+    else:
+        y, statistics = _forward(call, inputs, None, running)
+    return y, statistics
+
+
+def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
+    """y, normalized by a given mean and variance, which have derivatives, too."""
+    if _needs_operations(call, inputs):
+        return _by_operations(call, inputs, given)[0]
+    if not _requires_grad((*inputs, *given)):
+        return _forward(call, inputs, given, None)[0]
+    y: Tensor = _apply(call, inputs, None, *inputs, *given)
+    return y
+
+
+def batch_statistics(call: Call, inputs: Inputs) -> Tensor:
+    if call.watched or _requires_grad(inputs[:1]):
+        return batch_norm(call, inputs)[1]
+    stages = Stages(call.problem, inputs, watched=False)
+    return call.processes.pooled(stages.statistics())
+
+
+def _needs_operations(call: Call, inputs: Inputs) -> bool:
+    return call.watched or (inputs.weights is not None and inputs.weights.requires_grad)
+
+
+def _requires_grad(tensors: Any) -> bool:
+    if torch.is_grad_enabled():
+        for each in tensors:
+            if each is not None and each.requires_grad:
+                return True
+    return False
+
+
+# ---- by plain operations
+
+
+def _by_operations(call: Call, inputs: Inputs, given: Given | None) -> tuple[Tensor, Any]:
+    shape = inputs.x.shape
+    is_shared = call.processes.is_shared and given is None
+    if is_shared and 0 in shape:
+        inputs = _one_that_does_not_count(inputs)
+    stages = Stages(call.problem, inputs, watched=True)
+    if given is not None:
+        return stages.normalize(given), None
+    if not is_shared:
+        return stages.batch_norm()
+    statistics = call.processes.pooled(stages.statistics())
+    y = stages.normalize(statistics)
+    return y[tuple(slice(size) for size in shape)], statistics
+
+
+def _one_that_does_not_count(inputs: Inputs) -> Inputs:
+    """For an empty part of a batch: one element of each feature, its weight 0.
+
+    With it, x has a part in every sum over the processes, forward and backward.
+    """
+    x, residual = inputs.x, inputs.residual
+    padding = [each for size in reversed(x.shape) for each in (0, int(size == 0))]
+    return inputs._replace(
+        x=F.pad(x, padding),
+        residual=None if residual is None else F.pad(residual, padding),
+        weights=x.new_zeros([1] * x.ndim),
+    )
+
+
+# ---- for autograd
+
+
+def _forward(
+    call: Call, inputs: Inputs, given: Given | None, running: Running | None
+) -> tuple[Tensor, By]:
+    stages = Stages(call.problem, inputs, watched=False)
+    if given is not None:
+        return stages.normalize(given), given
+    if not call.processes.is_shared:
+        return stages.batch_norm(running)
+    statistics = call.processes.pooled(stages.statistics())
+    if running is not None:
+        running.move(statistics, watched=False)
+    return stages.normalize(statistics), statistics
+
+
+class _Output(torch.autograd.Function):
+    """`_forward` with a derivative; what it keeps for that is x, and nothing else of its size.
+
+    (Unless there are an activation and a residual: the activation's slope depends on both.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, inputs: Inputs, running: Running | None, *tensors: Any
+    ) -> Any:
+        # One by one as well, for autograd to see them.
+        x, scale, bias, residual, weights, mean, var = tensors
+        y, ctx.by = _forward(call, inputs, None if mean is None else Given(mean, var), running)
+        ctx.call = call
+        ctx.has_residual = residual is not None
+        if call.problem.activation is None:
+            residual = None
+        if mean is not None:
+            # Running statistics may have moved on when the backward pass comes.
+            ctx.by = Given(mean.detach().clone(), var.detach().clone())
+            if not any(ctx.needs_input_grad[-2:]):
+                mean = var = None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, scale, bias, residual, weights, mean, var)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None = None) -> Any:
+        values: Any
+        *values, mean, _ = ctx.saved_tensors
+        inputs, by, call = Inputs(*values), ctx.by, ctx.call
+        if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
+            return None, None, None, *_differentiable_gradients(ctx, dy, dstatistics)
+        if dy is None:
+            return (None,) * 10
+        watched = _compat.is_watched(inputs.x) or _compat.is_batch_of_autograd(dy)
+        stages = Stages(call.problem, inputs, watched=watched)
+        if call.processes.is_shared and not isinstance(by, Given):
+            own = stages.gradient_sums(by, dy)
+            sums = call.processes.sum(own)
+            dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual)
+            dscale, dbias = stages.parameter_gradients(own)
+        else:
+            dscale, dbias, dx, g = stages.gradients(by, dy, ctx.has_residual)
+        return None, None, None, dx, dscale, dbias, g, None, None, None
+
+
+class _OutputAndStatistics(_Output):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        # An output that its own node held would never be freed.
+        return _Output.forward(ctx, *arguments), ctx.by.detach()
+
+
+_apply = _compat.apply_of(_Output)
+_apply_with_statistics = _compat.apply_of(_OutputAndStatistics)
+
+
+def _differentiable_gradients(
+    ctx: Any, dy: Tensor | None, dstatistics: Tensor | None
+) -> list[Tensor | None]:
+    """The backward pass by operations that autograd can differentiate again."""
+    tensors: list[Any]
+    with torch.enable_grad():
+        # Each of its own, so that a tensor that came twice has two gradients.
+        tensors = [None if each is None else each.view_as(each) for each in ctx.saved_tensors]
+        inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
+        given = ctx.by if isinstance(ctx.by, Given) else None
+        outputs = _by_operations(ctx.call, inputs, given if mean is None else Given(mean, var))
+    pairs = [
+        (output, cotangent.to(output.dtype))
+        for output, cotangent in zip(outputs, (dy, dstatistics), strict=True)
+        if cotangent is not None and output.requires_grad
+    ]
+    moving = [each for each in tensors if each is not None and each.requires_grad]
+    found: Iterator[Tensor | None] = iter(())
+    if pairs and moving:
+        outputs, cotangents = zip(*pairs, strict=True)
+        create_graph = torch.is_grad_enabled()
+        found = iter(
+            torch.autograd.grad(
+                outputs, moving, cotangents, create_graph=create_graph, allow_unused=True
+            )
+        )
+    gradients = [
+        next(found, None) if each is not None and each.requires_grad else None for each in tensors
+    ]
+    if ctx.has_residual and inputs.residual is None:
+        gradients[3] = dy
+        if dy is not None and inputs.weights is not None:
+            gradients[3] = torch.where((inputs.weights > 0) | inputs.x.isfinite(), dy, 0.0)
+    return gradients

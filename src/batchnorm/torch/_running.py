@@ -1,0 +1,74 @@
+"""The step that follows a training forward: running statistics move towards those of the batch."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..definition import update_running
+from ..moments import Statistics
+from ._compat import is_transformed
+
+
+class Running(NamedTuple):
+    """Running statistics, and how far a batch moves them; the variance has correction 1.
+
+    `batches`, if any, counts the batches with at least one element; a batch that is not known to
+    have one `may_be_empty`. `owner` is the layer that an error speaks of.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: Tensor | None
+    rate: float | Tensor
+    may_be_empty: bool = True
+    owner: str | None = None
+
+    def operands(self) -> dict[str, Any]:
+        """For a kernel."""
+        return {
+            "running_mean": self.mean,
+            "running_var": self.var,
+            "batches": self.batches,
+            "rate": self.rate,
+        }
+
+    def move(self, statistics: Tensor, *, watched: bool) -> None:
+        """In place; `statistics` as in _stages.py."""
+        kernels = native.kernels
+        if (
+            kernels is not None
+            and not watched
+            and type(self.rate) is float
+            and statistics.dtype == torch.float64
+            and kernels.update_running(statistics=statistics, correction=1, **self.operands())
+            is None
+        ):
+            return
+        try:
+            self._move_by_operations(statistics.detach())
+        except RuntimeError as error:
+            if self.owner is None or not is_transformed():
+                raise
+            raise RuntimeError(
+                f"{self.owner} can't update its running statistics inside of torch.func's "
+                "vmap, grad and the like, which have no side effects. Give the transformed "
+                "function the buffers as an argument (torch.func.functional_call; for ensembles, "
+                "torch.func.stack_module_state); or freeze(normalize_by='batch'); or use "
+                "batchnorm.torch.batch_norm and update_running."
+            ) from error
+
+    def _move_by_operations(self, statistics: Tensor) -> None:
+        count, mean, var = statistics.unbind(0)
+        new_mean, new_var = update_running(
+            self.mean.to(mean.dtype),
+            self.var.to(mean.dtype),
+            Statistics(count, mean, var),
+            rate=self.rate,
+            correction=1,
+        )
+        self.mean.copy_(new_mean)
+        self.var.copy_(new_var)
+        if self.batches is not None:
+            self.batches.add_((count > 0).any() if self.may_be_empty else 1)
