@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
+from traceback import walk_stack
 from unittest.mock import patch
 
 import jax
@@ -25,7 +26,8 @@ import batchnorm.torch
 from batchnorm.flax import nn
 
 PACKAGE = Path(batchnorm.__file__).parent
-KERNELS = (
+KERNELS = batchnorm.native.kernels
+NAMES = (
     "batch_norm",
     "statistics",
     "normalize",
@@ -38,13 +40,9 @@ X = np.random.default_rng(0).normal(size=(6, 4, 5)).astype(np.float32)
 
 def files_on_the_stack() -> list[str]:
     """Those of ours, the first to be called first; calls inside of a file are one."""
-    files, frame = [], sys._getframe()
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(PACKAGE):
-            files.append(str(path.relative_to(PACKAGE)))
-        frame = frame.f_back
-    return [file for file, _ in groupby(reversed(files))]
+    paths = [Path(frame.f_code.co_filename) for frame, _ in walk_stack(None)]
+    ours = [str(path.relative_to(PACKAGE)) for path in paths if path.is_relative_to(PACKAGE)]
+    return [file for file, _ in groupby(reversed(ours))]
 
 
 def spy(function, stacks):
@@ -58,9 +56,9 @@ def spy(function, stacks):
 @contextmanager
 def kernels_are_called(stacks):
     with ExitStack() as patches:
-        for name in KERNELS:
-            function = spy(getattr(batchnorm.native.kernels, name), stacks)
-            patches.enter_context(patch.object(batchnorm.native.kernels, name, function))
+        for name in NAMES:
+            function = spy(getattr(KERNELS, name), stacks)
+            patches.enter_context(patch.object(KERNELS, name, function))
         yield
 
 
@@ -108,6 +106,7 @@ def jax_by(function):
             function(X)
         with look():
             jax.grad(lambda x: function(x).sum())(X)
+        jax.clear_caches()
 
     return call
 
@@ -149,20 +148,32 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_few_files_and_each_once(name: str):
-    call, looker, at_most = CALLS[name]
-    found = []  # for the forward and for the backward call
+def stacks_of(name: str) -> list[list[list[str]]]:
+    """Of the forward and of the backward call."""
+    call, looker, _ = CALLS[name]
+    found = []
 
     def look():
         found.append([])
         return looker(found[-1])
 
     call(look)
-    forward, backward = found
+    return found
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_few_files_and_each_once(name: str):
+    forward, backward = stacks_of(name)
+    at_most = CALLS[name][2]
     assert forward, "no kernel was called forward"
     assert backward, "no kernel was called backward"
     for stack in (*forward, *backward):
         assert stack, "a kernel was called from elsewhere"
         assert len(stack) <= at_most, stack
         assert len(set(stack)) == len(stack), f"a file is come back to: {stack}"
+
+
+@pytest.mark.usefixtures("without_native")
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("mlx")])
+def test_without_native_kernels_none_is_called(name: str):
+    assert stacks_of(name) == [[], []]
