@@ -25,7 +25,8 @@ $(VENV)/%: $(SOURCES) | $(IN_VENV)python
 PRINT_SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(OLDEST)/ready: Makefile pyproject.toml | $(IN_VENV)python
 	$(PYTHON) -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet "jax==0.6.2; python_version < '3.14'" flax
+	$(OLDEST)/bin/pip install --quiet "jax==0.6.2; python_version < '3.14'" \
+	  "jax==0.7.1; python_version >= '3.14'" flax
 	$(IN_VENV)python $(PRINT_SITE) > "$$($(OLDEST)/bin/python $(PRINT_SITE))/all_else.pth"
 	@touch $@
 
