@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, definition, layout
+from . import checks, definition, layout, native
 from .definition import Gradients, Inputs, Problem
 from .documentation import documented
 from .moments import Moments, Statistics
-from .native import kernels
 
 __all__ = [
     "Gradients",
@@ -353,9 +352,9 @@ class _Call:
         What it can't use as it lies in memory is replaced: x by a copy in C order, others like x
         by one in the layout of x.
         """
-        if kernels is None:
+        if native.kernels is None:
             return None
-        run = getattr(kernels, kernel)
+        run = getattr(native.kernels, kernel)
         given = {**self.arguments, **arrays}
         if self.x.dtype.kind == "V":  # bfloat16, which has no buffer
             given = {name: _bits(array) for name, array in given.items()}
@@ -383,8 +382,8 @@ class _Call:
 
     def is_served(self) -> bool:
         """Whether the kernels serve x if it lies in C order."""
-        side_by_side = kernels.layout(self.x.shape, self.features) is not None
-        return side_by_side and self.x.dtype.name in kernels.DTYPES
+        side_by_side = native.kernels.layout(self.x.shape, self.features) is not None
+        return side_by_side and self.x.dtype.name in native.kernels.DTYPES
 
     def in_words_of_definition(self) -> tuple[Problem, Inputs]:
         """In float64, or wider."""
