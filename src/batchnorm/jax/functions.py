@@ -276,8 +276,10 @@ def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
     moments = Moments(*stages.statistics(problem, Inputs(x, weights=weights)))
     if weights is not None:
         wrong = jnp.any(~(weights >= 0), axis=reduced_axes(problem.features, x.ndim))
-        count, var = (jnp.where(wrong, math.nan, each) for each in (moments.count, moments.var))
-        moments = moments._replace(count=count, var=var)
+        moments = moments._replace(
+            count=jnp.where(wrong, math.nan, moments.count),  # type: ignore[arg-type]  # not None
+            var=jnp.where(wrong, math.nan, moments.var),
+        )
     if devices.axis_name is None:
         return moments
     return pooled(moments, devices.sum, jax.lax.stop_gradient)
