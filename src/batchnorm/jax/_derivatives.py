@@ -56,7 +56,7 @@ def _jvp(
             operands = list(primals)
             for i, value in zip(moving, values, strict=True):
                 operands[i] = value
-            return stage.defined(*operands, problem=problem, tree=tree)
+            return stage.by_definition(*operands, problem=problem, tree=tree)
 
         at = [primals[i] for i in moving]
         parts.append(jax.jvp(of_moving, at, [tangents[i] for i in moving])[1])
