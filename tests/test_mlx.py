@@ -1,6 +1,7 @@
 """What is MLX's own: the layer in the place of mlx.nn.BatchNorm, and MLX's transformations."""
 
 import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -33,7 +34,7 @@ SHAPES = [(5, 4), (2, 4, 5), (2, 3, 3, 6)]
 def any_size(request, monkeypatch):
     """Both ways of computing, with arrays that are small enough for a test."""
     if request.param == "large":
-        monkeypatch.setattr("batchnorm.mlx._SMALL", 0)
+        monkeypatch.setattr("batchnorm.mlx._stages.SMALL", 0)
 
 
 def normal(*shape):
@@ -312,6 +313,16 @@ def test_statistics_are_never_trained():
     assert model.layers[1].bias.tolist() != [0.0] * 3
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies(copied):
+    layer = layer_with_parameters(3).freeze(keys="weight")
+    other = copied(layer)
+    assert other.trainable_parameters().keys() == {"bias"}
+    assert other.unfreeze().trainable_parameters().keys() == {"weight", "bias"}
+    x = normal(4, 3)
+    close(other(x), layer(x))
+
+
 def test_modes():
     layer = BatchNorm(3)
     assert layer.eval() is layer
@@ -434,11 +445,12 @@ def test_fewer_operations_than_mlx(tmp_path, training, shape):
 
 
 def test_statistics_are_computed_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("batchnorm.mlx._SMALL", 0)
+    monkeypatch.setattr("batchnorm.mlx._stages.SMALL", 0)
     layer = BatchNorm(32)
     y = layer(normal(16, 32))
     count = operations(y, layer.running_mean, layer.running_var, path=tmp_path / "graph")
-    assert (count["Sum"], count["Max"], count["Min"]) == (2, 1, 1)
+    # Of x for the pivot; then of what is left, and of its squares.
+    assert (count["Sum"], count["Max"], count["Min"]) == (3, 1, 0)
 
 
 # ---- transformations
@@ -552,6 +564,25 @@ def test_compile_with_state(shape):
     close(first(x), truth.batch_norm_gradients(dy, x)["x"], rtol=1e-4)
     second = mx.grad(lambda x: (mx.grad(loss_of(training_function(), dy))(x) ** 2).sum())
     close(mx.compile(second)(x), second(x), rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_for_any_size(monkeypatch):
+    mean, var = normal(3), mx.ones(3)
+    evaluation = mx.compile(lambda x: normalize(x, mean, var), shapeless=True)
+    for x in (normal(6, 3), normal(8, 3)):
+        close(evaluation(x), normalize(x, mean, var))
+    monkeypatch.setattr("batchnorm.mlx._stages.SMALL", 0)
+    training = mx.compile(training_function(), shapeless=True)
+    training(normal(6, 3))
+    with pytest.raises(ValueError, match="reshape"):  # and not normalized by another count
+        training(normal(8, 3))
+
+
+@pytest.mark.usefixtures("any_size")
+def test_export(tmp_path):
+    x, layer, file = normal(6, 3), BatchNorm(3), str(tmp_path / "layer.mlxfn")
+    mx.export_function(file, lambda x: layer(x), x)
+    close(mx.import_function(file)(x)[0], truth.batch_norm(x).y)
 
 
 @pytest.mark.usefixtures("any_size")
@@ -715,7 +746,7 @@ def test_axes(axis):
 def test_the_ways_of_computing_agree(monkeypatch):
     x, scale, bias = 100 + normal(50, 3), normal(3), normal(3)
     small = batch_norm(x, scale, bias, activation="silu")
-    monkeypatch.setattr("batchnorm.mlx._SMALL", 0)
+    monkeypatch.setattr("batchnorm.mlx._stages.SMALL", 0)
     large = batch_norm(x, scale, bias, activation="silu")
     close(small[0], large[0])
     for one, other in zip(small[1], large[1], strict=True):

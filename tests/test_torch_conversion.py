@@ -224,6 +224,40 @@ def test_unknown_classes_are_refused_by_name_and_nothing_changes():
         bt.convert(Theirs(3))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("forward", lambda input: input),
+        ("reset_running_stats", lambda: None),
+        ("_load_from_state_dict", lambda *arguments: None),
+        ("freeze", True),
+        ("activation", "relu"),
+    ],
+)
+@pytest.mark.parametrize("sync", [None, True])
+def test_what_is_set_on_a_layer_itself_is_not_bypassed(name, value, sync):
+    """A name that means something in ours would change its meaning without a word."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)))
+    setattr(model[1][0], name, value)
+    with pytest.raises(TypeError, match=rf"'1\.0' another meaning of {name}, which is set on"):
+        bt.convert(model, sync=sync)
+    assert type(model[0]) is nn.BatchNorm2d
+    assert getattr(model[1][0], name) is value
+
+
+def test_a_method_that_is_set_on_a_layer_of_ours_stays():
+    model = nn.Sequential(bt.BatchNorm2d(3))
+    model[0].forward = lambda input: input + 1
+    model[0].my_own = "stays"
+    with pytest.raises(TypeError, match="'0' another meaning of forward"):
+        bt.convert(model, sync=True)
+    bt.revert(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    assert model[0].my_own == "stays"
+    assert torch.equal(model(torch.ones(1, 3, 2, 2)), torch.full((1, 3, 2, 2), 2.0))
+    assert set(vars(nn.BatchNorm2d(3))) == set(vars(model[0])) - {"forward", "my_own"}
+
+
 def test_lazy_layers_can_not_share():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyBatchNorm2d())
     with pytest.raises(TypeError, match=r"num_features, but '1' is lazy"):

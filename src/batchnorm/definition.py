@@ -85,12 +85,15 @@ def moments(problem: Problem, inputs: Inputs, constant: Constant = lambda array:
     return _centered(problem, inputs, constant)[1]
 
 
-def normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Array:
-    """act((x − mean) / √(var + eps) · scale + bias + residual)."""
+def normalize(problem: Problem, inputs: Inputs, moments: Moments, u: Array | None = None) -> Array:
+    """act((x − mean) / √(var + eps) · scale + bias + residual).
+
+    `u` is (x − pivot) / unit, where a caller without weights has it already.
+    """
     if is_empty(inputs.x):
         return inputs.x
     x, valid = _valid(inputs)
-    u = _coordinate(problem, x, moments)
+    u = _coordinate(problem, x, moments) if u is None else u
     return _output(problem, inputs, moments, u, valid)
 
 
@@ -157,8 +160,7 @@ def _output(
     What is done once for each feature is done in the feature shape, and put along x only then: a
     fusing compiler would otherwise do it anew for every element.
     """
-    rstd = _rstd(problem, moments)
-    slope = rstd if inputs.scale is None else inputs.scale * rstd
+    slope = (1.0 if inputs.scale is None else inputs.scale) / _deviation(problem, moments)
     shift = inputs.bias
     if moments.offset is not None:
         shift = moments.offset * slope
@@ -172,14 +174,14 @@ def _output(
     return y if valid is None else namespace(y).where(valid, y, math.nan)
 
 
-def _rstd(problem: Problem, moments: Moments) -> Array:
-    """1 / √(var + eps), in units of 1 / unit."""
+def _deviation(problem: Problem, moments: Moments) -> Array:
+    """√(var + eps), in units of unit."""
     xp = namespace(moments.var)
     if moments.unit is None:
-        return 1.0 / xp.sqrt(moments.var + problem.eps)
+        return xp.sqrt(moments.var + problem.eps)
     eps = problem.eps
     root = math.sqrt(eps) if isinstance(eps, float) else xp.sqrt(eps)
-    return 1.0 / xp.sqrt(moments.var + xp.square(root / moments.unit))  # unit² may overflow
+    return xp.sqrt(moments.var + xp.square(root / moments.unit))  # unit² may overflow
 
 
 def _valid(inputs: Inputs) -> tuple[Array, Array | None]:
@@ -207,7 +209,7 @@ class _Standard(NamedTuple):
 def _standard(problem: Problem, inputs: Inputs, moments: Moments) -> _Standard:
     x, valid = _valid(inputs)
     features, xp = problem.features, namespace(x)
-    rstd = _rstd(problem, moments)
+    rstd = 1.0 / _deviation(problem, moments)
     x_hat = _coordinate(problem, x, moments) * along(features, rstd, x)
     if moments.offset is not None:
         x_hat = x_hat - along(features, moments.offset * rstd, x)

@@ -64,10 +64,10 @@ class Moments(NamedTuple):
     on x: running statistics.
     """
 
-    count: Array | None
+    count: Array
     pivot: Array
-    unit: Array | None
-    offset: Array | None
+    unit: Array
+    offset: Array
     var: Array
 
     @classmethod

@@ -75,17 +75,10 @@ def is_batch_of_autograd(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_legacy_batchedtensor(tensor))
 
 
-def is_zeros_without_memory(tensor: Tensor) -> bool:
-    """Whether it is a tensor of zeros that is none in memory, as autograd hands on.
-
-    Were it gone: its address is null.
-    """
-    return bool(tensor._is_zerotensor())
-
-
 def apply_of(function: type[torch.autograd.Function]) -> Any:
     """Function.apply without what it does for torch.func, which is not at work here.
 
-    That saves a third of a small call. Were it gone, `function.apply` does the same.
+    That saves a third of a small call. Were it gone, `function.apply` does the same. What `forward`
+    puts on its context is found on the output's grad_fn, which is that context.
     """
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import definition, native
 from ..arrays import namespace
 from ..definition import Inputs, Problem
-from ..layout import feature_shape, weights_shape
+from ..layout import weights_shape
 from ..moments import Moments, Statistics
 from ._running import Running
 from ._sync import Alone
@@ -189,8 +189,9 @@ class Stages:
 
     def rows(self, number: int) -> Tensor:
         x = self.inputs.x
-        shape = feature_shape(self.problem.features, x.shape)
-        return x.new_empty((number, *shape), dtype=torch.float64)
+        shape = x.shape
+        sizes = [shape[axis] for axis in self.problem.features]
+        return x.new_empty((number, *sizes), dtype=torch.float64)
 
     def operands(self, **others: Any) -> dict[str, Any]:
         """What kernels take, by name; native/_cpu.pyi says what each is."""
@@ -217,8 +218,8 @@ class Stages:
         An operand that it can't take as it lies in memory is copied for it. What the record of a
         tensor does not say is looked at here: views that negate what is in memory.
         """
-        for name, each in operands.items():
-            if isinstance(each, Tensor) and each.is_neg():
+        for name in _READ:
+            if (each := operands.get(name)) is not None and each.is_neg():
                 operands[name] = each.resolve_neg()
         copied = set()
         while (name := kernel(**operands)) is not None:
@@ -239,7 +240,8 @@ def _like(x: Tensor, tensor: Tensor) -> Tensor:
 
 def _weights_like(x: Tensor, weights: Tensor) -> Tensor:
     """A copy with one weight for each row, or for each element, in the order of x in memory."""
-    order = sorted(range(x.ndim), key=lambda axis: -x.stride(axis))
+    strides = x.stride()
+    order = sorted(range(x.ndim), key=lambda axis: -strides[axis])
     back = sorted(range(x.ndim), key=order.__getitem__)
     return weights.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
@@ -254,6 +256,7 @@ _COPIED = {
     **dict.fromkeys(("residual", "dy"), _like),
     **dict.fromkeys(("x", "scale", "bias", "mean", "var", "statistics", "sums"), _own),
 }
+_READ = ("x", "scale", "bias", "residual", "weights", "mean", "var", "dy")
 _DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 _TEAM = None

@@ -21,7 +21,7 @@ _CONVENTION = CONVENTIONS["torch"]
 FREEZING = ("normalize_by", "update_running")
 
 
-class Layer(_compat.BatchNormBase):  # type: ignore[misc, valid-type]
+class Layer(_compat.BatchNormBase):
     """What the layers have in common; each is an instance of a class of torch.nn as well.
 
     Attributes

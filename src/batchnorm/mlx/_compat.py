@@ -1,0 +1,42 @@
+"""What `mlx.nn.Module` does not promise and we rely on; tests/test_mlx_compat.py watches it."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..conventions import CONVENTIONS
+
+_STATISTICS = (CONVENTIONS["mlx"].mean, CONVENTIONS["mlx"].var)
+
+
+class Module(nn.Module):  # type: ignore[misc, name-defined]
+    """A module whose running statistics stay float32 and are never trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # For: a parent's unfreeze() empties its modules' sets of frozen keys without asking them.
+        # Breaks it: another name for the set, or another test than `in`. Then: an optimizer moves
+        # the statistics.
+        self._no_grad = _FrozenKeys()
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        # For: set_dtype() and load_weights() of any parent. Breaks it: a way of setting an array
+        # other than this. Then: statistics in bfloat16, which hold no small step.
+        super().__setitem__(key, value.astype(mx.float32) if key in _STATISTICS else value)
+
+    def _extra_repr(self) -> str:
+        # For: options beside a module's name and above its children. Breaks it: another name for
+        # this method. Then: repr() without them.
+        return self.extra_repr()
+
+    def extra_repr(self) -> str:
+        """The options, as repr() shows them."""
+        return ""
+
+
+class _FrozenKeys(set[str]):
+    """The keys of a module that are not trained; those of its statistics can't be taken out."""
+
+    def __contains__(self, key: object) -> bool:
+        return key in _STATISTICS or super().__contains__(key)

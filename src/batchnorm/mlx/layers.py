@@ -1,0 +1,148 @@
+"""The layer in the place of `mlx.nn.BatchNorm`."""
+
+import math
+
+import mlx.core as mx
+
+from .. import checks
+from ..conventions import CONVENTIONS
+from . import _stages
+from ._arguments import check_parameters, checked
+from ._compat import Module
+
+_CONVENTION = CONVENTIONS["mlx"]
+
+
+class BatchNorm(Module):
+    """Batch normalization over the last axis, in the place of `mlx.nn.BatchNorm`.
+
+    In training, x is normalized by the mean and the population variance of each of its channels,
+    which also move the running statistics; in evaluation, by the running statistics [1]_:
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``.
+
+    Running statistics are no trainable parameters, whatever is unfrozen, and stay float32, whatever
+    `set_dtype` makes of the other parameters. An empty batch leaves them as they were.
+
+    Parameters
+    ----------
+    num_features : int
+        The number of channels, the size of the last axis.
+    eps : float
+        Added to the variance, inside the root.
+    momentum : float within [0, 1]
+        The weight of the batch in the running statistics.
+    affine : bool
+        Whether there are parameters `weight` and `bias`.
+    track_running_stats : bool
+        Whether there are running statistics. Without them, evaluation uses those of the batch.
+    activation : None, "relu" or "silu"
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of the wrong type or out of range.
+
+    Notes
+    -----
+    What MLX runs twice, it also counts twice: a layer within `mlx.nn.utils.checkpoint` moves its
+    running statistics once more when it is run again. `mx.vmap` of a layer that moves running
+    statistics leaves in them an array that belongs to the transformation, as with any state in MLX:
+    use `eval()`, or `track_running_stats=False`, or the functions.
+
+    References
+    ----------
+    .. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+       Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
+
+    Examples
+    --------
+    >>> import mlx.core as mx
+    >>> import batchnorm.mlx
+    >>> bn = batchnorm.mlx.BatchNorm(2)
+    >>> print(bn(mx.array([[1.0, 20.0], [3.0, 60.0]])).round(3))
+    array([[-1, -1],
+           [1, 1]], dtype=float32)
+    >>> print(bn.running_mean)
+    array([0.2, 4], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = _CONVENTION.eps,
+        momentum: float = _CONVENTION.momentum,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        super().__init__()
+        checks.mlx_eps(eps)
+        self.num_features = checks.number_of_features(num_features)
+        self.eps = eps
+        self.momentum = checks.fraction("momentum", momentum)
+        self.track_running_stats = track_running_stats
+        self.activation = checks.activation(activation)
+        if affine:
+            self.weight = mx.ones((num_features,))
+            self.bias = mx.zeros((num_features,))
+        if track_running_stats:
+            self.running_mean = mx.zeros((num_features,))
+            self.running_var = mx.ones((num_features,))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={'weight' in self}, track_running_stats={self.track_running_stats}"
+            + (f", activation={self.activation!r}" if self.activation else "")
+        )
+
+    def __call__(
+        self, x: mx.array, residual: mx.array | None = None, mask: mx.array | None = None
+    ) -> mx.array:
+        """Normalize x and, in training, move the running statistics.
+
+        Parameters
+        ----------
+        x : array of shape (N, C), (N, L, C) or (N, H, W, C), of a real floating-point dtype
+        residual : array that broadcasts to x, optional
+            Added before the activation.
+        mask : array that broadcasts to x, optional
+            Which elements count in the statistics, as in `batch_norm`.
+
+        Returns
+        -------
+        y : array of the shape of x
+            Of the dtype to which those of x and weight promote: float32 with float32 weights.
+
+        Raises
+        ------
+        TypeError
+            If an argument is no array, or not of a real floating-point dtype.
+        ValueError
+            If x has another rank or number of channels, if residual or mask does not broadcast, or
+            if x has one value per channel in training.
+        """
+        checks.instance("x", x, mx.array)
+        checks.mlx_rank(x.shape)
+        checks.number_of_channels(x.shape[-1], self.num_features, x.shape)
+        if self.training:
+            checks.mlx_values(math.prod(x.shape[:-1]))
+        weight, bias = self.get("weight"), self.get("bias")
+        problem, inputs = checked(x, weight, bias, -1, self.eps, mask, residual, self.activation)
+        if self.training and self.track_running_stats:
+            y, self["running_mean"], self["running_var"] = _stages.training_step(
+                problem,
+                inputs,
+                self.running_mean,
+                self.running_var,
+                rate=_CONVENTION.rate(checks.fraction("momentum", self.momentum)),
+                correction=_CONVENTION.correction,
+            )
+        elif self.training or not self.track_running_stats:
+            y, _ = _stages.batch_norm(problem, inputs)
+        else:
+            mean, var = self.running_mean, self.running_var
+            check_parameters(x, problem.features, mean=mean, var=var)
+            y = _stages.normalize(problem, inputs, mean, var)
+        return y.astype(x.dtype if weight is None else mx.result_type(x.dtype, weight.dtype))

@@ -1,0 +1,46 @@
+"""What MLX does not promise, and `batchnorm.mlx._compat` relies on: one test for each use there."""
+
+import mlx.core as mx
+import mlx.nn
+
+
+class Everything(set):
+    def __contains__(self, key):
+        return True
+
+
+class WithFrozenKeys(mlx.nn.Module):
+    def __init__(self, keys):
+        super().__init__()
+        self._no_grad = keys
+        self.weight = mx.ones(2)
+
+
+def test_frozen_keys_are_asked_by_in_and_kept_in_no_grad():
+    assert WithFrozenKeys({"weight"}).trainable_parameters() == {}
+    parent = mlx.nn.Sequential(WithFrozenKeys(Everything()))
+    parent.unfreeze()
+    assert parent.layers[0].trainable_parameters() == {}
+
+
+def test_arrays_are_set_as_items():
+    class Recording(mlx.nn.Module):
+        def __setitem__(self, key, value):
+            seen.append((key, value.dtype))
+            super().__setitem__(key, value)
+
+    seen = []
+    module = Recording()
+    module.weight = mx.ones(2)
+    parent = mlx.nn.Sequential(module)
+    parent.set_dtype(mx.bfloat16)
+    parent.update({"layers": [{"weight": mx.zeros(2, mx.float16)}]})
+    assert seen == [("weight", mx.float32), ("weight", mx.bfloat16), ("weight", mx.float16)]
+
+
+def test_extra_repr_stands_in_repr():
+    class Described(mlx.nn.Module):
+        def _extra_repr(self):
+            return "size=2"
+
+    assert repr(Described()) == "Described(size=2)"
