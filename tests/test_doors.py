@@ -343,3 +343,28 @@ def test_bad_input_is_refused(door: Door, case: Bad):
     else:
         with pytest.raises(case.error, match=case.message):
             case.call(door)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64"])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("batch_norm", "scale"),
+        ("batch_norm", "bias"),
+        ("normalize", "mean"),
+        ("normalize", "var"),
+        ("update_running", "mean"),
+        ("update_running", "var"),
+    ],
+)
+def test_what_is_not_floating_point_is_refused(door: Door, function: str, name: str, dtype: str):
+    x, right = (door.array(np.ones(shape, np.float32)) for shape in ((6, 4), 4))
+    pair, statistics = {"mean": right, "var": right}, door.functions.batch_statistics(x)
+    arguments = {
+        "batch_norm": {"x": x},
+        "normalize": {"x": x, **pair},
+        "update_running": {**pair, "statistics": statistics, "rate": 0.1},
+    }[function]
+    arguments[name] = door.array(np.ones(4, dtype))
+    with pytest.raises(TypeError, match=f"{name} must be an array of real .* dtype is .*{dtype}"):
+        getattr(door.functions, function)(**arguments)

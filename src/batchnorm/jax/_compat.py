@@ -127,12 +127,14 @@ def _is_here(module: mlir.ModuleContext) -> bool:
 # ---- types
 
 
-def type_like(x: Any, shape: Sequence[Any], dtype: Any) -> Any:
-    """The type of an array that varies over devices as x does, and is not split by explicit axes.
+def type_like(x: Any, shape: Sequence[Any] | None = None, dtype: Any = None) -> Any:
+    """The type x, or that of an array that varies as x does and is not split by explicit axes.
 
     For: the types of a primitive's results. Breaks: where jax.typeof(x) loses `update` or
     `sharding`. Then: make jax.core.ShapedArray(shape, dtype, ...) with whatever holds these.
     """
+    if shape is None:
+        return x.update(weak_type=False)
     sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*[None] * len(shape)))
     return x.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding)
 

@@ -6,7 +6,7 @@ None stands for a tangent or a cotangent that is zero.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def _jvp(
             operands = list(primals)
             for i, value in zip(moving, values, strict=True):
                 operands[i] = value
-            return stage.defined(*operands, problem=problem, tree=tree)
+            return stage.by_definition(*operands, problem=problem, tree=tree)
 
         at = [primals[i] for i in moving]
         parts.append(jax.jvp(of_moving, at, [tangents[i] for i in moving])[1])
@@ -98,8 +98,9 @@ def _moments_tangent(
 
         def by_weights(weights: Array) -> tuple[Array, Array, Array]:
             found = definition.moments(problem, Inputs(x, weights=weights), jax.lax.stop_gradient)
-            ratio: Array = found.unit / moments.unit
-            return found.count, found.offset * ratio, found.var * ratio * ratio
+            count, _, unit, offset, var = cast(tuple[Array, ...], found)
+            ratio = unit / moments.unit
+            return count, offset * ratio, var * ratio * ratio
 
         of_count, first, second = jax.jvp(by_weights, [inputs.weights], [dots.weights])[1]
         of_offset = first if of_offset is None else first + of_offset

@@ -50,25 +50,25 @@ def wide(dtype: Any) -> Any:
 class Stage:
     """A stage as a primitive; call it with a problem, inputs, moments and its linear operands.
 
-    `definition` takes and gives these in the dtype to compute in. `results` has a letter for each
+    `function` is its definition, in the dtype to compute in. `results` has a letter for each
     result: x, r: of the shape and dtype of x, r only if there is a residual; f: of the feature
-    shape, in the dtype to compute in, as scale, bias, weights and moments are. With `native`, the
-    kernel of the same name serves on the CPU.
+    shape, in the dtype to compute in, as scale, bias, weights and moments are. With `has_kernel`,
+    the kernel of the same name serves on the CPU.
     """
 
     def __init__(
         self,
         name: str,
-        definition: Callable[..., Sequence[Array]],
+        function: Callable[..., Sequence[Array]],
         results: str,
         *,
-        native: bool = False,
+        has_kernel: bool = False,
     ) -> None:
-        self.name, self.definition, self.results = name, definition, results
+        self.name, self.function, self.results = name, function, results
         self.primitive = compat.primitive(f"batch_norm_{name}", self.types)
-        compat.lower(self.primitive, self.defined)
-        if native:
-            compat.lower_on_cpu(self.primitive, self.native_or_defined)
+        compat.lower(self.primitive, self.by_definition)
+        if has_kernel:
+            compat.lower_on_cpu(self.primitive, self.by_kernel_or_definition)
 
     def __call__(
         self,
@@ -84,51 +84,48 @@ class Stage:
         x, residual = operands[0], tree.unflatten(operands)[0].residual
         of_features = feature_shape(problem.features, x.shape), wide(x.dtype)
         return [
-            compat.type_like(x, *of_features) if each == "f" else x.update(weak_type=False)
+            compat.type_like(x, *of_features) if each == "f" else compat.type_like(x)
             for each in self.results
             if each != "r" or residual is not None
         ]
 
-    def native_or_defined(
+    def by_kernel_or_definition(
         self, here: bool, *types: Any, problem: Problem, tree: Any
     ) -> Callable[..., list[Array]]:
         inputs, _, linear = tree.unflatten(types)
         if (
             here
             and native.kernels is not None
-            and self.name in _targets()
             and inputs.x.dtype.name in native.kernels.DTYPES
             and native.kernels.layout(inputs.x.shape, problem.features) is not None
             and inputs.x.size > 0
             and None not in linear
+            and self.name in _targets()
         ):
-            return self.in_native
-        return self.defined
+            return self.by_kernel
+        return self.by_definition
 
-    def defined(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+    def by_definition(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
         dtype = operands[0].dtype
         inputs, moments, linear = tree.unflatten([each.astype(wide(dtype)) for each in operands])
-        results = self.definition(problem, inputs, moments, *linear)
+        results = self.function(problem, inputs, moments, *linear)
         types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
         return [result.astype(kind.dtype) for kind, result in zip(types, results, strict=False)]
 
-    def in_native(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+    def by_kernel(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
         inputs, moments, linear = tree.unflatten(operands)
         x, weights = inputs.x, inputs.weights
         if weights is not None:
             shape = weights_shape(problem.features, weights.shape, x.shape)
             inputs = inputs._replace(weights=jnp.broadcast_to(weights, shape))
-        # What is absent has no elements.
-        absent = jnp.zeros(0, jnp.float32)
+        moments = moments or [None] * len(Moments._fields)
         types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
         results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in types]
         results += [jax.ShapeDtypeStruct((0,), x.dtype)] * (len(self.results) - len(types))
         call = jax.ffi.ffi_call(_targets()[self.name], results)
+        absent = jnp.zeros(0, jnp.float32)  # what is absent has no elements
         values = call(
-            *(
-                absent if each is None else each
-                for each in (*inputs, *(moments or [None] * len(Moments._fields)), *linear)
-            ),
+            *(absent if each is None else each for each in (*inputs, *moments, *linear)),
             features=np.array(problem.features, np.int64),
             activation=problem.activation or "",
             eps=np.float64(problem.eps),
@@ -226,12 +223,12 @@ def _gradients(problem: Problem, inputs: Inputs, moments: Moments, dy: Array) ->
     return [*sums, *definition.input_gradient(problem, inputs, moments, dy, sums)]
 
 
-statistics = Stage("statistics", _statistics, "fffff", native=True)
-normalize = Stage("normalize", _normalize, "x", native=True)
-batch_norm = Stage("batch_norm", _batch_norm, "fffffx", native=True)
+statistics = Stage("statistics", _statistics, "fffff", has_kernel=True)
+normalize = Stage("normalize", _normalize, "x", has_kernel=True)
+batch_norm = Stage("batch_norm", _batch_norm, "fffffx", has_kernel=True)
 tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xff")
 output_tangent = Stage("output_tangent", _output_tangent, "x")
-gradient_sums = Stage("gradient_sums", definition.gradient_sums, "ff", native=True)
-input_gradient = Stage("input_gradient", _input_gradient, "xr", native=True)
+gradient_sums = Stage("gradient_sums", definition.gradient_sums, "ff", has_kernel=True)
+input_gradient = Stage("input_gradient", _input_gradient, "xr", has_kernel=True)
 tangent = Stage("tangent", _tangent, "x")
-gradients = Stage("gradients", _gradients, "ffxr", native=True)
+gradients = Stage("gradients", _gradients, "ffxr", has_kernel=True)

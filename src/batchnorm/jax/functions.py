@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from .. import checks, definition
 from ..definition import Inputs, Problem
+from ..documentation import documented
 from ..layout import reduced_axes, values_per_feature
 from ..moments import Moments, Statistics, pooled
 from . import _compat as compat
@@ -18,6 +19,7 @@ from ._derivatives import normalized
 from ._sync import AxisName, Devices, Groups, devices
 
 
+@documented()
 def batch_norm(
     x: ArrayLike,
     scale: ArrayLike | None = None,
@@ -31,49 +33,23 @@ def batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
 ) -> tuple[jax.Array, Statistics]:
-    """Normalize x by its own statistics, as in training.
-
-    ``y = activation((x - mean) / sqrt(var + eps) * scale + bias + residual)``, with the mean and
-    the population variance of each feature [1]_. Everything has derivatives of every order, in
-    forward and in reverse mode, the statistics too.
+    """... Everything has derivatives of every order, in forward and in reverse mode; so have the
+    statistics.
 
     Parameters
     ----------
-    x : array of real floating-point numbers
-    scale, bias : array of the feature shape, optional
-        1 and 0 where there is none.
-    axis : int or tuple of ints
-        The feature axis or axes, which are not reduced.
-    eps : float
-        Added to the variance, inside the root.
-    mask : array that broadcasts to x, optional
-        Which elements count in the statistics: bools, or weights >= 0. All elements are normalized.
-        A negative weight or a NaN makes its feature NaN.
-    residual : array that broadcasts to x, optional
-    activation : None, "relu" or "silu"
+    mask
+        ... A negative weight or a NaN makes its feature NaN.
     axis_name : hashable or tuple of hashables, optional
         The mapped axis, or axes, over whose devices the statistics are taken.
     axis_index_groups : sequence of sequences of ints, optional
         Groups of indices along axis_name, each of which has statistics of its own.
 
-    Returns
-    -------
-    y : array, of the shape and dtype of x
-    statistics : Statistics
-        In float32, for float64 in float64, of the feature shape. Of an empty x: zeros.
-
     Raises
     ------
-    TypeError
-        If an argument is of the wrong type, or x not of a real floating-point dtype.
     ValueError
         If an argument is out of range, has the wrong shape, or if x has one element a feature; if
         axis_name is unknown, or axis_index_groups do not divide the axis into groups.
-
-    References
-    ----------
-    .. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
-       Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
 
     Examples
     --------
@@ -111,6 +87,7 @@ def batch_norm_of_any_count(
     return _batch_norm(problem, devices(axis_name, axis_index_groups), inputs)
 
 
+@documented()
 def normalize(
     x: ArrayLike,
     mean: ArrayLike,
@@ -123,24 +100,7 @@ def normalize(
     residual: ArrayLike | None = None,
     activation: str | None = None,
 ) -> jax.Array:
-    """Normalize x by a given mean and variance, as in evaluation.
-
-    Parameters
-    ----------
-    x : array of real floating-point numbers
-    mean, var : array of the feature shape
-        Running statistics, or those of `batch_statistics`.
-    scale, bias, axis, eps, residual, activation
-        As in `batch_norm`.
-
-    Returns
-    -------
-    y : array, of the shape and dtype of x
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`.
+    """...
 
     Examples
     --------
@@ -158,6 +118,7 @@ def normalize(
     return _normalize(problem, inputs, Moments.given(mean, var))
 
 
+@documented()
 def batch_statistics(
     x: ArrayLike,
     *,
@@ -166,22 +127,7 @@ def batch_statistics(
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
 ) -> Statistics:
-    """Count, mean and population variance of each feature.
-
-    Parameters
-    ----------
-    x, axis, mask, axis_name, axis_index_groups
-        As in `batch_norm`.
-
-    Returns
-    -------
-    Statistics
-        In float32, for float64 in float64, of the feature shape. Of an empty x: zeros.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`; but one element a feature will do.
+    """...
 
     Examples
     --------
@@ -195,6 +141,7 @@ def batch_statistics(
     return _batch_statistics(problem, devices(axis_name, axis_index_groups), inputs)
 
 
+@documented()
 def update_running(
     mean: ArrayLike,
     var: ArrayLike,
@@ -203,29 +150,14 @@ def update_running(
     rate: float,
     correction: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Move running statistics towards those of a batch.
-
-    ``new = (1 - rate) * old + rate * batch``; the variance of the batch is first multiplied by
-    ``count / (count - correction)``. A feature of which the batch has no more than `correction`
-    elements stays as it was.
+    """...
 
     Parameters
     ----------
-    mean, var : array of the feature shape
-    statistics : Statistics
     rate : float within [0, 1]
         The weight of the new value. Flax calls ``1 - rate`` momentum.
     correction : 0 or 1
         0 for the population variance, as Flax keeps it; 1 for the unbiased variance.
-
-    Returns
-    -------
-    mean, var : array, of the dtypes that came
-
-    Raises
-    ------
-    TypeError, ValueError
-        If rate or correction is out of range, or a shape differs from the statistics'.
 
     Examples
     --------
@@ -276,8 +208,10 @@ def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
     moments = Moments(*stages.statistics(problem, Inputs(x, weights=weights)))
     if weights is not None:
         wrong = jnp.any(~(weights >= 0), axis=reduced_axes(problem.features, x.ndim))
-        count, var = (jnp.where(wrong, math.nan, each) for each in (moments.count, moments.var))
-        moments = moments._replace(count=count, var=var)
+        moments = moments._replace(
+            count=jnp.where(wrong, math.nan, moments.count),  # type: ignore[arg-type]  # not None
+            var=jnp.where(wrong, math.nan, moments.var),
+        )
     if devices.axis_name is None:
         return moments
     return pooled(moments, devices.sum, jax.lax.stop_gradient)
