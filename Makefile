@@ -25,7 +25,8 @@ $(VENV)/%: $(SOURCES) | $(IN_VENV)python
 PRINT_SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(OLDEST)/ready: Makefile pyproject.toml | $(IN_VENV)python
 	$(PYTHON) -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet "jax==0.6.2; python_version < '3.14'" flax
+	$(OLDEST)/bin/pip install --quiet "jax==0.6.2; python_version < '3.14'" \
+	  "jax==0.7.1; python_version >= '3.14'" flax
 	$(IN_VENV)python $(PRINT_SITE) > "$$($(OLDEST)/bin/python $(PRINT_SITE))/all_else.pth"
 	@touch $@
 
@@ -35,7 +36,8 @@ demo: $(VENV)/demo ## Train a network on handwritten digits in MLX and in JAX; w
 test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its oldest version, too.
 	$(IN_VENV)python -m pytest
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -k "jax or flax_nn" \
-	  tests/test_doors.py tests/test_jax.py tests/test_jax_devices.py tests/flax_nn
+	  tests/test_doors.py tests/test_jax.py tests/test_jax_compat.py tests/test_jax_devices.py \
+	  tests/flax_nn
 
 lint: $(VENV)/dev ## Check formatting, types, style and who imports whom.
 	$(IN_VENV)ruff format --check .

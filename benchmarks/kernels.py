@@ -18,8 +18,8 @@ import numpy as np
 from measure import LAST, THREADS, Work
 
 import batchnorm
-from batchnorm.native import _cpu
-from batchnorm.numpy import _address, _addresses, _Call, batch_norm
+from batchnorm.native import kernels as native
+from batchnorm.numpy import batch_norm
 
 # From 0.8 MB to 1.6 GB.
 SIZES = [Work((n, 64, 56, 56)) for n in (1, 8, 128, 512, 2048)]
@@ -59,29 +59,34 @@ def forward_and_backward(
     def normal() -> np.ndarray:
         return aligned(random.standard_normal(shape, np.float32).astype(dtype))
 
-    x, dy, y, dx = normal(), normal(), normal(), normal()
-    added, dadded = (normal(), normal()) if residual else (None, None)
+    def bits(array: np.ndarray) -> np.ndarray:  # of bfloat16, which has no buffer
+        return array.view(np.uint16) if array.dtype.kind == "V" else array
+
+    x, dy, y, dx = (bits(normal()) for _ in range(4))
+    features = (axis % len(shape),)
+    inputs: dict[str, Any] = {"x": x, "features": features, "eps": 1e-5, "activation": activation}
+    inputs |= {"scale": np.ones(shape[axis]), "bias": np.zeros(shape[axis]), "team": team()}
+    statistics, sums = np.empty((3, shape[axis])), np.empty((2, shape[axis]))
+    gradients = {"dy": dy, "dx": dx, "dscale": sums[1], "dbias": sums[0]}
+    if residual:
+        inputs["residual"], gradients["dresidual"] = bits(normal()), bits(normal())
     weights = None
     if mask:
-        weights = random.random([s if i != axis % len(shape) else 1 for i, s in enumerate(shape)])
-        weights = weights < 0.8
-    scale, bias = np.ones(shape[axis]), np.zeros(shape[axis])
-    call = _Call(x, scale, bias, axis, 1e-5, weights, added, activation)
-    statistics, _ = call.new_statistics()
-    sums = np.empty((2, shape[axis]))
-    problem, moments = (*call.native_arguments()[:-1], team()), _addresses(statistics)
-    held = (call, statistics, sums, dy, y, dx, dadded)  # as long as their addresses are in use
-    gradients = (_address(dy), *_addresses(sums), _address(dx), _address(dadded))
-    to = _address(y)
+        weights = random.random([s if i not in features else 1 for i, s in enumerate(shape)])
+        weights = (weights < 0.8).astype(np.float64 if dtype == np.float64 else np.float32)
 
-    def forward() -> object:
-        return _cpu.batch_norm(*problem, *moments, to), held
+    def forward() -> None:
+        run(native.batch_norm, **inputs, weights=weights, statistics=statistics, y=y)
 
-    def backward() -> object:
-        return _cpu.batch_norm_gradients(*problem, *moments, *gradients)
+    def backward() -> None:
+        kernel = native.batch_norm_gradients
+        run(kernel, **inputs, weights=weights, statistics=statistics, **gradients)
 
-    def evaluation() -> object:
-        return _cpu.normalize(*problem, _cpu.DTYPES["float64"], *moments[1:], to)
+    def evaluation() -> None:
+        run(native.normalize, **inputs, mean=statistics[1], var=statistics[2], y=y)
+
+    def run(kernel: Callable[..., str | None], **operands: Any) -> None:
+        assert kernel(**operands) is None
 
     forward()
     return {"forward": forward, "backward": backward, "evaluation": evaluation}, x
@@ -92,10 +97,10 @@ def compiled_onednn() -> ctypes.CDLL | None:
     return measure.library("onednn", "benchmarks/onednn.cc", link="dnnl")
 
 
-def team() -> int:
-    """See csrc/system/parallel.h; 0 without oneDNN."""
-    start_region = getattr(compiled_onednn(), "GOMP_parallel", None)
-    return ctypes.cast(start_region, ctypes.c_void_p).value or 0
+def team() -> Any:
+    """See csrc/system/parallel.h; None without oneDNN."""
+    compiled_onednn()
+    return native.team(str(measure.library_path("onednn")))
 
 
 def onednn(each: Work, layout: str) -> dict[str, Callable[[], object]]:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -112,11 +113,14 @@ def work(quick: bool) -> Iterator[tuple[Work, str]]:
                 yield each, layout
 
 
+def library_path(name: str) -> Path:
+    return Path(__file__).parent.parent / "build" / "benchmarks" / f"{name}.so"
+
+
 @cache
 def library(name: str, *sources: str, link: str | None = None) -> ctypes.CDLL | None:
     """C++ files of the project, compiled for this machine; None where that fails."""
-    root = Path(__file__).parent.parent
-    path = root / "build" / "benchmarks" / f"{name}.so"
+    root, path = Path(__file__).parent.parent, library_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-std=c++17", "-shared"]
     command += ["-fPIC", "-pthread", f"-I{root / 'csrc'}", *(str(root / each) for each in sources)]
@@ -125,10 +129,10 @@ def library(name: str, *sources: str, link: str | None = None) -> ctypes.CDLL | 
     return ctypes.CDLL(str(path)) if finished.returncode == 0 else None
 
 
-def copies_of(x: np.ndarray, threads: int = THREADS, team: int = 0) -> Calls:
+def copies_of(x: np.ndarray, threads: int = THREADS, team: Any = None) -> Calls:
     """Two ways to copy x, into memory that has been written to: the faster is the unit.
 
-    `team`: see csrc/system/parallel.h.
+    `team`: as the kernels take it.
     """
     compiled = library("copy", "benchmarks/copy.cc", "csrc/system/parallel.cc")
     assert compiled is not None, "benchmarks need a C++ compiler"
@@ -136,9 +140,17 @@ def copies_of(x: np.ndarray, threads: int = THREADS, team: int = 0) -> Calls:
     y = np.ones_like(bits)
     to, source, size = y.ctypes.data, bits.ctypes.data, ctypes.c_int64(x.nbytes)
     pointers = ctypes.c_void_p(to), ctypes.c_void_p(source)
+    start = None
+    if team is not None:
+        pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer_of.restype, pointer_of.argtypes = (
+            ctypes.c_void_p,
+            [ctypes.py_object, ctypes.c_char_p],
+        )
+        start = ctypes.c_void_p(pointer_of(team, b"batchnorm.team"))
 
     def copy(past_the_cache: int) -> object:
-        compiled.copy(*pointers, size, threads, past_the_cache, ctypes.c_void_p(team))
+        compiled.copy(*pointers, size, threads, past_the_cache, start)
         return x, y
 
     return {COPY: lambda: copy(0), COPY_PAST_CACHE: lambda: copy(1)}

@@ -1,5 +1,7 @@
 """Time batchnorm.torch's layers beside torch.nn's, and beside torch.nn's under torch.compile."""
 
+from pathlib import Path
+
 import measure
 import numpy as np
 import torch
@@ -7,7 +9,9 @@ from measure import LAST, Work
 
 import batchnorm
 import batchnorm.torch
-from batchnorm.torch._stages import _TEAM
+from batchnorm.native import kernels
+
+TEAM = kernels.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
 
 
 def calls(each: Work, layout: str, backward: bool, activation: str | None) -> measure.Calls:
@@ -35,7 +39,7 @@ def calls(each: Work, layout: str, backward: bool, activation: str | None) -> me
         "batchnorm.torch": lambda: ours_or_theirs(ours),
         "torch.nn": lambda: ours_or_theirs(theirs),
         "torch.nn, compiled": lambda: ours_or_theirs(compiled),
-        **measure.copies_of(x.detach().numpy(), team=_TEAM),
+        **measure.copies_of(x.detach().numpy(), team=TEAM),
     }
 
 

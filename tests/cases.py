@@ -1,6 +1,8 @@
-"""The inputs, good and bad, that every door is given: one table each."""
+"""The inputs, good, hard and bad, that every door is given: one table each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,6 +75,70 @@ GOOD = [
     Good("residual and relu", (4, 6, 5, 3), 1, residual=True, activation="relu"),
     Good("all at once", (8, 7, 5), -1, mask="weights 1", residual=True, activation="silu"),
 ]
+
+
+@dataclass(frozen=True)
+class Hard:
+    """An input on which an obvious way to compute fails, and within how much of the truth y is.
+
+    `rows` is how many there have to be to show it.
+    """
+
+    name: str
+    values: Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
+    tolerance: float
+    rows: int = 1_000_000
+    dtype: str = "float32"
+    eps: float = 1e-5
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cache  # noqa: B019, of module constants alone
+    def x(self, rows=None, features=2):
+        """x, of the shape (rows, features), to be read only."""
+        random = np.random.default_rng(0)
+        x = self.values(random, (rows or self.rows, features)).astype(self.dtype)
+        x.flags.writeable = False
+        return x
+
+
+def _large_mean(random, shape):
+    """The means lie between two floats."""
+    return 1e4 + 3e-4 * np.arange(shape[1]) + 0.01 * random.standard_normal(shape)
+
+
+def _outlier_first(random, shape):
+    """A first element far off is a bad pivot, if one relies on it."""
+    x = random.standard_normal(shape)
+    x[0] = 1e4
+    return x
+
+
+LARGE_MEAN = Hard("large mean", _large_mean, tolerance=5e-3)
+CONSTANT = Hard("constant", lambda _, shape: np.full(shape, 1234.567), tolerance=1e-3)
+HUGE = Hard("huge", lambda random, shape: 1e30 * random.standard_normal(shape), tolerance=1e-3)
+FAR_FLOAT16 = Hard(
+    "float16 far from 0",
+    lambda random, shape: random.uniform(300, 400, shape),
+    tolerance=2e-3,
+    dtype="float16",
+)
+LARGE_FLOAT16 = Hard(
+    "float16 whose squares overflow",
+    lambda random, shape: 300 * random.standard_normal(shape),
+    tolerance=3e-3,
+    dtype="float16",
+)
+OUTLIER_FIRST = Hard("outlier first", _outlier_first, tolerance=1.5e-3, rows=100_000)
+SMALL = Hard(
+    "small",
+    lambda random, shape: 1e-12 * random.standard_normal(shape),
+    tolerance=1e-4,
+    rows=1000,
+    eps=1e-30,
+)
+HARD = [LARGE_MEAN, CONSTANT, HUGE, FAR_FLOAT16, LARGE_FLOAT16, OUTLIER_FIRST, SMALL]
 
 
 def _x(*shape, dtype=np.float32):
@@ -204,6 +270,18 @@ BAD = [
         arrays=(np.ones(4, np.complex64),),
     ),
     Bad(
+        "scale integers",
+        TypeError,
+        "scale must be an array of real floating-point .*int32",
+        arrays=(np.ones(4, np.int32),),
+    ),
+    Bad(
+        "bias bools",
+        TypeError,
+        "bias must be an array of real floating-point .*bool",
+        arrays=(_x(4), np.ones(4, bool)),
+    ),
+    Bad(
         "mask does not broadcast",
         ValueError,
         r"mask must broadcast to the shape \(6, 4\) of x, but its shape is \(5, 1\)",
@@ -264,6 +342,20 @@ BAD = [
         ValueError,
         r"mean must have the feature shape \(4,\)",
         arrays=(_x(3), _x(4)),
+        function="normalize",
+    ),
+    Bad(
+        "mean integers",
+        TypeError,
+        "mean must be an array of real floating-point .*int32",
+        arrays=(np.ones(4, np.int32), _x(4)),
+        function="normalize",
+    ),
+    Bad(
+        "var complex",
+        TypeError,
+        "var must be an array of real floating-point .*complex64",
+        arrays=(_x(4), np.ones(4, np.complex64)),
         function="normalize",
     ),
     Bad(

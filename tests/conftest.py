@@ -1,7 +1,21 @@
 import pytest
-from doors import DOORS, Door
+from doors import DOORS, without_native
 
 
-@pytest.fixture(params=DOORS, ids=lambda door: door.name)
-def door(request: pytest.FixtureRequest) -> Door:
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of a door runs through all of them; one of a dtype, too, in all that a door has."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "door" not in metafunc.fixturenames or "door" in named:
+        return
+    if "dtype" in metafunc.fixturenames and "dtype" not in named:
+        pairs = [(door, dtype) for door in DOORS for dtype in door.dtypes]
+        names = [f"{door.name}-{dtype}" for door, dtype in pairs]
+        metafunc.parametrize(("door", "dtype"), pairs, ids=names)
+    else:
+        metafunc.parametrize("door", DOORS, ids=[door.name for door in DOORS])
+
+
+@pytest.fixture(name="without_native")
+def _without_native():
+    with without_native():
+        yield

@@ -5,8 +5,8 @@ into its framework's and back, and names what differs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,15 +16,23 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import torch
+from compare import as_numpy
 
 import batchnorm.jax
 import batchnorm.mlx
+import batchnorm.native
 import batchnorm.numpy
 import batchnorm.torch
-from batchnorm.torch import _stages as torch_stages
 
 FLOAT64, FLOAT32, FLOAT16 = np.dtype("float64"), np.dtype("float32"), np.dtype("float16")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@contextmanager
+def without_native():
+    """As it is where no native module was built: for what is called, and lowered, meanwhile."""
+    with patch.object(batchnorm.native, "kernels", None):
+        yield
 
 
 @dataclass
@@ -34,18 +42,23 @@ class Door:
     Attributes
     ----------
     functions : the module or object with batch_norm, normalize, batch_statistics, update_running
-    array, numpy : to the framework's array, and back
+    array : to the framework's array
+    numpy : back
     gradients : (function, dy, arrays) -> the gradients of sum(function(*arrays) * dy)
     looks_at_values : whether bad values, and not only shapes and dtypes, are found
+    native : whether native kernels may serve
     """
 
     name: str
     functions: Any
     array: Callable[[Any], Any]
-    numpy: Callable[[Any], np.ndarray]
     gradients: Callable[..., list[np.ndarray]]
     dtypes: tuple[np.dtype, ...] = (FLOAT32, FLOAT16, BFLOAT16)
     looks_at_values: bool = False
+    native: bool = True
+
+    def numpy(self, array) -> np.ndarray:
+        return as_numpy(array)
 
     def batch_norm(self, x, scale=None, bias=None, **keywords):
         y, statistics = self.call("batch_norm", x, scale, bias, **keywords)
@@ -58,13 +71,18 @@ class Door:
         statistics = self.call("batch_statistics", x, **keywords)
         return type(statistics)(*map(self.numpy, statistics))
 
+    def update_running(self, mean, var, statistics, **keywords):
+        with self.kernels():
+            return self.functions.update_running(mean, var, statistics, **keywords)
+
     def call(self, function, *arrays, **keywords):
         """`function` of this door with NumPy arrays, its result in the framework's arrays."""
         for name in ("mask", "residual"):
             if keywords.get(name) is not None:
                 keywords[name] = self.array(keywords[name])
         arrays = [None if array is None else self.array(array) for array in arrays]
-        return getattr(self.functions, function)(*arrays, **keywords)
+        with self.kernels():
+            return getattr(self.functions, function)(*arrays, **keywords)
 
     def batch_norm_gradients(self, dy, x, scale, bias, *, residual=None, **keywords):
         """Gradients of sum(batch_norm(...)[0] * dy), as a dict by the argument's name."""
@@ -72,7 +90,11 @@ class Door:
         arrays = {name: value for name, value in arrays.items() if value is not None}
         if "mask" in keywords and keywords["mask"] is not None:
             keywords["mask"] = self.array(keywords["mask"])
-        return self.gradients(self, dy, arrays, keywords)
+        with self.kernels():
+            return self.gradients(self, dy, arrays, keywords)
+
+    def kernels(self):
+        return nullcontext() if self.native else without_native()
 
 
 def _numpy_gradients(door, dy, arrays, keywords):
@@ -85,34 +107,11 @@ def _numpy_gradients(door, dy, arrays, keywords):
     return {name: getattr(gradients, name) for name in arrays}
 
 
-class _WithoutNative:
-    """batchnorm.numpy as it is where no native module was built."""
-
-    def __getattr__(self, name):
-        function = getattr(batchnorm.numpy, name)
-
-        def without_native(*arguments, **keywords):
-            code = batchnorm.numpy._code
-            batchnorm.numpy._code = lambda dtype: None
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                batchnorm.numpy._code = code
-
-        return without_native
-
-
 def _mlx_array(value):
     value = np.asarray(value)
     if value.dtype == BFLOAT16:
         return mx.array(value.astype(np.float32)).astype(mx.bfloat16)
     return mx.array(value.astype(np.float32) if value.dtype == np.float64 else value)
-
-
-def _mlx_numpy(array):
-    if array.dtype == mx.bfloat16:
-        return np.array(array.astype(mx.float32)).astype(BFLOAT16)
-    return np.array(array)
 
 
 def _mlx_gradients(door, dy, arrays, keywords):
@@ -151,12 +150,6 @@ def _torch_array(value):
     return torch.from_numpy(value)
 
 
-def _torch_numpy(tensor):
-    if tensor.dtype == torch.bfloat16:
-        return tensor.detach().view(torch.uint16).numpy().view(BFLOAT16)
-    return tensor.detach().numpy()
-
-
 def _torch_gradients(door, dy, arrays, keywords):
     if arrays["x"].dtype == FLOAT64:  # A gradient is no wider than its parameter.
         arrays = {name: value.astype(FLOAT64) for name, value in arrays.items()}
@@ -166,68 +159,38 @@ def _torch_gradients(door, dy, arrays, keywords):
     return {name: door.numpy(g) for name, g in zip(arrays, gradients, strict=True)}
 
 
-def _torch_without_native(function):
-    """As it is on other devices than the CPU."""
-
-    def without_native(*arguments, **keywords):
-        with patch.object(torch_stages, "_CODES", {}):
-            return function(*arguments, **keywords)
-
-    return without_native
-
-
+NUMPY = Door(
+    name="numpy",
+    functions=batchnorm.numpy,
+    array=np.asarray,
+    gradients=_numpy_gradients,
+    dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
+    looks_at_values=True,
+)
+MLX = Door(
+    name="mlx",
+    functions=batchnorm.mlx,
+    array=_mlx_array,
+    gradients=_mlx_gradients,
+)
+JAX = Door(
+    name="jax",
+    functions=batchnorm.jax,
+    array=_jax_array,
+    gradients=_jax_gradients,
+)
+TORCH = Door(
+    name="torch",
+    functions=batchnorm.torch,
+    array=_torch_array,
+    gradients=_torch_gradients,
+    dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
+)
 DOORS = [
-    Door(
-        name="numpy",
-        functions=batchnorm.numpy,
-        array=np.asarray,
-        numpy=np.asarray,
-        gradients=_numpy_gradients,
-        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
-        looks_at_values=True,
-    ),
-    Door(
-        name="numpy-without-native",
-        functions=_WithoutNative(),
-        array=np.asarray,
-        numpy=np.asarray,
-        gradients=_numpy_gradients,
-        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
-        looks_at_values=True,
-    ),
-    Door(
-        name="mlx",
-        functions=batchnorm.mlx,
-        array=_mlx_array,
-        numpy=_mlx_numpy,
-        gradients=_mlx_gradients,
-    ),
-    Door(
-        name="jax",
-        functions=batchnorm.jax,
-        array=_jax_array,
-        numpy=np.asarray,
-        gradients=_jax_gradients,
-    ),
-    Door(
-        name="torch",
-        functions=batchnorm.torch,
-        array=_torch_array,
-        numpy=_torch_numpy,
-        gradients=_torch_gradients,
-        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
-    ),
-    Door(
-        name="torch-without-native",
-        functions=SimpleNamespace(
-            **{
-                name: _torch_without_native(getattr(batchnorm.torch, name))
-                for name in ("batch_norm", "normalize", "batch_statistics", "update_running")
-            }
-        ),
-        array=_torch_array,
-        numpy=_torch_numpy,
-        gradients=_torch_without_native(_torch_gradients),
-        dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
-    ),
+    NUMPY,
+    replace(NUMPY, name="numpy-without-native", native=False),
+    MLX,
+    JAX,
+    TORCH,
+    replace(TORCH, name="torch-without-native", native=False),
 ]

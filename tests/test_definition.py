@@ -18,6 +18,7 @@ import pytest
 import torch
 import truth
 from cases import GOOD, Good
+from compare import close
 from onnx.backend.test.case.node import _NodeTestCases, batch_normalization  # noqa: F401
 
 from batchnorm import definition
@@ -213,7 +214,7 @@ def nhwc():
 
 def assert_near(*pairs):
     for got, wanted in pairs:
-        np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=1e-4, atol=1e-5)
+        close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_against_torch(nhwc):

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import truth
+from cases import HARD, HUGE, LARGE_FLOAT16
+from compare import close
 from mlx.utils import tree_flatten
 
 from batchnorm.mlx import (
@@ -45,12 +47,6 @@ def layer_with_parameters(num_features, **options):
     layer = BatchNorm(num_features, **options)
     layer.weight, layer.bias = normal(num_features), normal(num_features)
     return layer
-
-
-def close(actual, expected, rtol=1e-5, atol=1e-5):
-    if isinstance(actual, mx.array):
-        actual = actual.astype(mx.float32)
-    np.testing.assert_allclose(np.array(actual), np.array(expected), rtol, atol)
 
 
 def operations(*arrays, path):
@@ -257,8 +253,19 @@ def test_an_empty_batch_changes_nothing():
 
 
 @pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("hard", HARD, ids=str)
+def test_hard_inputs(hard):
+    x = hard.x(2000)
+    expected = truth.batch_norm(x, eps=hard.eps)
+    layer = BatchNorm(2, eps=hard.eps)
+    close(layer(mx.array(x)), expected.y, atol=min(hard.tolerance, 1e-3), rtol=0)
+    if hard is not HUGE:  # A variance of 1e60 is no float32.
+        assert mx.isfinite(layer.running_var).all()
+
+
+@pytest.mark.usefixtures("any_size")
 def test_float32_whose_squares_overflow():
-    x = 1e30 * normal(2000, 2)
+    x = mx.array(HUGE.x(2000))
     close(BatchNorm(2)(x), truth.batch_norm(x).y)
     gradient = mx.grad(lambda x: (batch_norm(x)[0] ** 3).sum())(x)
     expected = truth.batch_norm_gradients(3 * truth.batch_norm(x).y ** 2, x)["x"]
@@ -268,7 +275,7 @@ def test_float32_whose_squares_overflow():
 @pytest.mark.usefixtures("any_size")
 def test_float16_whose_squares_overflow():
     layer = BatchNorm(2)
-    x = (300 * normal(1000, 2)).astype(mx.float16)
+    x = mx.array(LARGE_FLOAT16.x(1000))
     close(layer(x), truth.batch_norm(x).y, atol=1e-4)
     assert mx.isfinite(layer.running_var).all()
 

@@ -1,46 +1,49 @@
 """The native core: that it serves, on any number of threads, from many at once, after a fork."""
 
+import ast
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import truth
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import batchnorm
 import batchnorm.numpy as bn
+import batchnorm.torch  # noqa: F401  # which registers its tensors
 from batchnorm import native
-from batchnorm.torch import _stages as torch_stages
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def _threads():
-    before = native._cpu.num_threads()
+    before = native.kernels.num_threads()
     yield
     batchnorm.set_num_threads(before)
 
 
 def test_native_kernels_serve():
     """The suite means nothing about the kernels where they were not built."""
-    assert native._cpu is not None, batchnorm.native_status()
+    assert native.kernels is not None, batchnorm.native_status()
     assert batchnorm.native_status().startswith("Native kernels serve, with ")
 
 
 def test_status_names_the_number_of_threads():
     batchnorm.set_num_threads(1)
-    assert batchnorm.native_status().endswith("up to 1 thread.")
+    assert "and up to 1 thread. NumPy: served." in batchnorm.native_status()
     batchnorm.set_num_threads(3)
-    assert batchnorm.native_status().endswith("up to 3 threads.")
+    assert "and up to 3 threads. NumPy: served." in batchnorm.native_status()
 
 
 @pytest.mark.parametrize(
@@ -55,10 +58,10 @@ def test_status_names_the_number_of_threads():
     ],
 )
 def test_set_num_threads_refuses(threads, error, message):
-    before = native._cpu.num_threads()
+    before = native.kernels.num_threads()
     with pytest.raises(error, match=message):
         batchnorm.set_num_threads(threads)
-    assert native._cpu.num_threads() == before
+    assert native.kernels.num_threads() == before
 
 
 SHAPES = [
@@ -188,7 +191,7 @@ sys.meta_path = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name
 def without_native(tmp_path):
     """A folder with the package as it is after an installation without a compiler."""
     package = Path(batchnorm.__file__).parent
-    ignored = shutil.ignore_patterns("_cpu*", "__pycache__")
+    ignored = shutil.ignore_patterns("_cpu.*so", "__pycache__")
     shutil.copytree(package, tmp_path / "batchnorm", ignore=ignored)
     return tmp_path
 
@@ -206,7 +209,7 @@ assert np.allclose(y, [[-1, -1], [1, 1]], atol=1e-4) and y.dtype == np.float32
 
 
 def test_a_broken_native_module_is_an_error(without_native):
-    (without_native / "batchnorm" / "_cpu.abi3.so").write_bytes(b"not a library")
+    (without_native / "batchnorm" / "native" / "_cpu.abi3.so").write_bytes(b"not a library")
     result = run_beside(without_native, "import batchnorm")
     assert result.returncode != 0
     assert "ImportError" in result.stderr
@@ -218,7 +221,7 @@ import sys, batchnorm
 loaded = {"jax", "flax", "torch", "mlx", "onnx", "tensorflow"} & set(sys.modules)
 assert not loaded, loaded
 doors = {name for name in sys.modules if name.startswith("batchnorm.")}
-assert doors <= {"batchnorm.native", "batchnorm._cpu"}, doors
+assert doors <= {"batchnorm.native", "batchnorm.native._cpu"}, doors
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
@@ -229,7 +232,7 @@ assert doors <= {"batchnorm.native", "batchnorm._cpu"}, doors
 @pytest.fixture(params=native.instruction_sets())
 def level(request):
     """Each instruction set of this machine in turn."""
-    before = native._cpu.instruction_set()
+    before = native.kernels.instruction_set()
     native.set_instruction_set(request.param)
     yield request.param
     native.set_instruction_set(before)
@@ -238,27 +241,27 @@ def level(request):
 @pytest.fixture(params=["within the cache", "beyond the cache"])
 def reach(request):
     """Small tensors on their own way, and on the way of tensors that the cache does not hold."""
-    before = native._cpu.last_level_cache_bytes()
+    before = native.kernels.last_level_cache_bytes()
     if request.param == "beyond the cache":
-        native._cpu.set_last_level_cache_bytes(0)
+        native.kernels.set_last_level_cache_bytes(0)
     yield request.param
-    native._cpu.set_last_level_cache_bytes(before)
+    native.kernels.set_last_level_cache_bytes(before)
 
 
 def test_the_widest_instruction_set_serves():
-    assert native.instruction_sets()[0] == native._cpu.instruction_set()
+    assert native.instruction_sets()[0] == native.kernels.instruction_set()
     assert native.instruction_sets()[0] in batchnorm.native_status()
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():
-    before = native._cpu.instruction_set()
+    before = native.kernels.instruction_set()
     with pytest.raises(ValueError, match=r"of this machine .* but got 'AVX-1024'"):
         native.set_instruction_set("AVX-1024")
-    assert native._cpu.instruction_set() == before
+    assert native.kernels.instruction_set() == before
 
 
 def test_a_level_is_used_once_it_is_set(level):
-    assert native._cpu.instruction_set() == level
+    assert native.kernels.instruction_set() == level
     assert level in batchnorm.native_status()
 
 
@@ -300,14 +303,14 @@ def test_blocks_of_channels(channels, threads, cache):
     shape = (6, channels, 400)
     x, dy = random.normal(size=(2, *shape)).astype(np.float32)
     scale, bias = random.normal(size=(2, channels))
-    before = native._cpu.last_level_cache_bytes(), native._cpu.num_threads()
-    native._cpu.set_last_level_cache_bytes(cache)
+    before = native.kernels.last_level_cache_bytes(), native.kernels.num_threads()
+    native.kernels.set_last_level_cache_bytes(cache)
     native.set_num_threads(threads)
     try:
         y, statistics = bn.batch_norm(x, scale, bias, axis=1)
         gradients = bn.batch_norm_gradients(dy, x, statistics, scale, bias, axis=1)
     finally:
-        native._cpu.set_last_level_cache_bytes(before[0])
+        native.kernels.set_last_level_cache_bytes(before[0])
         native.set_num_threads(before[1])
     wanted = truth.batch_norm(x, scale, bias, axis=1)
     wanted_gradients = truth.batch_norm_gradients(dy, x, scale, bias, axis=1)
@@ -405,29 +408,448 @@ def test_levels_follow_activations_to_their_ends(level, dtype, activation):
 
 
 @st.composite
-def dense_arrays(draw):
-    """An array without gaps, its axes in any order in memory, and its feature axes."""
+def arrays_in_memory(draw):
+    """An array, often without gaps, its axes in any order in memory; and its feature axes."""
     sizes = draw(st.lists(st.integers(1, 3), min_size=2, max_size=5))
     axes = list(range(len(sizes)))
     order = draw(st.permutations(axes))
-    array = np.zeros([sizes[axis] for axis in order]).transpose(np.argsort(order))
+    gap = draw(st.sampled_from([0, 0, 0, 1]))
+    memory = np.zeros([sizes[axis] + gap for axis in order])
+    array = memory[tuple(slice(sizes[axis]) for axis in order)].transpose(np.argsort(order))
+    if draw(st.integers(0, 9)) == 0:
+        array = np.flip(array, draw(st.sampled_from(axes)))
     features = draw(st.sets(st.sampled_from(axes), min_size=1, max_size=len(axes) - 1))
     return array, tuple(sorted(features))
 
 
-@given(dense_arrays())
-def test_numpy_and_torch_see_the_same_layout(case):
-    """NumPy's door has one less often: not where axes of size 1 lie between the feature axes.
-
-    Of one channel, outer and inner may be told apart in two ways.
-    """
+@settings(max_examples=500)
+@given(arrays_in_memory())
+def test_layout_is_where_the_elements_are(case):
+    """[outer, channels, inner] in C order has an element of each channel where the array has it."""
     x, features = case
-    call = bn._Call(x, None, None, features, 1e-5, None, None, None)
-    strides = tuple(stride // x.itemsize for stride in x.strides)
-    layout = torch_stages._layout(x.shape, strides, features)
-    if call.native:
-        assert layout is not None
-        outer, channels, inner = call.shape
-        assert channels == layout.channels
-        assert outer * inner == layout.outer * layout.inner
-        assert channels == 1 or inner == layout.inner
+    strides = [stride // x.itemsize for stride in x.strides]
+    layout = native.kernels.layout(x.shape, features, strides)
+    shape = [x.shape[axis] for axis in features]
+    channel_at = {}
+    for index in np.ndindex(x.shape):
+        offset = sum(i * stride for i, stride in zip(index, strides, strict=True))
+        channel_at[offset] = np.ravel_multi_index([index[axis] for axis in features], shape)
+    offsets = range(x.size)
+    channels = math.prod(shape)
+    in_memory = [channel_at.get(offset) for offset in offsets]
+    possible = [
+        (outer, channels, x.size // channels // outer)
+        for outer in range(1, x.size // channels + 1)
+        if x.size // channels % outer == 0
+    ]
+    fitting = [
+        each
+        for each in possible
+        if in_memory == [offset // each[2] % channels for offset in offsets]
+    ]
+    assert layout in fitting if fitting else layout is None
+
+
+def test_layout_of_no_elements_and_in_c_order():
+    assert native.kernels.layout((0, 3), (1,)) == (0, 3, 1)
+    assert native.kernels.layout((4, 3, 0), (1,), (7, -1, 0)) == (0, 3, 1)
+    assert native.kernels.layout((2, 3, 4), (1,)) == (2, 3, 4)
+    assert native.kernels.layout(features=(0, 2), shape=(2, 3, 4)) is None
+    assert native.kernels.layout([2] * 40, (1,)) is None
+    with pytest.raises(ValueError, match="of the same rank"):
+        native.kernels.layout((2, 3), (2,))
+    with pytest.raises(ValueError, match="of the same rank"):
+        native.kernels.layout((2, 3), (1,), (1,))
+    with pytest.raises(ValueError, match=r"features must ascend .* got \(1, 0\)"):
+        native.kernels.layout((2, 3), (1, 0))
+
+
+# ---- the boundary: each operand of each function
+
+KINDS = ["NumPy", "PyTorch"]
+N, C = 6, 4
+
+
+def operands(kernel: str, kind: str = "NumPy") -> dict[str, Any]:
+    """All that a kernel takes, for float32 x of shape (6, 4)."""
+    random = np.random.default_rng(0)
+
+    def array(*shape, dtype=np.float32):
+        values = np.array(random.random(shape) + 1, dtype)
+        return values if kind == "NumPy" else torch.from_numpy(values)
+
+    like_x = {name: array(N, C) for name in ("x", "residual", "dy", "y", "dx", "dresidual")}
+    vectors = ("scale", "bias", "mean", "var", "dscale", "dbias", "running_mean", "running_var")
+    rows = {"statistics": array(3, C, dtype=np.float64), "sums": array(2, C, dtype=np.float64)}
+    numbers = {"eps": 1e-5, "activation": "relu", "rate": 0.5, "correction": 1.0, "team": None}
+    everything = {
+        **like_x,
+        **{name: array(C) for name in vectors},
+        **rows,
+        **numbers,
+        "weights": array(N, 1),
+        "batches": array(dtype=np.int64),
+        "features": (1,),
+    }
+    return {name: everything[name] for name in NAMES[kernel]}
+
+
+STATED = ast.parse((Path(native.__file__).parent / "_cpu.pyi").read_text())
+NAMES = {
+    function.name: [
+        each.arg
+        for each in function.args.kwonlyargs
+        if not (each.arg in ("mean", "var") and "gradient" in function.name)
+    ]
+    for function in STATED.body
+    if isinstance(function, ast.FunctionDef) and function.args.kwonlyargs
+}
+ARRAYS = [
+    (kernel, name)
+    for kernel, names in NAMES.items()
+    for name in names
+    if name not in ("features", "eps", "activation", "rate", "correction", "team")
+]
+OPTIONAL = {"scale", "bias", "residual", "weights", "dscale", "dbias", "dresidual", "batches"}
+WRITTEN = {"y", "dx", "dresidual", "dscale", "dbias", "running_mean", "running_var", "batches"}
+WRITTEN_BY = {"batch_norm": {"statistics"}, "statistics": {"statistics"}, "gradient_sums": {"sums"}}
+
+
+def run(kernel: str, arguments: dict[str, Any]) -> str | None:
+    return getattr(native.kernels, kernel)(**arguments)
+
+
+def values_of(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array.numpy()
+
+
+def copies(arguments: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        name: values_of(value).copy()
+        for name, value in arguments.items()
+        if type(value) in (np.ndarray, torch.Tensor)
+    }
+
+
+def unchanged(before: dict[str, np.ndarray], after: dict[str, Any]) -> bool:
+    return all(np.array_equal(values, values_of(after[name])) for name, values in before.items())
+
+
+def test_the_stub_states_the_module():
+    stated = {node.name for node in STATED.body if isinstance(node, ast.FunctionDef)}
+    stated |= {
+        node.target.id
+        for node in STATED.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    there = {name for name in dir(native.kernels) if not name.startswith("__")}
+    assert there == stated - {"Array", "Axes"}
+
+
+@pytest.mark.parametrize("kernel", NAMES)
+def test_the_stub_states_the_keywords(kernel):
+    for name in NAMES[kernel]:  # and what it states as optional may be left out
+        arguments = operands(kernel)
+        del arguments[name]
+        if (
+            name in OPTIONAL | {"activation", "rate", "team"} and kernel != "update_running"
+        ) or name == "batches":
+            assert run(kernel, arguments) is None
+        else:
+            with pytest.raises(TypeError, match="needs"):
+                run(kernel, arguments)
+    others = {name for names in NAMES.values() for name in names} - set(NAMES[kernel])
+    for name in others - {"mean", "var"} | {"X", "no_such"}:
+        with pytest.raises(TypeError, match=f"{kernel}\\(\\) has no argument '{name}'"):
+            run(kernel, {**operands(kernel), name: None})
+    with pytest.raises(TypeError, match="by keyword alone"):
+        getattr(native.kernels, kernel)(np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", NAMES)
+def test_a_call_of_the_boundary_serves(kernel, kind):
+    assert run(kernel, operands(kernel, kind)) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kernel", "name"), ARRAYS)
+def test_a_wrong_shape_is_an_error_by_name(kernel, name, kind):
+    """Of a tensor that was changed after it was checked, say."""
+    arguments = operands(kernel, kind)
+    shape = tuple(arguments[name].shape)
+    wrong = [(*shape, 2), (*shape[:-1], 5), (2, 3, 4)]
+    for each in wrong:
+        given = operands(kernel, kind)
+        zeros = np.zeros(each, values_of(given[name]).dtype)
+        given[name] = zeros if kind == "NumPy" else torch.from_numpy(zeros)
+        before = copies(given)
+        with pytest.raises(ValueError, match="must have the shape") as error:
+            run(kernel, given)
+        # x, or the statistics in its place, is what the others are compared with.
+        is_measure = name == ("statistics" if kernel == "update_running" else "x")
+        assert is_measure or str(error.value).startswith(name), error.value
+        assert unchanged(before, given)
+
+
+def spoilt(array: Any, how: str) -> Any:
+    """The same values in memory that a kernel can't use; None where there is no such thing."""
+    numpy = isinstance(array, np.ndarray)
+    values = array if numpy else array.numpy()
+    if how == "dtype":
+        changed = values.astype(np.int32)
+    elif how == "unaligned":
+        memory = np.zeros(values.nbytes + 1, np.uint8)
+        changed = memory[1:].view(values.dtype).reshape(values.shape)
+        changed[...] = values
+    elif how == "strided":
+        if values.ndim < 2:
+            return None
+        changed = np.repeat(values, 2, axis=0)[::2]
+    elif how == "backwards":
+        if not numpy or values.ndim < 2:
+            return None
+        changed = values[::-1].copy()[::-1]
+    elif how == "read-only":
+        if not numpy:
+            return None
+        changed = values.copy()
+        changed.flags.writeable = False
+    elif how == "list":
+        return values.tolist()
+    elif numpy:
+        return None
+    elif how == "meta":
+        return array.to("meta")
+    elif how == "zeros that are none":
+        zeros: Any = torch._efficientzerotensor  # noqa: SLF001  # what autograd makes of no gradient
+        return zeros(array.shape, dtype=array.dtype)
+    elif how == "freed":
+        array = array.clone()
+        array.untyped_storage().resize_(0)
+        return array
+    elif how == "subclass":
+        return array.as_subclass(Subclass)
+    elif how == "sparse":
+        return array.to_sparse() if array.ndim else None
+    return changed if numpy else torch.from_numpy(changed)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+HOWS = ["dtype", "unaligned", "strided", "backwards", "read-only", "list"]
+HOWS += ["meta", "zeros that are none", "freed", "subclass", "sparse"]
+SPOILT = [
+    (kernel, name, kind, how)
+    for kernel, name in ARRAYS
+    for kind in KINDS
+    for how in HOWS
+    if spoilt(operands(kernel, kind)[name], how) is not None
+]
+WRITTEN_ARRAYS = [
+    (kernel, name) for kernel, name in ARRAYS if name in WRITTEN | WRITTEN_BY.get(kernel, set())
+]
+
+
+@pytest.mark.parametrize(("kernel", "name", "kind", "how"), SPOILT)
+def test_what_cannot_be_used_is_named(kernel, name, kind, how):
+    arguments = operands(kernel, kind)
+    arguments[name] = spoilt(arguments[name], how)
+    before = copies({key: value for key, value in arguments.items() if key != name})
+    if how == "read-only" and (kernel, name) not in WRITTEN_ARRAYS:
+        assert run(kernel, arguments) is None
+    else:
+        named, is_unchanged = run(kernel, arguments), unchanged(before, arguments)
+        assert (named, is_unchanged) == (name, True)  # a freed tensor can't be printed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kernel", "name"), WRITTEN_ARRAYS)
+def test_an_output_may_not_share_memory(kernel, name, kind):
+    for other in operands(kernel, kind):
+        arguments = operands(kernel, kind)
+        if other == name or not hasattr(arguments[other], "shape"):
+            continue
+        one, two = values_of(arguments[name]), values_of(arguments[other])
+        memory = np.ones(one.nbytes + two.nbytes, np.uint8)
+        begin = (one.nbytes - 1) // 8 * 8  # the last word of the one is the first of the other
+        first = memory[: one.nbytes].view(one.dtype).reshape(one.shape)
+        second = memory[begin : begin + two.nbytes].view(two.dtype).reshape(two.shape)
+        first[...], second[...] = one, two
+        if kind == "PyTorch":
+            first, second = torch.from_numpy(first), torch.from_numpy(second)
+        arguments |= {name: first, other: second}
+        assert run(kernel, arguments) in (name, other), other
+
+
+@pytest.mark.parametrize("kernel", ["batch_norm", "normalize"])
+def test_y_may_be_x(kernel):
+    arguments = operands(kernel)
+    run(kernel, arguments)
+    wanted = arguments["y"]
+    arguments = operands(kernel)
+    arguments["y"] = arguments["x"]
+    assert run(kernel, arguments) is None
+    np.testing.assert_array_equal(arguments["x"], wanted)
+    memory = np.ones((N + 1, C), np.float32)
+    arguments.update(x=memory[1:], y=memory[:-1])
+    assert run(kernel, arguments) == "y"
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.uint16])
+@pytest.mark.parametrize("stride", [1, 2, -1])
+def test_values_of_a_feature_come_in_any_dtype_and_strides(dtype, stride):
+    """uint16 are the bits of a bfloat16."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(5, C)).astype(BFLOAT16).astype(np.float64)
+    wanted = operands("batch_norm")
+    wanted |= dict(
+        zip(("scale", "bias", "running_mean", "running_var"), values[1:].copy(), strict=True)
+    )
+    given = dict(wanted)
+    for name in ("scale", "bias", "running_mean", "running_var"):
+        narrow = wanted[name].astype(BFLOAT16 if dtype == np.uint16 else dtype).view(dtype)
+        memory = np.zeros(2 * C + 1, dtype)[:: 2 if stride == 2 else 1][:C][
+            :: -1 if stride < 0 else 1
+        ]
+        memory[...] = narrow
+        given[name] = memory
+    given["statistics"], given["y"] = np.zeros((3, C)), np.zeros((N, C), np.float32)
+    assert run("batch_norm", wanted) is None
+    assert run("batch_norm", given) is None
+    np.testing.assert_array_equal(given["y"], wanted["y"])
+    for name in ("running_mean", "running_var"):
+        moved = np.ascontiguousarray(given[name])
+        rounded = wanted[name].astype(BFLOAT16 if dtype == np.uint16 else dtype).view(dtype)
+        np.testing.assert_array_equal(moved, rounded)
+
+
+def test_a_parameter_without_memory_of_its_own_cannot_be_written():
+    arguments = operands("batch_norm", "PyTorch")
+    arguments["running_mean"] = torch.zeros(1).expand(C)
+    assert run("batch_norm", arguments) == "running_mean"
+    arguments = operands("batch_norm", "PyTorch")
+    arguments["scale"] = torch.zeros(1).expand(C)  # which may be read
+    assert run("batch_norm", arguments) is None
+
+
+@pytest.mark.parametrize("weights", [(N, 1), (N, C)])
+def test_weights_lie_in_the_order_of_x(weights):
+    arguments = operands("batch_norm")
+    arguments |= {name: np.asfortranarray(arguments[name]) for name in ("x", "residual", "y")}
+    arguments["weights"] = np.ones(weights, np.float32)
+    assert run("batch_norm", arguments) == ("weights" if weights == (N, C) else None)
+    arguments["weights"] = np.asfortranarray(arguments["weights"])
+    assert run("batch_norm", arguments) is None
+
+
+def test_no_elements_are_not_touched():
+    arguments = operands("batch_norm")
+    for name in ("x", "residual", "y"):
+        arguments[name] = np.zeros((0, C), np.float32)
+    arguments["weights"] = np.zeros((0, 1), np.float32)
+    before = copies(arguments)
+    assert run("batch_norm", arguments) is None
+    before["statistics"][...] = 0
+    assert unchanged(before, arguments)  # the running statistics and the number of batches, too
+
+
+def test_axes_of_one_element_lie_anywhere():
+    arguments = operands("batch_norm")
+    ones = np.lib.stride_tricks.as_strided
+    for name in ("x", "residual", "y"):
+        arguments[name] = arguments[name].reshape(N, 1, C)
+    arguments["y"] = ones(arguments["y"], strides=(4 * C, 12345 * 4, 4))
+    arguments |= {"features": (2,), "weights": arguments["weights"].reshape(N, 1, 1)}
+    assert run("batch_norm", arguments) is None
+
+
+def test_running_statistics_move_in_the_same_call():
+    both, apart = operands("batch_norm"), operands("batch_norm")
+    running = {name: apart.pop(name) for name in ("running_mean", "running_var", "batches", "rate")}
+    before = int(running["batches"])
+    assert run("batch_norm", both) is None
+    assert run("batch_norm", apart) is None
+    statistics = apart["statistics"]
+    assert run("update_running", {**running, "statistics": statistics, "correction": 1}) is None
+    for name in ("running_mean", "running_var", "batches"):
+        np.testing.assert_array_equal(both[name], running[name])
+    assert both["batches"] == before + 1
+
+
+def test_what_is_no_number_or_name_is_an_error():
+    arguments = operands("batch_norm")
+    for name, value, error in [
+        ("eps", "1", TypeError),
+        ("rate", [], TypeError),
+        ("features", [1], TypeError),
+        ("features", (), TypeError),
+        ("features", ("1",), TypeError),
+        ("features", (-1,), ValueError),
+        ("features", (1, 1), ValueError),
+        ("features", (2,), ValueError),
+        ("features", (70,), ValueError),
+        ("activation", "gelu", ValueError),
+        ("activation", "", ValueError),
+        ("activation", 1, ValueError),
+        ("team", 0, ValueError),
+    ]:
+        with pytest.raises(error):
+            run("batch_norm", {**arguments, name: value})
+    with pytest.raises(TypeError, match="running_mean and running_var, or neither"):
+        run("batch_norm", {**arguments, "running_var": None})
+    gradients = operands("batch_norm_gradients")
+    with pytest.raises(TypeError, match="either statistics or mean and var"):
+        run("batch_norm_gradients", {**gradients, "mean": np.ones(C), "var": np.ones(C)})
+
+
+def test_only_types_that_say_where_they_lie_are_registered():
+    assert native.kernels.register_tensor(torch.Tensor)
+    assert native.kernels.register_tensor(torch.nn.Parameter)
+    assert not native.kernels.register_tensor(np.ndarray)
+
+
+def test_a_want_of_memory_is_a_memory_error():
+    program = """
+import resource
+import numpy as np
+import batchnorm.numpy as bn
+x = np.zeros((2, 1), np.float16)
+x = np.lib.stride_tricks.as_strided(np.zeros(3 << 24, np.float16), (2, 3 << 23), (3 << 24, 2))
+mean = np.zeros(x.shape[1])
+y = np.empty_like(x)
+bn.normalize(x[:, :9], mean[:9], mean[:9])  # what Python imports late is there
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), -1))
+try:
+    bn.normalize(x, mean, mean, out=y)
+except MemoryError:
+    print("refused")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "refused\n", done.stderr
+
+
+def test_a_daemon_thread_may_die_in_a_kernel():
+    """The end of the program unwinds its stack, or lets it hang, when it asks for the lock."""
+    program = """
+import threading, time
+import numpy as np
+import batchnorm, batchnorm.numpy as bn
+batchnorm.set_num_threads(1)
+x = np.ones((1 << 16, 64), np.float32)
+started = threading.Event()
+def work():
+    while True:
+        started.set()
+        bn.batch_norm(x)
+for _ in range(4):
+    threading.Thread(target=work, daemon=True).start()
+started.wait()
+time.sleep(0.05)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

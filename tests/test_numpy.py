@@ -121,7 +121,7 @@ def test_bad_input_leaves_out_as_it_was():
 
 
 def test_lists_are_arrays():
-    y, statistics = batch_norm([[1.0, 2.0], [3.0, 6.0]], [1, 2], [0, 1])
+    y, statistics = batch_norm([[1.0, 2.0], [3.0, 6.0]], [1.0, 2.0], [0.0, 1.0])
     assert y.dtype == np.float64
     np.testing.assert_allclose(y, [[-1, -1], [1, 3]], atol=1e-4)
     np.testing.assert_array_equal(statistics.mean, [2, 4])

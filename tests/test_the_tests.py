@@ -1,12 +1,13 @@
-"""A wrong door must not pass: each deliberate mistake is found by the tests of test_doors.py."""
+"""A wrong door must not pass test_doors.py, nor a wrong array the comparisons of compare.py."""
 
 from dataclasses import replace
 
+import compare
 import numpy as np
 import pytest
 import test_doors
 from cases import GOOD
-from doors import DOORS, Door
+from doors import NUMPY, Door
 
 import batchnorm.numpy
 from batchnorm.numpy import Statistics
@@ -17,8 +18,9 @@ CASES = [case for case in GOOD if case.name in ("NHWC", "mask", "relu", "residua
 def run_all(door: Door) -> None:
     """A selection of test_doors.py, as pytest would run it."""
     for case in CASES:
-        test_doors.test_output_and_statistics(door, case)
-        test_doors.test_gradients(door, case)
+        for dtype in door.dtypes:
+            test_doors.test_output_and_statistics(door, dtype, case)
+            test_doors.test_gradients(door, dtype, case)
     test_doors.test_update_running(door, 1)
     test_doors.test_merged_parts_are_the_whole(door)
     test_doors.test_large_mean(door, "features last")
@@ -86,7 +88,7 @@ WRONG = [
 
 
 def test_the_right_door_passes():
-    run_all(DOORS[0])
+    run_all(NUMPY)
 
 
 @pytest.mark.parametrize(
@@ -94,4 +96,81 @@ def test_the_right_door_passes():
 )
 def test_a_wrong_door_fails(name, function):
     with pytest.raises(AssertionError):
-        run_all(replace(DOORS[0], functions=Wrong(name, function)))
+        run_all(replace(NUMPY, functions=Wrong(name, function)))
+
+
+# ---- comparisons
+
+
+def refused(comparison, *arguments):
+    with pytest.raises(AssertionError):
+        comparison(*arguments)
+
+
+def changed(array, change):
+    """The array, as NumPy's, after one of the changes that a comparison may have to notice."""
+    array = np.array(array)
+    if change == "a value":
+        array[1, 2] += 0.01
+    if change == "NaN":
+        array[1, 2] = np.nan
+    if change == "shape":
+        array = array[None]
+    if change == "a row for all":
+        array = array[:1]
+    if change == "dtype":
+        array = array.astype(np.float16)
+    return array
+
+
+COMPARISONS = {
+    "close": lambda got, wanted: compare.close(got, wanted, rtol=1e-3, atol=1e-3),
+    "near": lambda got, wanted: compare.near(got, wanted, 1e-3),
+    "alike": lambda got, wanted: compare.alike(got, wanted, 1e-3),
+    "same": compare.same,
+}
+EXACT = np.ones((3, 4), np.float32)  # in every dtype
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_sees_what_it_claims_to_look_at(door: Door, name: str):
+    comparison, wanted = COMPARISONS[name], door.array(EXACT)
+    for container in (lambda each: each, lambda each: [EXACT, {"a": (None, each)}]):
+        comparison(container(door.array(EXACT)), container(wanted))
+        for change in ("a value", "NaN", "shape", "a row for all", "dtype"):
+            got = container(door.array(changed(EXACT, change)))
+            if change == "dtype" and name in ("close", "near"):
+                comparison(got, container(wanted))
+            else:
+                refused(comparison, got, container(wanted))
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_sees_what_is_missing(name: str):
+    whole = {"a": EXACT, "b": [EXACT, EXACT]}
+    for part in ({"a": EXACT}, {"a": EXACT, "b": [EXACT]}, {"a": None, "b": [EXACT, EXACT]}):
+        for one, other in ((whole, part), (part, whole)):
+            refused(COMPARISONS[name], one, other)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_what_nan_is_like(name: str):
+    array = changed(EXACT, "NaN")
+    if name in ("close", "near"):
+        COMPARISONS[name](array, array)
+    else:
+        refused(COMPARISONS[name], array, array)
+
+
+def test_the_tolerances_of_comparisons():
+    wanted = np.array([1000, 0, np.inf, np.nan])
+    compare.close(np.array([1009, 0.9, np.inf, np.nan]), wanted, 0.01, 1)
+    refused(compare.close, np.array([1012, 0.9, np.inf, np.nan]), wanted, 0.01, 1)
+    refused(compare.close, np.array([1009, 1.1, np.inf, np.nan]), wanted, 0.01, 1)
+    compare.near(np.array([1000.9, 0.9, np.inf, np.nan]), wanted, 1e-3)
+    refused(compare.near, np.array([1000, 1.1, np.inf, np.nan]), wanted, 1e-3)
+    refused(compare.near, np.array([1000, 0, 1e30, np.nan]), wanted, 1e-3)
+    refused(compare.near, np.array([0.0]), np.array([1.1e-3]), 1e-3)
+    compare.alike(np.array([1009.0]), np.array([1000.0]), 0.01)
+    refused(compare.alike, np.array([1010.1]), np.array([1000.0]), 0.01)
+    refused(compare.same, np.array([1 + 1e-15]), np.array([1.0]))

@@ -6,11 +6,13 @@ import itertools
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import truth
+from compare import alike, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -33,8 +35,8 @@ def tensor(*shape, dtype=torch.float64, seed=0):
     return torch.from_numpy(random.normal(size=shape) * 2 + 3).to(dtype)
 
 
-def close(got, wanted, tolerance=1e-11):
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+# Of float64, where no other tolerance is named.
+close = partial(alike, tolerance=1e-11)
 
 
 def state(layer):
@@ -42,13 +44,6 @@ def state(layer):
     return {
         name: each.clone() for name, each in (*layer.named_parameters(), *layer.named_buffers())
     }
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype
-        assert torch.equal(one[name], other[name]), name
 
 
 def saved_and_loaded(value, **keywords):
@@ -277,7 +272,7 @@ def test_every_number_is_that_of_torch(ours, theirs, shape, layout):
             results.append([y, x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
         # float64 leaves a constant batch's variance at a few roundings, which eps then divides.
         for got, wanted in zip(*results, strict=True):
-            close(got, wanted, 1e-9)
+            close(got, wanted, tolerance=1e-9)
         y = results[0][0]
         assert y.stride() == torch.empty_like(base).stride()  # as of an elementwise operation
 
@@ -359,7 +354,7 @@ def test_inference_mode():
     same(state(inner), state(one))
     one(x), other(x)
     for got, wanted in zip(one.buffers(), other.buffers(), strict=True):
-        close(got, wanted, 1e-6)
+        close(got, wanted, tolerance=1e-6)
 
 
 # ---- activation, residual and mask
@@ -398,7 +393,7 @@ def test_mask(kind, shape):
     x = tensor(8, 4, 5)
     layer = bt.BatchNorm1d(4, dtype=torch.float64)
     wanted = truth.batch_norm(x.numpy(), axis=1, mask=mask.numpy())
-    close(layer(x, mask=mask), torch.from_numpy(wanted.y), 1e-9)
+    close(layer(x, mask=mask), torch.from_numpy(wanted.y), tolerance=1e-9)
     mean, var, count = map(torch.from_numpy, (wanted.mean, wanted.var, wanted.count))
     close(layer.running_mean, 0.1 * mean)
     close(layer.running_var, 0.9 + 0.1 * var * count / (count - 1))
@@ -435,7 +430,7 @@ def test_a_mask_with_a_gradient():
         close(got, wanted)
     one, x = bt.BatchNorm1d(4), x.float()
     one(x, mask=w.float())
-    close(one.running_mean.double(), other.running_mean, 1e-6)
+    close(one.running_mean.double(), other.running_mean, tolerance=1e-6)
 
 
 # ---- running statistics
@@ -623,14 +618,16 @@ def test_dtypes(dtype, of_layer):
     y.backward(dy), wanted.backward(dy.double())
     assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (dtype, dtype, of_layer)
     tolerance = ROUNDING[dtype]
-    close(y.double(), wanted, 3 * tolerance)
-    close(x.grad.double(), precise.grad, 3 * tolerance)
+    close(y.double(), wanted, tolerance=3 * tolerance)
+    close(x.grad.double(), precise.grad, tolerance=3 * tolerance)
     tolerance = ROUNDING[of_layer]
-    close(layer.weight.grad.double(), exact.weight.grad, 10 * tolerance)
+    close(layer.weight.grad.double(), exact.weight.grad, tolerance=10 * tolerance)
     for got, wanted in zip(layer.buffers(), exact.buffers(), strict=True):
-        close(got.double(), wanted.double(), 2 * tolerance)
+        close(got.double(), wanted.double(), tolerance=2 * tolerance)
     assert [each.dtype for each in layer.buffers()] == [of_layer, of_layer, torch.int64]
-    close(layer.eval()(x).double(), exact.eval()(precise), 3 * ROUNDING[dtype] + tolerance)
+    close(
+        layer.eval()(x).double(), exact.eval()(precise), tolerance=3 * ROUNDING[dtype] + tolerance
+    )
 
 
 @pytest.mark.parametrize(
@@ -660,7 +657,7 @@ def test_autocast():
     loss.backward()
     assert all(each.grad.dtype == torch.float32 for each in model.parameters())
     assert model[1].running_var.dtype == torch.float32
-    close(hidden.float(), model[1](model[0](x)), 0.05)
+    close(hidden.float(), model[1](model[0](x)), tolerance=0.05)
 
 
 # ---- bad input
@@ -741,7 +738,7 @@ def test_functional_without_running_statistics():
     mean, var = torch.zeros(4).double(), torch.ones(4)  # of two widths, in memory of two sizes
     bt.functional.batch_norm(x, mean, var, training=True)
     close(mean, 0.1 * x.mean(0))
-    close(var, (0.9 + 0.1 * x.var(0)).float(), 1e-6)
+    close(var, (0.9 + 0.1 * x.var(0)).float(), tolerance=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -825,7 +822,7 @@ def test_any_call_is_that_of_torch(call):
         y.backward(dy.to(x.dtype))
         results.append([each.double() for each in (y, x.grad, mean, var)])
     for got, wanted in zip(*results, strict=True):
-        close(got, wanted, 5 * ROUNDING[dtype])
+        close(got, wanted, tolerance=5 * ROUNDING[dtype])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP runtime is another one there")

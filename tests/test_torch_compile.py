@@ -2,13 +2,16 @@
 
 import copy
 import io
+from functools import partial
 
+import compare
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 import truth
+from cases import HARD, LARGE_MEAN
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -26,8 +29,7 @@ def tensor(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2 + 3
 
 
-def close(got, wanted, tolerance=1e-5):
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+close = partial(compare.alike, tolerance=1e-5)
 
 
 def trained_a_little(layer):
@@ -68,7 +70,7 @@ def test_compiled_training_and_evaluation(keywords, call):
             y.pow(3).mean().backward()
             values.append([y, x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
         for got, wanted in zip(*values, strict=True):
-            close(got, wanted, 2e-5)
+            close(got, wanted, tolerance=2e-5)
     assert layer.num_batches_tracked == 4
     # One batch size, any batch size, evaluation; with momentum=None also before and after a batch.
     assert counter.frame_count <= (4 if keywords.get("momentum", 0.1) is None else 3)
@@ -82,11 +84,10 @@ inductor = pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 def test_training_by_inductor_at_a_large_mean():
     layer = bt.BatchNorm1d(4, momentum=0.5)
     compiled = torch.compile(layer, fullgraph=True)
-    random = np.random.default_rng(0)
-    x = np.float32(1e4 + 3e-4 * np.arange(4) + 0.01 * random.standard_normal((1000, 4)))
+    x = LARGE_MEAN.x(1000, 4)
     wanted = truth.batch_norm(x)
-    dy = np.float32(random.standard_normal(x.shape))
-    variable = torch.from_numpy(x).requires_grad_()
+    dy = np.float32(np.random.default_rng(1).standard_normal(x.shape))
+    variable = torch.tensor(x, requires_grad=True)
     for direction in (dy, dy + 1, dy + np.float32(wanted.y)):
         y = compiled(variable)
         np.testing.assert_allclose(y.detach(), wanted.y, rtol=0, atol=5e-3)
@@ -101,23 +102,12 @@ def test_training_by_inductor_at_a_large_mean():
 
 @inductor
 def test_inductor_is_as_accurate():
-    """With the inputs that break others: see test_doors.py for the same by every door."""
-    compiled = torch.compile(lambda x: bt.batch_norm(x, axis=1)[0], fullgraph=True)
-    random = np.random.default_rng(0)
-
-    def result(x, dtype=torch.float32):
-        y = compiled(torch.from_numpy(x).to(dtype)).double().numpy()
-        assert np.isfinite(y).all()
-        return y
-
-    size = (250_000, 2)
-    x = np.float32(1e4 + 3e-4 * np.arange(2) + 0.01 * random.standard_normal(size))
-    np.testing.assert_allclose(result(x), truth.batch_norm(x).y, rtol=0, atol=5e-3)
-    np.testing.assert_allclose(result(np.full(size, 1234.567, np.float32)), 0, atol=1e-3)
-    signs = random.choice([-1e30, 1e30], size)
-    np.testing.assert_allclose(result(signs).std(0), 1, atol=1e-3)
-    for x in (random.uniform(300, 400, size), random.standard_normal(size) * 300):
-        np.testing.assert_allclose(result(x, torch.float16).std(0), 1, atol=2e-3)
+    compiled = torch.compile(lambda x, eps: bt.batch_norm(x, axis=1, eps=eps)[0], fullgraph=True)
+    for hard in HARD:
+        x = hard.x(250_000)
+        y = compiled(torch.tensor(x), hard.eps)
+        wanted = truth.batch_norm(x, eps=hard.eps).y
+        compare.close(y, wanted, rtol=0, atol=hard.tolerance, what=str(hard))
 
 
 def test_compiled_functions():
@@ -137,7 +127,7 @@ def test_compiled_functions():
         value = function(*arguments)
         results.append((value, *torch.autograd.grad(value, arguments[:2])))
     for got, wanted in zip(*results, strict=True):
-        close(got, wanted, 1e-10)
+        close(got, wanted, tolerance=1e-10)
 
 
 def test_compiled_transformations():
@@ -147,7 +137,9 @@ def test_compiled_transformations():
         return torch.vmap(torch.func.grad(lambda x: layer(x).pow(3).sum()))(x)
 
     x = tensor(2, 5, 3).double()
-    close(torch.compile(gradients, backend="eager", fullgraph=True)(x), gradients(x), 1e-10)
+    close(
+        torch.compile(gradients, backend="eager", fullgraph=True)(x), gradients(x), tolerance=1e-10
+    )
 
 
 def test_compiled_in_two_dtypes_and_frozen():
@@ -157,9 +149,9 @@ def test_compiled_in_two_dtypes_and_frozen():
     x = tensor(7, 3).bfloat16()
     y, wanted = compiled(x), eager(x)
     assert y.dtype == torch.bfloat16
-    close(y, wanted, 0.02)
+    close(y, wanted, tolerance=0.02)
     for got, wanted in zip(layer.buffers(), eager.buffers(), strict=True):
-        close(got, wanted, 1e-3)
+        close(got, wanted, tolerance=1e-3)
 
 
 def test_compiled_refuses_as_eager_does():

@@ -3,9 +3,11 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from compare import alike
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,8 +27,7 @@ def variables(*shapes):
     return [tensor(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
 
 
-def close(got, wanted, tolerance=1e-10):
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+close = partial(alike, tolerance=1e-10)
 
 
 def differentiable(function, *arguments):
@@ -354,7 +355,7 @@ def test_checkpointing_updates_once(use_reentrant, momentum):
         assert torch.equal(got, wanted)
     assert models[0][1].num_batches_tracked == 2
     for got, wanted in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        close(got.grad, wanted.grad, 1e-5)
+        close(got.grad, wanted.grad, tolerance=1e-5)
     models[0][1].freeze(update_running=True)
     checkpoint(models[0], x, use_reentrant=use_reentrant).pow(2).sum().backward()
     assert models[0][1].num_batches_tracked == 3

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compare import alike
 
 import batchnorm.torch as bt
 
@@ -24,11 +25,6 @@ def internal():
         from torch.testing._internal.common_modules import module_db
 
         return {**{info.name: info for info in reversed(op_db)}, **{i.name: i for i in module_db}}
-
-
-def close(got, wanted, dtype):
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -54,7 +50,7 @@ def test_inputs_of_modules(internal, name, training, dtype):
         if 0 in x.shape and layer.track_running_stats:
             for result in results:  # An empty batch counts as one with torch.nn.
                 del result[3]["num_batches_tracked"]
-        close(*results, dtype)
+        alike(*results, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -101,7 +97,7 @@ def test_inputs_of_the_function(internal, dtype):
             if wanted is None:
                 assert got is None
             else:
-                close(got, wanted, dtype)
+                alike(got, wanted, TOLERANCE[dtype])
         calls += 1
     # What ours refuses are inputs without channels, and a momentum of -1.
     assert calls >= 8

@@ -16,6 +16,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from cases import LARGE_MEAN
+from compare import close, near
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -125,17 +127,8 @@ def derivatives(function, x, scale, bias, residual, mask, dy, v, share=1.0):
     return [[each.detach() for each in group] for group in (like_x, sums, statistics)]
 
 
-def close(actual, expected, dtype, what):
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-    size = expected.nan_to_num().abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(
-        actual,
-        expected.to(actual.dtype),
-        rtol=0,
-        atol=tolerance * max(1.0, size),
-        equal_nan=True,
-        msg=lambda message: f"{what}: {message}",
-    )
+# Derivatives of higher order grow like powers of the standard deviation's inverse.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def do_as_one(name, dtype, group, ranks):
@@ -163,16 +156,15 @@ def do_as_one(name, dtype, group, ranks):
     expected = derivatives(theirs, *wide.arguments())
     actual = derivatives(ours, *batch.arguments(rank), share=1 / len(ranks))
     for place, (ours_, theirs_) in enumerate(zip(actual[0], expected[0], strict=True)):
-        # Derivatives of higher order grow like powers of the standard deviation's inverse.
-        close(ours_, batch.part(theirs_, rank), dtype, f"{name}, like x {place}")
+        near(ours_, batch.part(theirs_, rank), TOLERANCE[dtype], f"{name}, like x {place}")
     for place, (ours_, theirs_) in enumerate(zip(actual[1], expected[1], strict=True)):
         dist.all_reduce(ours_, group=None if group is True else group)
-        close(ours_, theirs_, dtype, f"{name}, sum {place}")
+        near(ours_, theirs_, TOLERANCE[dtype], f"{name}, sum {place}")
     x, _, _, _, mask, _, _ = batch.arguments(rank)
     alone = bt.batch_statistics(x.detach(), axis=1, mask=mask, sync=group)
     for place, theirs_ in enumerate(expected[2]):
-        close(actual[2][place], theirs_, dtype, f"{name}, statistics {place}")
-        close(alone[place], theirs_, dtype, f"{name}, statistics alone {place}")
+        near(actual[2][place], theirs_, TOLERANCE[dtype], f"{name}, statistics {place}")
+        near(alone[place], theirs_, TOLERANCE[dtype], f"{name}, statistics alone {place}")
 
 
 @in_processes
@@ -214,16 +206,16 @@ def layer_does_as_one(group, ranks, name, momentum):
             y.backward(dy)
             outputs.append((y.detach(), x.grad, residual.grad))
         for place, (actual, expected) in enumerate(zip(*outputs, strict=True)):
-            close(actual, batch.part(expected, rank), torch.float64, f"{name} {place}")
+            near(actual, batch.part(expected, rank), TOLERANCE[torch.float64], f"{name} {place}")
         for parameter in (ours.weight.grad, ours.bias.grad):
             dist.all_reduce(parameter, group=group)
-        close(ours.weight.grad, theirs.weight.grad, torch.float64, "weight")
-        close(ours.bias.grad, theirs.bias.grad, torch.float64, "bias")
-    close(ours.running_mean, theirs.running_mean, torch.float64, "running mean")
-    close(ours.running_var, theirs.running_var, torch.float64, "running var")
+        near(ours.weight.grad, theirs.weight.grad, TOLERANCE[torch.float64], "weight")
+        near(ours.bias.grad, theirs.bias.grad, TOLERANCE[torch.float64], "bias")
+    near(ours.running_mean, theirs.running_mean, TOLERANCE[torch.float64], "running mean")
+    near(ours.running_var, theirs.running_var, TOLERANCE[torch.float64], "running var")
     assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
     ours.eval(), theirs.eval()
-    close(ours(batch.x), theirs(batch.x), torch.float64, "in evaluation")
+    near(ours(batch.x), theirs(batch.x), TOLERANCE[torch.float64], "in evaluation")
 
 
 @in_processes
@@ -291,10 +283,10 @@ def parameters_alone_are_trained(groups):
     alone = bt.BatchNorm1d(CHANNELS, dtype=torch.float64)
     alone(everything).square().sum().backward()
     dist.all_reduce(layer.weight.grad)
-    close(layer.weight.grad, alone.weight.grad, torch.float64, "weight")
+    near(layer.weight.grad, alone.weight.grad, TOLERANCE[torch.float64], "weight")
     if dist.get_rank() != 0:
         mine = Batch("even", torch.float64, [0, 1, 2]).part(everything.grad, dist.get_rank())
-        close(x.grad, mine, torch.float64, "x")
+        near(x.grad, mine, TOLERANCE[torch.float64], "x")
     # A forward pass serves, whoever keeps a graph for the backward one.
     with torch.set_grad_enabled(dist.get_rank() == 1):
         y = layer(x.detach())
@@ -309,20 +301,21 @@ def dtypes_may_differ(groups):
     statistics = bt.batch_statistics(batch.part(rounded[rank], rank), axis=1, sync=True)
     expected = plain(torch.cat(parts), batch.scale, batch.bias)[1:]
     for actual, each in zip(statistics, expected, strict=True):
-        close(actual, each, torch.float32, "statistics")
+        near(actual, each, TOLERANCE[torch.float32], "statistics")
 
 
 @in_processes
 def large_means_are_not_rounded(groups):
     batch, rank = Batch("long", torch.float64, [0, 1, 2]), dist.get_rank()
-    x = (1e4 + 0.01 * batch.v).float()
+    x = torch.tensor(LARGE_MEAN.x(len(batch.v) * LENGTH, CHANNELS))
+    x = x.reshape(-1, LENGTH, CHANNELS).transpose(1, 2).contiguous()
     expected = batch.part(plain(x.double(), batch.scale, batch.bias)[0], rank)
 
     def ours(x):
         return bt.batch_norm(x, batch.scale.float(), batch.bias.float(), axis=1, sync=True)[0]
 
     for y in (ours(batch.part(x, rank)), torch.func.vjp(ours, batch.part(x, rank))[0]):
-        torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-3)
+        close(y, expected, rtol=0, atol=1e-3)
 
 
 @in_processes
@@ -343,7 +336,12 @@ def transformations_of_functions(groups):
             None if each is None else each.detach() for each in batch.arguments(rank)
         )
         whole = function(theirs, batch.x, batch.dy, batch.v)
-        close(function(ours, x, dy, v), batch.part(whole, rank), torch.float64, function.__name__)
+        near(
+            function(ours, x, dy, v),
+            batch.part(whole, rank),
+            TOLERANCE[torch.float64],
+            function.__name__,
+        )
 
     def grad(normalize, x, dy, v):
         return torch.func.grad(lambda x: (normalize(x) * dy).sum())(x)
@@ -374,7 +372,7 @@ def evaluation_and_frozen_layers_share_nothing(groups):
             if dist.get_rank() == 0:  # the others would be missed
                 (g,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
                 g.sum().backward()
-                close(g, 2 / (1 + layer.eps) * x, torch.float32, "frozen")
+                near(g, 2 / (1 + layer.eps) * x, TOLERANCE[torch.float32], "frozen")
                 assert x.grad.shape == x.shape
     if dist.get_rank() == 0:
         x = torch.empty(4, CHANNELS, device="meta")
@@ -411,9 +409,9 @@ def distributed_data_parallel(groups):
             model.zero_grad()
             (model(first) * model(second)).sum().backward()
         for (name, one), other in zip(ours.named_parameters(), alone.parameters(), strict=True):
-            close(one.grad * PROCESSES, other.grad, torch.float64, name)
+            near(one.grad * PROCESSES, other.grad, TOLERANCE[torch.float64], name)
         for one, other in zip(ours.buffers(), alone.buffers(), strict=True):
-            close(one, other, torch.float64, "buffer")
+            near(one, other, TOLERANCE[torch.float64], "buffer")
 
 
 @in_processes
@@ -446,7 +444,7 @@ def a_group_of_one_is_alone(groups):
         layer, other = bt.SyncBatchNorm(CHANNELS, process_group=groups["own"]), nn.BatchNorm1d(3)
         x = torch.randn(4, CHANNELS)
         assert not collectives(lambda: layer(x))[0]
-        close(layer(x), other(x), torch.float32, "y")
+        near(layer(x), other(x), TOLERANCE[torch.float32], "y")
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             layer(x[:1])
 
@@ -474,7 +472,7 @@ def compiled(groups):
         assert (len(forward), len(backward)) == (1, 1)
         results.append((y, x.grad, residual.grad, layer.weight.grad, layer.running_var))
     for place, (actual, expected) in enumerate(zip(*results, strict=True)):
-        close(actual, expected, torch.float64, place)
+        near(actual, expected, TOLERANCE[torch.float64], place)
 
 
 @in_processes

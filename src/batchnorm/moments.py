@@ -114,9 +114,8 @@ def pooled(
     """
     count, own_pivot, own_unit, offset, var = moments
     xp = namespace(own_pivot)
-    nothing = xp.zeros_like(own_pivot)
     share = count * 1e-12  # so that no product of a count and a value overflows
-    reach = xp.where(count == 0, nothing, own_unit + xp.abs(own_pivot))
+    reach = xp.where(count == 0, xp.zeros_like(own_pivot), own_unit + xp.abs(own_pivot))
     share, mean, reach = add_up(*map(constant, (share, share * own_pivot, reach)))
     pivot, unit = mean / or_one(share), xp.maximum(reach, xp.ones_like(reach))
     offset = ((own_pivot - pivot) + own_unit * offset) / unit
@@ -124,7 +123,7 @@ def pooled(
     count, first, second = add_up(count, count * offset, count * squares)
     offset = first / or_one(count)
     var = second / or_one(count) - offset * offset
-    return Moments(count, pivot, unit, offset, xp.where(var < 0, nothing, var))
+    return Moments(count, pivot, unit, offset, xp.where(var < 0, xp.zeros_like(var), var))
 
 
 def or_one(count: Array) -> Array:

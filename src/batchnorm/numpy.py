@@ -6,17 +6,16 @@ float64.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, definition
-from .definition import Gradients, Statistics
+from . import checks, definition, layout, native
+from .definition import Gradients, Inputs, Problem
 from .documentation import documented
-from .native import _cpu
+from .moments import Moments, Statistics
 
 __all__ = [
     "Gradients",
@@ -64,16 +63,16 @@ def batch_norm(
     >>> print(statistics.mean)
     [ 2. 40.]
     """
-    call = _Call(x, scale, bias, axis, eps, mask, residual, activation)
-    checks.more_than_one_value(call.values, call.x.shape)
-    y = call.output(out)
-    if call.native:
-        statistics, addresses = call.new_statistics()
-        _cpu.batch_norm(*call.native_arguments(), *addresses, _address(y))
-        return call.finished(y, out), statistics
+    call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
+    checks.more_than_one_value(call.values_per_feature(), call.x.shape)
+    statistics = np.empty((3, *call.feature_shape))
+    done = call.native("batch_norm", statistics=statistics, y=call.output(out))
+    if done is not None:
+        return call.finished(done["y"], out), _statistics(statistics)
     with np.errstate(all="ignore"):
-        y[...], statistics = definition.batch_norm(*call.wide_arrays(), **call.options())
-    return call.finished(y, out), statistics
+        y, moments = definition.batch_norm(*call.in_words_of_definition())
+    statistics[...] = moments.statistics()
+    return call.finished(y, out), _statistics(statistics)
 
 
 @documented()
@@ -100,23 +99,14 @@ def normalize(
     [[0.]
      [1.]]
     """
-    call = _Call(x, scale, bias, axis, eps, None, residual, activation)
+    call = _Call(x, axis).with_options(scale, bias, eps, residual, activation)
     mean, var = call.parameter("mean", mean), call.parameter("var", var)
-    y = call.output(out)
-    if call.native:
-        _cpu.normalize(
-            *call.native_arguments(),
-            _cpu.DTYPES["float64"],
-            _address(mean),
-            _address(var),
-            _address(y),
-        )
-        return call.finished(y, out)
-    wide_x, scale, bias = call.wide_arrays()
-    options = call.options()
-    del options["weights"]
+    done = call.native("normalize", mean=mean, var=var, y=call.output(out))
+    if done is not None:
+        return call.finished(done["y"], out)
+    moments = Moments.given(mean.astype(np.float64), var.astype(np.float64))
     with np.errstate(all="ignore"):
-        y[...] = definition.normalize(wide_x, mean, var, scale, bias, **options)
+        y = definition.normalize(*call.in_words_of_definition(), moments)
     return call.finished(y, out)
 
 
@@ -152,15 +142,13 @@ def batch_statistics(
     >>> print(whole.count, whole.mean, whole.var)
     [10. 10.] [ 9. 10.] [33. 33.]
     """
-    call = _Call(x, None, None, axis, 1.0, mask, None, None)
-    if call.native:
-        statistics, addresses = call.new_statistics()
-        _cpu.statistics(*call.native_arguments(), *addresses)
-        return statistics
-    with np.errstate(all="ignore"):
-        return definition.statistics(
-            call.wide_arrays()[0], features=call.features, weights=call.weights
-        )
+    call = _Call(x, axis, mask)
+    statistics = np.empty((3, *call.feature_shape))
+    if call.native("statistics", statistics=statistics) is None:
+        with np.errstate(all="ignore"):
+            moments = definition.moments(*call.in_words_of_definition())
+        statistics[...] = moments.statistics()
+    return _statistics(statistics)
 
 
 def update_running(
@@ -207,7 +195,7 @@ def update_running(
     """
     rate = checks.fraction("rate", rate)
     correction = checks.correction(correction)
-    mean, var = np.asarray(mean), np.asarray(var)
+    mean, var = _floating("mean", mean), _floating("var", var)
     count, batch_mean, batch_var = (np.asarray(each, np.float64) for each in statistics)
     checks.statistics_shape("mean", mean.shape, batch_mean.shape)
     checks.statistics_shape("var", var.shape, batch_mean.shape)
@@ -269,107 +257,78 @@ def batch_norm_gradients(
     >>> print(gradients.x.ravel().round(3), gradients.scale.round(3))
     [ 0.109 -0.152  0.044] [-1.019]
     """
-    call = _Call(x, scale, bias, axis, eps, mask, residual, activation)
-    dy = np.asarray(dy)
+    call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
+    dy = _floating("dy", dy)
     checks.same_shape("dy", dy.shape, call.x.shape)
-    _floating("dy", dy)
-    statistics = Statistics(
-        *(
-            call.parameter(f"statistics.{name}", value)
-            for name, value in zip(Statistics._fields, statistics, strict=True)
-        )
-    )
-    sums = np.empty((2, *statistics.mean.shape))
-    dx = call.output(None)
-    dresidual = None if call.residual is None else call.output(None)
-    if call.native:
-        dy = call.in_memory_order(dy.astype(call.x.dtype, copy=False))
-        _cpu.batch_norm_gradients(
-            *call.native_arguments(),
-            *_addresses(statistics),
-            _address(dy),
-            *_addresses(sums),
-            _address(dx),
-            _address(dresidual),
-        )
-    else:
-        wide_x, scale, bias = call.wide_arrays()
-        dy = dy.astype(wide_x.dtype, copy=False)
-        options = call.options()
+    rows, sums = np.empty((3, *call.feature_shape)), np.empty((2, *call.feature_shape))
+    for row, name, value in zip(rows, Statistics._fields, statistics, strict=True):
+        values = np.asarray(value)
+        checks.feature_shape(f"statistics.{name}", values.shape, call.feature_shape, call.x.shape)
+        row[...] = values
+    arrays = {"statistics": rows, "dy": dy.astype(call.x.dtype, copy=False), "dx": call.output()}
+    arrays |= {"dscale": sums[1], "dbias": sums[0]}
+    if residual is not None:
+        arrays["dresidual"] = call.output()
+    done = call.native("batch_norm_gradients", **arrays)
+    if done is None:
+        problem, inputs = call.in_words_of_definition()
+        moments = Moments(rows[0], rows[1], None, None, rows[2])
         with np.errstate(all="ignore"):
-            sums[:] = definition.gradient_sums(
-                dy, wide_x, statistics.mean, statistics.var, scale, bias, **options
-            )
-            dx[...], g = definition.input_gradient(
-                dy, wide_x, statistics, (sums[0], sums[1]), scale, bias, **options
-            )
-        if dresidual is not None:
-            dresidual[...] = g
+            dy = dy.astype(inputs.x.dtype, copy=False)
+            sums[...] = definition.gradient_sums(problem, inputs, moments, dy)
+            dx, g = definition.input_gradient(problem, inputs, moments, dy, (sums[0], sums[1]))
+            done = {"dx": dx.astype(call.x.dtype), "dresidual": g.astype(call.x.dtype)}
     return Gradients(
-        dx,
-        None if call.scale is None else sums[1],
-        None if call.bias is None else sums[0],
-        None if dresidual is None else _summed_to_residual(dresidual, np.asarray(residual)),
+        done["dx"],
+        None if scale is None else sums[1],
+        None if bias is None else sums[0],
+        None if residual is None else _summed_to_residual(done["dresidual"], np.asarray(residual)),
     )
 
 
 class _Call:
-    """The checked arguments of a call, and how its arrays lie in memory.
+    """The checked arguments of a call, by the names that the kernels give them."""
 
-    `order` is the order of the axes of x in memory, None for C order; `shape` is the size of the
-    feature axes, and of what lies outside and inside them in memory.
-    """
+    def __init__(self, x: npt.ArrayLike, axis: Axis, mask: npt.ArrayLike | None = None) -> None:
+        self.x = x = _floating("x", x)
+        self.features = checks.feature_axes(axis, x.shape)
+        self.feature_shape = layout.feature_shape(self.features, x.shape)
+        self.arguments: dict[str, Any] = {"x": x, "features": self.features}
+        if mask is not None:
+            self.arguments["weights"] = _weights(mask, x, self.features)
 
-    def __init__(
+    def with_options(
         self,
-        x: npt.ArrayLike,
         scale: npt.ArrayLike | None,
         bias: npt.ArrayLike | None,
-        axis: Axis,
         eps: float,
-        mask: npt.ArrayLike | None,
         residual: npt.ArrayLike | None,
         activation: str | None,
-    ) -> None:
-        self.x = x = _floating("x", x)
-        self.features = features = checks.feature_axes(axis, x.shape)
-        self.feature_shape = tuple([x.shape[each] for each in features])
-        self.values = x.size // (math.prod(self.feature_shape) or 1)
-        self.eps = checks.positive_eps(eps)
-        self.activation = checks.activation(activation)
-        self.scale = None if scale is None else self.parameter("scale", scale)
-        self.bias = None if bias is None else self.parameter("bias", bias)
-        self.weights = None if mask is None else _weights(mask, x)
-        self.residual = None if residual is None else _residual(residual, x)
+    ) -> "_Call":
+        arguments = self.arguments
+        arguments["eps"] = checks.positive_eps(eps)
+        arguments["activation"] = checks.activation(activation)
+        if scale is not None:
+            arguments["scale"] = self.parameter("scale", scale)
+        if bias is not None:
+            arguments["bias"] = self.parameter("bias", bias)
+        if residual is not None:
+            arguments["residual"] = _residual(residual, self.x)
+        return self
 
-        sizes: Sequence[int] = x.shape
-        self.order = None if x.flags.c_contiguous else _memory_order(x)
-        if self.order is not None:
-            sizes = [x.shape[each] for each in self.order]
-            features = tuple(self.order.index(each) for each in features)
-        begin, end = features[0], features[-1] + 1
-        self.shape = (
-            math.prod(sizes[:begin]),
-            math.prod(sizes[begin:end]),
-            math.prod(sizes[end:]),
-        )
-        side_by_side = len(features) == 1 or features == tuple(range(begin, end))
-        self.code = _code(x.dtype)
-        self.native = side_by_side and self.code is not None
+    def values_per_feature(self) -> int:
+        return self.x.size // (math.prod(self.feature_shape) or 1)
 
     def parameter(self, name: str, value: npt.ArrayLike) -> Array:
-        """A value of each feature, in float64."""
-        array = np.asarray(value)
-        dtype = array.dtype
-        checks.floating(name, dtype, dtype.kind in "fbiu" or _is_bfloat16(dtype))
+        """A value of each feature, in a dtype that the kernels and the definition know."""
+        array = _floating(name, value)
         checks.feature_shape(name, array.shape, self.feature_shape, self.x.shape)
-        return array.astype(np.float64, order="C", copy=False)
+        return array if array.dtype.char in "efd" else array.astype(np.float64)
 
     def output(self, out: Array | None = None) -> Array:
-        """An array for a result: `out`, where the result can be written there directly."""
-        y = np.empty(self.x.shape, self.x.dtype) if self.order is None else np.empty_like(self.x)
+        """An array for a result: `out` if there is one."""
         if out is None:
-            return y
+            return np.empty_like(self.x)
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a NumPy array, but got {type(out).__name__}.")
         checks.same_shape("out", out.shape, self.x.shape)
@@ -378,89 +337,79 @@ class _Call:
                 f"out must be writeable and of the dtype {self.x.dtype} of x, "
                 f"but it is {'of dtype ' + str(out.dtype) if out.flags.writeable else 'read-only'}."
             )
-        apart = all(
-            array is None or array is out or not np.may_share_memory(out, array)
-            for array in (self.x, self.residual, self.weights)
-        )
-        return out if apart and out.strides == y.strides else y
-
-    def finished(self, y: Array, out: Array | None) -> Array:
-        if out is None or out is y:
-            return y
-        out[...] = y
         return out
 
-    # ---- for the native kernels
+    def finished(self, y: Array, out: Array | None) -> Array:
+        if out is None:
+            return y.astype(self.x.dtype, copy=False)
+        if y is not out:
+            out[...] = y
+        return out
 
-    def in_memory_order(self, array: Array) -> Array:
-        if self.order is not None:
-            array = array.transpose(self.order)
-        return np.ascontiguousarray(array)
+    def native(self, kernel: str, **arrays: Array) -> dict[str, Array] | None:
+        """The arrays, once a kernel has written to them; None if it can't serve.
 
-    def native_arguments(self) -> tuple[Any, ...]:
-        """The arguments that all kernels have in common; csrc/batch_norm.h says what they are."""
-        weights, weight_channels = None, 0
-        if self.weights is not None:
-            per_feature = any(self.weights.shape[each] != 1 for each in self.features)
-            weight_channels = self.shape[1] if per_feature else 1
-            shape = tuple(
-                1 if axis in self.features and not per_feature else size
-                for axis, size in enumerate(self.x.shape)
-            )
-            dtype = np.float64 if self.x.dtype == np.float64 else np.float32
-            weights = self.in_memory_order(np.broadcast_to(self.weights, shape).astype(dtype))
-        residual = None if self.residual is None else self.in_memory_order(self.residual)
-        x = self.in_memory_order(self.x)
-        self.held = (x, residual, weights)  # as long as their addresses are in use
+        What it can't use as it lies in memory is replaced: x by a copy in C order, others like x
+        by one in the layout of x.
+        """
+        if native.kernels is None:
+            return None
+        run = getattr(native.kernels, kernel)
+        given = {**self.arguments, **arrays}
+        if self.x.dtype.kind == "V":  # bfloat16, which has no buffer
+            given = {name: _bits(array) for name, array in given.items()}
+        name = run(**given)
+        if name is None:
+            return arrays
+        if not self.is_served():
+            return None
+        used = dict(given)
+        while name is not None and used[name] is given[name]:
+            if name == "x":
+                used["x"] = given["x"].copy(order="C")
+            else:
+                used[name] = np.empty_like(used["x"], given[name].dtype, shape=given[name].shape)
+                used[name][...] = given[name]
+            name = run(**used)
         return (
-            *self.shape,
-            self.code,
-            _cpu.ACTIVATIONS[self.activation],
-            self.eps,
-            _address(x),
-            _address(residual),
-            _cpu.DTYPES["float64"],
-            _address(self.scale),
-            _address(self.bias),
-            _address(weights),
-            weight_channels,
-            0,  # no host's threads
+            {
+                name: array if used[name] is given[name] else used[name].view(array.dtype)
+                for name, array in arrays.items()
+            }
+            if name is None
+            else None
         )
 
-    def new_statistics(self) -> tuple[Statistics, tuple[int, int, int]]:
-        """Statistics for a kernel to fill in, and their addresses."""
-        memory = np.empty((3, *self.feature_shape))
-        first, size = _address(memory), memory.nbytes // 3
-        return Statistics(*memory), (first, first + size, first + 2 * size)
+    def is_served(self) -> bool:
+        """Whether the kernels serve x if it lies in C order."""
+        side_by_side = native.kernels.layout(self.x.shape, self.features) is not None
+        return side_by_side and self.x.dtype.name in native.kernels.DTYPES
 
-    # ---- for the definition, in float64 or wider
+    def in_words_of_definition(self) -> tuple[Problem, Inputs]:
+        """In float64, or wider."""
+        given = self.arguments
+        problem = Problem(self.features, given.get("eps", 1.0), given.get("activation"))
+        arrays = (given.get(name) for name in Inputs._fields)
+        return problem, Inputs(*(None if each is None else _wide(each) for each in arrays))
 
-    def wide_arrays(self) -> tuple[Array, Array | None, Array | None]:
-        return self.x.astype(_wide(self.x.dtype), copy=False), self.scale, self.bias
 
-    def options(self) -> dict[str, Any]:
-        residual = self.residual
-        return {
-            "features": self.features,
-            "eps": self.eps,
-            "weights": self.weights,
-            "residual": None if residual is None else residual.astype(_wide(residual.dtype)),
-            "activation": self.activation,
-        }
+def _statistics(rows: Array) -> Statistics:
+    return Statistics(rows[0], rows[1], rows[2])  # which takes half the time of *rows
+
+
+def _bits(argument: Any) -> Any:
+    if isinstance(argument, np.ndarray) and argument.dtype.kind == "V":
+        return argument.view(np.uint16)
+    return argument
+
+
+def _wide(array: Array) -> Array:
+    kind = array.dtype
+    return array.astype(np.promote_types(kind, np.float64) if kind.kind == "f" else np.float64)
 
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "V" and dtype.name == "bfloat16"
-
-
-@cache
-def _code(dtype: np.dtype[Any]) -> int | None:
-    """The kernels' number for an element type, None for one that they do not know."""
-    return None if _cpu is None else _cpu.DTYPES.get(dtype.name)
-
-
-def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.promote_types(dtype, np.float64) if dtype.kind == "f" else np.dtype(np.float64)
 
 
 def _floating(name: str, value: npt.ArrayLike) -> Array:
@@ -470,15 +419,16 @@ def _floating(name: str, value: npt.ArrayLike) -> Array:
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
 
 
-def _weights(mask: npt.ArrayLike, x: Array) -> Array:
-    """The mask as float64 weights, of the rank of x."""
+def _weights(mask: npt.ArrayLike, x: Array, features: layout.Axes) -> Array:
+    """The mask as weights of the rank of x."""
     array = np.asarray(mask)
     checks.floating("mask", array.dtype, array.dtype.kind in "biuf" or _is_bfloat16(array.dtype))
     checks.broadcasts("mask", array.shape, x.shape)
     if array.dtype != np.bool_ and array.size:
         checks.non_negative("mask", array.min())
-    shape = (1,) * (x.ndim - array.ndim) + array.shape
-    return array.reshape(shape).astype(np.float64)
+    array = array.astype(np.float64 if x.itemsize > 4 else np.float32)
+    array = array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
+    return np.broadcast_to(array, layout.weights_shape(features, array.shape, x.shape))
 
 
 def _residual(residual: npt.ArrayLike, x: Array) -> Array:
@@ -496,26 +446,6 @@ def _summed_to_residual(gradient: Array, residual: Array) -> Array:
         if axis < leading or (residual.shape[axis - leading] == 1 and size != 1)
     )
     if axes:
-        total: Array = gradient.sum(axis=axes, dtype=_wide(gradient.dtype), keepdims=True)
+        total: Array = _wide(gradient).sum(axis=axes, keepdims=True)
         gradient = total.reshape(residual.shape)
     return gradient.astype(residual.dtype, copy=False)
-
-
-def _memory_order(x: Array) -> tuple[int, ...] | None:
-    """The order of its axes in which x is contiguous, None if there is none."""
-    order = tuple(sorted(range(x.ndim), key=lambda axis: -x.strides[axis]))
-    return order if x.transpose(order).flags.c_contiguous else None
-
-
-def _address(array: Array | None) -> int:
-    """Where the first element is; 0 for no array."""
-    if array is None:
-        return 0
-    if array.dtype.kind == "V":  # bfloat16 has no buffer protocol
-        array = array.view(np.uint16)
-    address: int = _cpu.address(array)
-    return address
-
-
-def _addresses(arrays: Iterable[Array]) -> tuple[int, ...]:
-    return tuple(_address(array) for array in arrays)

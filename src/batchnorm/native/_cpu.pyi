@@ -16,8 +16,9 @@ as it lies in memory. It raises ValueError where a shape does not go with x.
 """
 
 from collections.abc import Sequence
-from types import CapsuleType
 from typing import Any
+
+from typing_extensions import CapsuleType
 
 Array = Any
 Axes = tuple[int, ...]

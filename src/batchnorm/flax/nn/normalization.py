@@ -12,7 +12,7 @@ from jax.nn import initializers
 from ... import checks
 from ... import jax as door
 from ...conventions import CONVENTIONS
-from ...jax import _batch_norm_of_any_count as batch_norm_of_any_count
+from ...jax.functions import batch_norm_of_any_count
 from .collection import Collection
 from .module import Initializer, Module
 from .state import ModuleState

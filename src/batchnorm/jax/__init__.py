@@ -1,0 +1,24 @@
+"""Batch normalization of JAX arrays: pure functions, for every transformation of JAX.
+
+On the CPU, float32, float64, float16 and bfloat16 arrays whose feature axes lie side by side are
+normalized, and their gradients computed, by the native kernels; anything else by the same formulas
+in `jax.numpy`. Which of the two is chosen when a computation is lowered for its platform. Programs
+that are exported with `jax.export`, and those that XLA splits over devices by itself, are jnp.
+
+With `axis_name`, the statistics are those of the batch over all devices along a mapped axis of
+`jax.pmap`, `jax.shard_map` or `jax.vmap`, exactly, however many elements each of them has. A step
+of training then has three collectives: two forward, of 3 floats of each feature, and one backward,
+of 2; a forward derivative has one of 2 as well. They are sums, as large for any number of devices.
+(Groups under `check_vma` are gathered instead: as many floats from each device of the group.)
+Under `jax.jit`, the batch is the whole array, however it is sharded.
+"""
+
+try:
+    import jax  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("batchnorm.jax needs JAX: pip install batchnorm[jax]") from error
+
+from ..moments import Statistics
+from .functions import batch_norm, batch_statistics, normalize, update_running
+
+__all__ = ["Statistics", "batch_norm", "batch_statistics", "normalize", "update_running"]

@@ -1,0 +1,67 @@
+"""The arguments of the functions: checked, and in the dtypes that the stages take."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from .. import checks
+from ..definition import Inputs, Problem
+from ..layout import feature_shape, weights_shape
+from ._stages import wide
+
+Axis = int | Sequence[int]
+
+
+def problem_and_inputs(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axis,
+    eps: float = 1.0,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+) -> tuple[Problem, Inputs]:
+    x = floating("x", x)
+    problem = Problem(
+        checks.feature_axes(axis, x.shape), checks.positive_eps(eps), checks.activation(activation)
+    )
+    return problem, Inputs(
+        x,
+        None if scale is None else parameter("scale", scale, problem, x),
+        None if bias is None else parameter("bias", bias, problem, x),
+        None if residual is None else _residual(residual, x),
+        None if mask is None else _weights(mask, problem, x),
+    )
+
+
+def floating(name: str, value: ArrayLike) -> jax.Array:
+    array = jnp.asarray(value)
+    checks.floating(name, array.dtype, jnp.issubdtype(array.dtype, jnp.floating))
+    return array
+
+
+def parameter(name: str, value: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
+    """An array of the feature shape, in the dtype to compute in."""
+    array = floating(name, value)
+    checks.feature_shape(name, array.shape, feature_shape(problem.features, x.shape), x.shape)
+    return array.astype(wide(x.dtype))
+
+
+def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:
+    array = floating("residual", residual)
+    checks.broadcasts("residual", array.shape, x.shape)
+    return jnp.broadcast_to(array.astype(x.dtype), x.shape)
+
+
+def _weights(mask: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
+    array = jnp.asarray(mask)
+    is_real = not jnp.issubdtype(array.dtype, jnp.complexfloating)
+    checks.floating("mask", array.dtype, is_real)
+    checks.broadcasts("mask", array.shape, x.shape)
+    array = array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
+    shape = weights_shape(problem.features, array.shape, x.shape)
+    return jnp.broadcast_to(array.astype(wide(x.dtype)), shape)

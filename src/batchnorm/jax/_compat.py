@@ -1,0 +1,214 @@
+"""What JAX does not promise: each use in one place, with what it is for, what breaks it, what then.
+
+tests/test_jax_compat.py has a test for each, of the same name. Here None stands for a tangent or a
+cotangent that is known to be zero, in whatever way JAX says so.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
+
+Array = Any
+
+
+# ---- primitives and their rules
+#
+# For: a stage that is one operation to all of JAX's transformations, with derivatives that are
+# stages again. Public ways do not go as far: custom_jvp is not linear and custom_vmap has no
+# derivative. Breaks: where jax.extend.core or jax.interpreters change the signature of a rule.
+# Then: adapt the rule here; all else knows the stages alone.
+
+
+def primitive(name: str, types: Callable[..., list[Any]]) -> Primitive:
+    """An operation of several results, of which `types` says the types from those of its operands.
+
+    Evaluated at once it is a compiled computation of its own.
+    """
+    made = Primitive(name)
+    made.multiple_results = True
+    made.def_abstract_eval(types)
+    made.def_impl(functools.partial(_evaluate, made))
+    return made
+
+
+def _evaluate(primitive: Primitive, *operands: Array, **parameters: Any) -> list[Array]:
+    with jax.disable_jit(False):
+        return _jitted(primitive, *operands, **parameters)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree"))
+def _jitted(primitive: Primitive, *operands: Array, problem: Any, tree: Any) -> list[Array]:
+    return primitive.bind(*operands, problem=problem, tree=tree)
+
+
+def set_jvp(primitive: Primitive, rule: Callable[..., tuple[list[Array], list[Any]]]) -> None:
+    """rule(primals, tangents, **parameters) -> results, their tangents."""
+
+    def jvp(
+        primals: Sequence[Array], tangents: Sequence[Any], **parameters: Any
+    ) -> tuple[list[Array], list[Any]]:
+        results, dots = rule(primals, [*map(_or_none, tangents)], **parameters)
+        return results, [
+            ad.Zero(jax.typeof(result).to_tangent_aval()) if dot is None else dot
+            for result, dot in zip(results, dots, strict=True)
+        ]
+
+    ad.primitive_jvps[primitive] = jvp
+
+
+def set_transpose(primitive: Primitive, rule: Callable[..., Sequence[Any]]) -> None:
+    """rule(cotangents, *operands, **parameters) -> one for each operand; not all are asked for."""
+
+    def transpose(cotangents: Sequence[Any], *operands: Any, **parameters: Any) -> list[Any]:
+        results = rule([*map(_or_none, cotangents)], *operands, **parameters)
+        return [
+            result if ad.is_undefined_primal(operand) else None
+            for operand, result in zip(operands, results, strict=True)
+        ]
+
+    ad.primitive_transposes[primitive] = transpose
+
+
+def _or_none(tangent: Any) -> Any:
+    return None if type(tangent) is ad.Zero else tangent
+
+
+def set_batcher(primitive: Primitive, rule: Callable[..., tuple[list[Array], list[Any]]]) -> None:
+    """rule(operands, dims, **parameters) -> results, their dims; None where there is no batch."""
+    batching.primitive_batchers[primitive] = rule
+
+
+# ---- lowering
+#
+# For: the choice between native and jnp where the platform is known, and with it whether XLA will
+# split the program. lax.platform_dependent, the public way, knows the platform alone, and it would
+# export a call of our kernels. Breaks: where the contexts of a lowering change. Then: take `here`
+# as False: all is served by jnp, right but slower.
+
+
+def lower(primitive: Primitive, function: Callable[..., list[Array]]) -> None:
+    """Lower to a function in jnp, on every platform."""
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+
+
+def lower_on_cpu(primitive: Primitive, choose: Callable[..., Callable[..., list[Array]]]) -> None:
+    """On the CPU, lower to the function that choose(here, *types, **parameters) gives.
+
+    `here`: whether the lowered code runs on whole arrays on one device, in this process. XLA's
+    partitioner would gather the operands of a custom call, but knows how to split jnp; and an
+    exported program must not depend on this package.
+    """
+
+    def lowering(context: Any, *operands: Any, **parameters: Any) -> Sequence[Any]:
+        here = _is_here(context.module_context)
+        chosen = choose(here, *context.avals_in, **parameters)
+        return mlir.lower_fun(chosen, multiple_results=True)(context, *operands, **parameters)
+
+    mlir.register_lowering(primitive, lowering, platform="cpu")
+
+
+def _is_here(module: mlir.ModuleContext) -> bool:
+    if module.lowering_parameters.for_export:
+        return False
+    context = module.axis_context
+    if isinstance(context, mlir.ShardingContext):
+        return context.num_devices == 1
+    if isinstance(context, mlir.SPMDAxisContext):
+        return set(context.manual_axes) == set(context.mesh.axis_names)
+    return True
+
+
+# ---- types
+
+
+def type_like(x: Any, shape: Sequence[Any] | None = None, dtype: Any = None) -> Any:
+    """The type x, or that of an array that varies as x does and is not split by explicit axes.
+
+    For: the types of a primitive's results. Breaks: where jax.typeof(x) loses `update` or
+    `sharding`. Then: make jax.core.ShapedArray(shape, dtype, ...) with whatever holds these.
+    """
+    if shape is None:
+        return x.update(weak_type=False)
+    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return x.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def varying_axes(array: Array) -> frozenset[Any]:
+    """Over which mapped axes of jax.shard_map the array varies.
+
+    For: operands of one primitive, which must vary alike under check_vma. Breaks: where JAX names
+    it anew, as 0.10 did. Then: without it, no operation of ours works under check_vma.
+    """
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+
+
+def varies_as(x: Array, arrays: Any) -> bool:
+    """Whether no array varies over an axis over which x does not; for the same."""
+    own = varying_axes(x)
+    return all(varying_axes(each) <= own for each in jax.tree.leaves(arrays))
+
+
+def varying_alike(arrays: Sequence[Array]) -> Sequence[Array]:
+    """The arrays, varying over all the axes over which any of them varies.
+
+    For: the same. Breaks: where pcast is replaced, as it replaced pvary in 0.8. Then: as above.
+    """
+    axes = [varying_axes(array) for array in arrays]
+    union = frozenset().union(*axes)
+
+    def varying(array: Array, own: frozenset[Any]) -> Array:
+        if own == union:
+            return array
+        missing = tuple(union - own)
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(array, missing, to="varying")
+        return jax.lax.pvary(array, missing)  # type: ignore[attr-defined]
+
+    return [varying(*each) for each in zip(arrays, axes, strict=True)]
+
+
+# ---- mapped axes
+
+
+def axis_size(axis_name: Any) -> int | None:
+    """The number of devices along a mapped axis, or axes; None where it is not mapped.
+
+    For: an error by our name. Breaks: where JAX raises another error than NameError. Then: that one
+    is raised, which says the same less plainly.
+    """
+    try:
+        size: int = jax.lax.psum(1, axis_name)
+    except NameError:
+        return None
+    return size
+
+
+def group_sum(array: Array, axis_name: Any, groups: list[list[int]]) -> Array:
+    """The sum over the devices of each group.
+
+    For: groups under check_vma, for which JAX has no psum. Breaks: where it raises another error.
+    Then: that one is raised; drop the gathering where JAX has learned to sum.
+    """
+    try:
+        return jax.lax.psum(array, axis_name, axis_index_groups=groups)
+    except NotImplementedError:
+        return jax.lax.all_gather(array, axis_name, axis_index_groups=groups).sum(0)
+
+
+# ---- custom_jvp
+
+
+def none_if_zero(tangent: Any) -> Any:
+    """A tangent that a rule of custom_jvp was given.
+
+    For: no work for arguments that are not differentiated. Breaks: where symbolic_zeros hands out
+    another type. Then: instantiate zeros instead, which costs a pass over x or two.
+    """
+    return None if isinstance(tangent, SymbolicZero) else tangent

@@ -1,0 +1,298 @@
+"""How JAX differentiates, transposes and batches the stages.
+
+Derivatives of second and higher order are those of the functions in jnp that define the stages.
+None stands for a tangent or a cotangent that is zero.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from .. import definition
+from ..definition import Inputs, Problem
+from ..moments import Moments
+from . import _compat as compat
+from ._stages import (
+    Array,
+    Stage,
+    batch_norm,
+    gradient_sums,
+    gradients,
+    input_gradient,
+    normalize,
+    output_tangent,
+    statistics,
+    tangent,
+    tangent_sums,
+    wide,
+)
+from ._sync import Devices
+
+
+def _or_zeros(array: Array | None, like: Array) -> Array:
+    return jnp.zeros_like(like) if array is None else array
+
+
+# ---- tangents
+
+
+def _jvp(
+    stage: Stage, primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+) -> tuple[list[Array], list[Any]]:
+    """A stage is linear in its last operands; in the others it is as its definition is."""
+    bind = functools.partial(stage.primitive.bind, problem=problem, tree=tree)
+    fixed = len(primals) - sum(each is not None for each in tree.unflatten(primals)[2])
+    parts = []
+    if any(each is not None for each in tangents[fixed:]):
+        pairs = zip(tangents[fixed:], primals[fixed:], strict=True)
+        parts.append(bind(*primals[:fixed], *(_or_zeros(*pair) for pair in pairs)))
+    moving = [i for i in range(fixed) if tangents[i] is not None]
+    if moving:
+
+        def of_moving(*values: Array) -> list[Array]:
+            operands = list(primals)
+            for i, value in zip(moving, values, strict=True):
+                operands[i] = value
+            return stage.by_definition(*operands, problem=problem, tree=tree)
+
+        at = [primals[i] for i in moving]
+        parts.append(jax.jvp(of_moving, at, [tangents[i] for i in moving])[1])
+    dots = [functools.reduce(jnp.add, each) for each in zip(*parts, strict=True)]
+    return bind(*primals), dots
+
+
+def _statistics_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+) -> tuple[list[Array], list[Any]]:
+    (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
+    results = statistics(problem, inputs)
+    return results, _moments_tangent(problem, inputs, Moments(*results), dots)
+
+
+def _batch_norm_jvp(
+    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+) -> tuple[list[Array], list[Any]]:
+    (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
+    results = batch_norm(problem, inputs)
+    moments = Moments(*results[:-1])
+    of_moments = _moments_tangent(problem, inputs, moments, dots)
+    return results, [*of_moments, _own_output_tangent(problem, inputs, moments, dots)]
+
+
+def _moments_tangent(
+    problem: Problem, inputs: Inputs, moments: Moments, dots: Inputs
+) -> list[Array | None]:
+    """That of count, offset and var, in the coordinate of `moments`; pivot and unit have none."""
+    of_count = of_offset = of_var = None
+    if dots.x is not None:
+        # Of variance 1, x̂ is u − offset, and slope 1 / unit.
+        plain, alone = Problem(problem.features, eps=0.0), Inputs(inputs.x, weights=inputs.weights)
+        standard = moments._replace(var=jnp.ones_like(moments.var))
+        _, s0, s1 = tangent_sums(plain, alone, standard, dots.x, None)
+        of_offset, of_var = -s0, -2 * s1
+    if dots.weights is not None:
+        x = inputs.x.astype(wide(inputs.x.dtype))
+
+        def by_weights(weights: Array) -> tuple[Array, Array, Array]:
+            found = definition.moments(problem, Inputs(x, weights=weights), jax.lax.stop_gradient)
+            count, _, unit, offset, var = cast(tuple[Array, ...], found)
+            ratio = unit / moments.unit
+            return count, offset * ratio, var * ratio * ratio
+
+        of_count, first, second = jax.jvp(by_weights, [inputs.weights], [dots.weights])[1]
+        of_offset = first if of_offset is None else first + of_offset
+        of_var = second if of_var is None else second + of_var
+    return [of_count, None, None, of_offset, of_var]
+
+
+def _own_output_tangent(problem: Problem, inputs: Inputs, moments: Moments, dots: Inputs) -> Array:
+    """That of y, normalized by its own moments, where no sum over devices is needed.
+
+    The tangent of the weights has no part in it.
+    """
+    s0, s1 = (_or_zeros(each, moments.var) for each in (dots.bias, dots.scale))
+    if dots.x is None and dots.residual is None:
+        return output_tangent(problem, inputs, moments, None, s0, s1)[0]
+    x_dot = _or_zeros(dots.x, inputs.x)
+    return tangent(problem, inputs, moments, x_dot, dots.residual, s0, s1)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def normalized(problem: Problem, devices: Devices, inputs: Inputs, moments: Moments) -> jax.Array:
+    """x normalized by `moments`, which are its own; the derivative is that of both together."""
+    return normalize(problem, inputs, moments)[0]
+
+
+def _normalized_jvp(
+    problem: Problem,
+    devices: Devices,
+    primals: tuple[Inputs, Moments],
+    tangents: tuple[Inputs, Moments],
+) -> tuple[jax.Array, jax.Array]:
+    inputs, moments = primals
+    dots = Inputs(*map(compat.none_if_zero, tangents[0]))
+    if dots.weights is not None:
+        # By way of the moments, whose derivatives know of the weights.
+        def by_moments(inputs: Inputs, moments: Moments) -> Array:
+            return normalize(problem, inputs, moments)[0]
+
+        def instantiated(primal: Array, tangent: Any) -> Array:
+            return _or_zeros(compat.none_if_zero(tangent), primal)
+
+        return jax.jvp(by_moments, primals, jax.tree.map(instantiated, primals, tangents))
+    y = normalize(problem, inputs, moments)[0]
+    if devices.axis_name is None or (dots.x is None and dots.residual is None):
+        return y, _own_output_tangent(problem, inputs, moments, dots)
+    x_dot = _or_zeros(dots.x, inputs.x)
+    p, *own_sums = tangent_sums(problem, inputs, moments, x_dot, dots.residual)
+    sums = devices.sum(*own_sums, like=inputs.x)
+    s0, s1 = (
+        total if dot is None else dot + total
+        for dot, total in zip((dots.bias, dots.scale), sums, strict=True)
+    )
+    return y, output_tangent(problem, inputs, moments, p, s0, s1)[0]
+
+
+normalized.defjvp(_normalized_jvp, symbolic_zeros=True)
+
+
+# ---- transposes
+
+
+def _linear_in(stage: Stage, transpose: Callable[..., Sequence[Array | None]]) -> None:
+    """Let transpose(problem, inputs, moments, *cotangents) give those of the linear operands."""
+
+    def rule(
+        cotangents: Sequence[Array | None], *operands: Any, problem: Problem, tree: Any
+    ) -> list[Array | None]:
+        inputs, moments, linear = tree.unflatten(operands)
+        results = transpose(problem, inputs, moments, *cotangents)
+        used = [
+            result for operand, result in zip(linear, results, strict=False) if operand is not None
+        ]
+        return [None] * (len(operands) - len(used)) + used
+
+    compat.set_transpose(stage.primitive, rule)
+
+
+def _tangent_sums_transpose(
+    problem: Problem, inputs: Inputs, moments: Moments, dp: Array | None, *sums: Array | None
+) -> Sequence[Array]:
+    sums = tuple(_or_zeros(each, moments.var) for each in sums)
+    return input_gradient(problem, inputs, moments, dp, *sums)
+
+
+def _output_tangent_transpose(
+    problem: Problem, inputs: Inputs, moments: Moments, dy: Array
+) -> Sequence[Array]:
+    return [dy, *gradient_sums(problem, inputs, moments, dy)]
+
+
+def _gradient_sums_transpose(
+    problem: Problem, inputs: Inputs, moments: Moments, *sums: Array | None
+) -> Sequence[Array]:
+    sums = tuple(_or_zeros(each, moments.var) for each in sums)
+    return output_tangent(problem, inputs, moments, None, *sums)
+
+
+def _input_gradient_transpose(
+    problem: Problem,
+    inputs: Inputs,
+    moments: Moments,
+    x_dot: Array | None,
+    residual_dot: Array | None = None,
+) -> Sequence[Array]:
+    return tangent_sums(problem, inputs, moments, _or_zeros(x_dot, inputs.x), residual_dot)
+
+
+def _tangent_transpose(
+    problem: Problem, inputs: Inputs, moments: Moments, dy: Array
+) -> Sequence[Array | None]:
+    sum_g, sum_g_x_hat, dx, *dresidual = gradients(problem, inputs, moments, dy)
+    return [dx, dresidual[0] if dresidual else None, sum_g, sum_g_x_hat]
+
+
+def _gradients_transpose(
+    problem: Problem,
+    inputs: Inputs,
+    moments: Moments,
+    s0: Array | None,
+    s1: Array | None,
+    x_dot: Array | None,
+    residual_dot: Array | None = None,
+) -> Sequence[Array]:
+    s0, s1 = (_or_zeros(each, moments.var) for each in (s0, s1))
+    x_dot = _or_zeros(x_dot, inputs.x)
+    return tangent(problem, inputs, moments, x_dot, residual_dot, s0, s1)
+
+
+_linear_in(tangent_sums, _tangent_sums_transpose)
+_linear_in(output_tangent, _output_tangent_transpose)
+_linear_in(gradient_sums, _gradient_sums_transpose)
+_linear_in(input_gradient, _input_gradient_transpose)
+_linear_in(tangent, _tangent_transpose)
+_linear_in(gradients, _gradients_transpose)
+
+
+# ---- batches
+
+
+def _batched(
+    stage: Stage,
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    problem: Problem,
+    tree: Any,
+) -> tuple[list[Array], list[int]]:
+    """The batch becomes one more feature axis, before the others."""
+    first, rank = problem.features[0], len(problem.features)
+    size = next(
+        array.shape[dim] for array, dim in zip(operands, dims, strict=True) if dim is not None
+    )
+
+    def folded(array: Array, dim: int | None) -> Array:
+        if dim is None:
+            array, dim = jnp.broadcast_to(array, (size, *array.shape)), 0
+        return jnp.moveaxis(array, dim, 0 if array.ndim == 1 + rank else first)
+
+    operands = [folded(*each) for each in zip(operands, dims, strict=True)]
+    features = (first, *(axis + 1 for axis in problem.features))
+    inputs, moments, linear = tree.unflatten(operands)
+    results = stage(problem._replace(features=features), inputs, moments, *linear)
+    return results, [first if each.ndim == inputs.x.ndim else 0 for each in results]
+
+
+def _batch_norm_batched(
+    operands: Sequence[Array], dims: Sequence[int | None], *, problem: Problem, tree: Any
+) -> tuple[list[Array], list[Any]]:
+    """Statistics are not batched where x is not."""
+    if dims[0] is not None:
+        return _batched(batch_norm, operands, dims, problem=problem, tree=tree)
+    inputs, *_ = tree.unflatten(operands)
+    moments = Moments(*statistics(problem, Inputs(inputs.x)))
+    flat, tree = jax.tree.flatten((inputs, moments, ()))
+    dims = [*dims, *[None] * len(moments)]
+    y, dim_of_y = _batched(normalize, flat, dims, problem=problem, tree=tree)
+    return [*moments, *y], [*[None] * len(moments), *dim_of_y]
+
+
+for _stage in (
+    statistics,
+    normalize,
+    batch_norm,
+    tangent_sums,
+    output_tangent,
+    gradient_sums,
+    input_gradient,
+    tangent,
+    gradients,
+):
+    compat.set_jvp(_stage.primitive, functools.partial(_jvp, _stage))
+    compat.set_batcher(_stage.primitive, functools.partial(_batched, _stage))
+compat.set_jvp(statistics.primitive, _statistics_jvp)
+compat.set_jvp(batch_norm.primitive, _batch_norm_jvp)
+compat.set_batcher(batch_norm.primitive, _batch_norm_batched)

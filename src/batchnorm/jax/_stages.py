@@ -1,0 +1,234 @@
+"""The stages of batch normalization as primitives of JAX, native on the CPU.
+
+Three of them go forward and six are linear, in three pairs of transposes:
+
+    statistics      x             ->  the moments
+    normalize       x             ->  y
+    batch_norm      x             ->  the moments, y:  both, where there are no weights
+    tangent_sums    ẋ, ṙ          ->  p, s₀, s₁
+    output_tangent  p, s₀, s₁     ->  ẏ
+    gradient_sums   dy            ->  Σ g, Σ g·x̂
+    input_gradient  dy, s₀, s₁    ->  dx, dr
+    tangent         ẋ, ṙ, s₀, s₁  ->  ẏ:  tangent_sums and output_tangent, s₀ and s₁ added between
+    gradients       dy            ->  Σ g, Σ g·x̂, dx, dr:  gradient_sums and input_gradient
+
+`batchnorm.definition` has the formulas. The derivative of a batch norm is tangent_sums, a sum over
+the devices, and output_tangent; bias and scale have a part in s₀ and s₁. Transposed, in reverse
+order, these are gradient_sums, a sum over the devices, and input_gradient: the two passes over
+memory that reverse mode needs, with the sum put between them by JAX itself. What p carries from the
+one to the other is in reverse mode dy, which costs nothing. On one device nothing comes between two
+stages, and batch_norm and the last pair do both at once.
+
+Forward and in reverse mode, a stage is native on the CPU if it works on whole arrays of one device:
+it is lowered to its handler in csrc/faces/xla.cc. Otherwise it is lowered to the definition.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import definition, native
+from ..definition import Inputs, Problem
+from ..layout import feature_shape, weights_shape
+from ..moments import Moments
+from . import _compat as compat
+
+Array = Any
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which values of `dtype` are computed."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Stage:
+    """A stage as a primitive; call it with a problem, inputs, moments and its linear operands.
+
+    `function` is its definition, in the dtype to compute in. `results` has a letter for each
+    result: x, r: of the shape and dtype of x, r only if there is a residual; f: of the feature
+    shape, in the dtype to compute in, as scale, bias, weights and moments are. With `has_kernel`,
+    the kernel of the same name serves on the CPU.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Sequence[Array]],
+        results: str,
+        *,
+        has_kernel: bool = False,
+    ) -> None:
+        self.name, self.function, self.results = name, function, results
+        self.primitive = compat.primitive(f"batch_norm_{name}", self.types)
+        compat.lower(self.primitive, self.by_definition)
+        if has_kernel:
+            compat.lower_on_cpu(self.primitive, self.by_kernel_or_definition)
+
+    def __call__(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        moments: Moments | None = None,
+        *linear: Array | None,
+    ) -> list[Array]:
+        operands, tree = jax.tree.flatten((inputs, moments, linear))
+        return self.primitive.bind(*compat.varying_alike(operands), problem=problem, tree=tree)
+
+    def types(self, *operands: Any, problem: Problem, tree: Any) -> list[Any]:
+        x, residual = operands[0], tree.unflatten(operands)[0].residual
+        of_features = feature_shape(problem.features, x.shape), wide(x.dtype)
+        return [
+            compat.type_like(x, *of_features) if each == "f" else compat.type_like(x)
+            for each in self.results
+            if each != "r" or residual is not None
+        ]
+
+    def by_kernel_or_definition(
+        self, here: bool, *types: Any, problem: Problem, tree: Any
+    ) -> Callable[..., list[Array]]:
+        inputs, _, linear = tree.unflatten(types)
+        if (
+            here
+            and native.kernels is not None
+            and inputs.x.dtype.name in native.kernels.DTYPES
+            and native.kernels.layout(inputs.x.shape, problem.features) is not None
+            and inputs.x.size > 0
+            and None not in linear
+            and self.name in _targets()
+        ):
+            return self.by_kernel
+        return self.by_definition
+
+    def by_definition(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+        dtype = operands[0].dtype
+        inputs, moments, linear = tree.unflatten([each.astype(wide(dtype)) for each in operands])
+        results = self.function(problem, inputs, moments, *linear)
+        types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
+        return [result.astype(kind.dtype) for kind, result in zip(types, results, strict=False)]
+
+    def by_kernel(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+        inputs, moments, linear = tree.unflatten(operands)
+        x, weights = inputs.x, inputs.weights
+        if weights is not None:
+            shape = weights_shape(problem.features, weights.shape, x.shape)
+            inputs = inputs._replace(weights=jnp.broadcast_to(weights, shape))
+        moments = moments or [None] * len(Moments._fields)
+        types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
+        results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in types]
+        results += [jax.ShapeDtypeStruct((0,), x.dtype)] * (len(self.results) - len(types))
+        call = jax.ffi.ffi_call(_targets()[self.name], results)
+        absent = jnp.zeros(0, jnp.float32)  # what is absent has no elements
+        values = call(
+            *(absent if each is None else each for each in (*inputs, *moments, *linear)),
+            features=np.array(problem.features, np.int64),
+            activation=problem.activation or "",
+            eps=np.float64(problem.eps),
+        )
+        return list(values[: len(types)])
+
+
+# ---- the handlers
+
+
+def _targets() -> dict[str, str]:
+    """The names under which XLA knows the handlers; none if it does not take them."""
+    targets, refusal = _registered()
+    if refusal is not None:
+        _warn(refusal)
+    return targets
+
+
+@functools.cache
+def _registered() -> tuple[dict[str, str], str | None]:
+    """The names, and why XLA refused them, if it did."""
+    handlers = native.kernels.xla_handlers()
+    targets = {name: f"batchnorm_{name}_{version('batchnorm')}" for name in handlers}
+    try:
+        for name, handler in handlers.items():
+            jax.ffi.register_ffi_target(targets[name], handler, platform="cpu")
+    except Exception as error:
+        return {}, str(error)
+    return targets, None
+
+
+@functools.cache
+def _warn(refusal: str) -> None:
+    warnings.warn(
+        f"This jaxlib does not take batchnorm's native kernels, so jnp serves instead: {refusal}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _report() -> str:
+    targets, refusal = _registered()
+    if refusal is not None:
+        return f"not served, since this jaxlib does not take the kernels: {refusal}"
+    return "served" if targets else "not served, since they were built without jaxlib's headers"
+
+
+native.register_report("JAX", _report)
+
+
+# ---- the stages
+
+
+def _statistics(problem: Problem, inputs: Inputs, _: None) -> Sequence[Array]:
+    return definition.moments(problem, inputs, jax.lax.stop_gradient)
+
+
+def _normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Sequence[Array]:
+    return [definition.normalize(problem, inputs, moments)]
+
+
+def _batch_norm(problem: Problem, inputs: Inputs, _: None) -> Sequence[Array]:
+    assert inputs.weights is None, "its derivative does not know of them"
+    y, moments = definition.batch_norm(problem, inputs, jax.lax.stop_gradient)
+    return [*moments, y]
+
+
+def _output_tangent(
+    problem: Problem, inputs: Inputs, moments: Moments, *p_s0_s1: Array | None
+) -> Sequence[Array]:
+    return [definition.output_tangent(problem, inputs, moments, *p_s0_s1)]
+
+
+def _input_gradient(
+    problem: Problem, inputs: Inputs, moments: Moments, dy: Array | None, *sums: Array
+) -> Sequence[Array]:
+    return definition.input_gradient(problem, inputs, moments, dy, sums)
+
+
+def _tangent(
+    problem: Problem,
+    inputs: Inputs,
+    moments: Moments,
+    x_dot: Array,
+    residual_dot: Array | None,
+    s0: Array,
+    s1: Array,
+) -> Sequence[Array]:
+    p, *own = definition.tangent_sums(problem, inputs, moments, x_dot, residual_dot)
+    return _output_tangent(problem, inputs, moments, p, s0 + own[0], s1 + own[1])
+
+
+def _gradients(problem: Problem, inputs: Inputs, moments: Moments, dy: Array) -> Sequence[Array]:
+    sums = definition.gradient_sums(problem, inputs, moments, dy)
+    return [*sums, *definition.input_gradient(problem, inputs, moments, dy, sums)]
+
+
+statistics = Stage("statistics", _statistics, "fffff", has_kernel=True)
+normalize = Stage("normalize", _normalize, "x", has_kernel=True)
+batch_norm = Stage("batch_norm", _batch_norm, "fffffx", has_kernel=True)
+tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xff")
+output_tangent = Stage("output_tangent", _output_tangent, "x")
+gradient_sums = Stage("gradient_sums", definition.gradient_sums, "ff", has_kernel=True)
+input_gradient = Stage("input_gradient", _input_gradient, "xr", has_kernel=True)
+tangent = Stage("tangent", _tangent, "x")
+gradients = Stage("gradients", _gradients, "ffxr", has_kernel=True)

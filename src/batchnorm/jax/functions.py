@@ -1,0 +1,217 @@
+"""The functions of `batchnorm.jax`; each is one dispatch where it is not jitted already."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from .. import checks, definition
+from ..definition import Inputs, Problem
+from ..documentation import documented
+from ..layout import reduced_axes, values_per_feature
+from ..moments import Moments, Statistics, pooled
+from . import _compat as compat
+from . import _stages as stages
+from ._arguments import Axis, floating, parameter, problem_and_inputs
+from ._derivatives import normalized
+from ._sync import AxisName, Devices, Groups, devices
+
+
+@documented()
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axis = -1,
+    eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+) -> tuple[jax.Array, Statistics]:
+    """... Everything has derivatives of every order, in forward and in reverse mode; so have the
+    statistics.
+
+    Parameters
+    ----------
+    mask
+        ... A negative weight or a NaN makes its feature NaN.
+    axis_name : hashable or tuple of hashables, optional
+        The mapped axis, or axes, over whose devices the statistics are taken.
+    axis_index_groups : sequence of sequences of ints, optional
+        Groups of indices along axis_name, each of which has statistics of its own.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, has the wrong shape, or if x has one element a feature; if
+        axis_name is unknown, or axis_index_groups do not divide the axis into groups.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from batchnorm.jax import batch_norm
+    >>> x = jnp.array([[1.0, 20.0], [3.0, 60.0]])
+    >>> y, statistics = batch_norm(x)
+    >>> print(y.round(3))
+    [[-1. -1.]
+     [ 1.  1.]]
+    >>> print(statistics.mean)
+    [ 2. 40.]
+    """
+    problem, inputs = problem_and_inputs(
+        x, scale, bias, axis=axis, eps=eps, mask=mask, residual=residual, activation=activation
+    )
+    shared = devices(axis_name, axis_index_groups)
+    values = values_per_feature(problem.features, inputs.x.shape)
+    checks.more_than_one_value(values * shared.number, inputs.x.shape)
+    return _batch_norm(problem, shared, inputs)
+
+
+def batch_norm_of_any_count(
+    x: ArrayLike,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    axis: Axis,
+    eps: float,
+    axis_name: AxisName | None,
+    axis_index_groups: Groups | None,
+) -> tuple[jax.Array, Statistics]:
+    """`batch_norm` for modules, which may be initialized with one element a feature."""
+    problem, inputs = problem_and_inputs(x, scale, bias, axis=axis, eps=eps)
+    return _batch_norm(problem, devices(axis_name, axis_index_groups), inputs)
+
+
+@documented()
+def normalize(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axis = -1,
+    eps: float = 1e-5,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+) -> jax.Array:
+    """...
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from batchnorm.jax import normalize
+    >>> print(normalize(jnp.array([[3.0], [5.0]]), jnp.array([3.0]), jnp.array([4.0])).round(3))
+    [[0.]
+     [1.]]
+    """
+    problem, inputs = problem_and_inputs(
+        x, scale, bias, axis=axis, eps=eps, residual=residual, activation=activation
+    )
+    mean = parameter("mean", mean, problem, inputs.x)
+    var = parameter("var", var, problem, inputs.x)
+    return _normalize(problem, inputs, Moments.given(mean, var))
+
+
+@documented()
+def batch_statistics(
+    x: ArrayLike,
+    *,
+    axis: Axis = -1,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Groups | None = None,
+) -> Statistics:
+    """...
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from batchnorm.jax import batch_statistics
+    >>> x = jnp.arange(20.0).reshape(10, 2)
+    >>> print(batch_statistics(x[:4]).merge(batch_statistics(x[4:])).var)
+    [33. 33.]
+    """
+    problem, inputs = problem_and_inputs(x, axis=axis, mask=mask)
+    return _batch_statistics(problem, devices(axis_name, axis_index_groups), inputs)
+
+
+@documented()
+def update_running(
+    mean: ArrayLike,
+    var: ArrayLike,
+    statistics: Statistics,
+    *,
+    rate: float,
+    correction: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """...
+
+    Parameters
+    ----------
+    rate : float within [0, 1]
+        The weight of the new value. Flax calls ``1 - rate`` momentum.
+    correction : 0 or 1
+        0 for the population variance, as Flax keeps it; 1 for the unbiased variance.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from batchnorm.jax import batch_statistics, update_running
+    >>> statistics = batch_statistics(jnp.array([[1.0], [3.0]]))
+    >>> mean, var = update_running(jnp.zeros(1), jnp.ones(1), statistics, rate=0.5, correction=1)
+    >>> print(mean, var)
+    [1.] [1.5]
+    """
+    rate = checks.fraction("rate", rate)
+    correction = checks.correction(correction)
+    mean, var = floating("mean", mean), floating("var", var)
+    checks.statistics_shape("mean", mean.shape, statistics.mean.shape)
+    checks.statistics_shape("var", var.shape, statistics.mean.shape)
+    dtype = stages.wide(statistics.mean.dtype)
+    new_mean, new_var = definition.update_running(
+        mean.astype(dtype), var.astype(dtype), statistics, rate=rate, correction=correction
+    )
+    return new_mean.astype(mean.dtype), new_var.astype(var.dtype)
+
+
+# ---- the computations
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _batch_norm(problem: Problem, devices: Devices, inputs: Inputs) -> tuple[jax.Array, Statistics]:
+    x = inputs.x
+    if devices.axis_name is None and inputs.weights is None and compat.varies_as(x, inputs):
+        *found, y = stages.batch_norm(problem, inputs)
+        return y, Moments(*found).statistics()
+    moments = _moments(problem, devices, inputs)
+    return normalized(problem, devices, inputs, moments), moments.statistics()
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _normalize(problem: Problem, inputs: Inputs, moments: Moments) -> jax.Array:
+    return stages.normalize(problem, inputs, moments)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _batch_statistics(problem: Problem, devices: Devices, inputs: Inputs) -> Statistics:
+    return _moments(problem, devices, inputs).statistics()
+
+
+def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
+    x, weights = inputs.x, inputs.weights
+    moments = Moments(*stages.statistics(problem, Inputs(x, weights=weights)))
+    if weights is not None:
+        wrong = jnp.any(~(weights >= 0), axis=reduced_axes(problem.features, x.ndim))
+        moments = moments._replace(
+            count=jnp.where(wrong, math.nan, moments.count),  # type: ignore[arg-type]  # not None
+            var=jnp.where(wrong, math.nan, moments.var),
+        )
+    if devices.axis_name is None:
+        return moments
+    return pooled(moments, devices.sum, jax.lax.stop_gradient)
