@@ -23,18 +23,24 @@ class Product:
 
     def __init__(self):
         self.seen = []
-        self.primitive = compat.primitive("product", lambda s, x, **_: [x, x])
-        compat.lower(self.primitive, lambda s, x, **_: [s * x, 2 * s * x])
+        self.primitive = compat.primitive("product", self.types, jax.jit(self))
+        compat.set_lowering(self.primitive, compat.lowering(self.in_jnp))
+
+    def types(self, s, x):
+        return [x, x]
+
+    def in_jnp(self, s, x):
+        return [s * x, 2 * s * x]
 
     def __call__(self, s, x):
-        return self.primitive.bind(s, x, problem=None, tree=None)
+        return self.primitive.bind(s, x)
 
-    def transpose(self, cotangents, s, x, **_):
+    def transpose(self, cotangents, s, x):
         self.seen.append(cotangents)
         one, two = (0 if each is None else each for each in cotangents)
         return [None, s * (one + 2 * two)]
 
-    def jvp(self, primals, tangents, **_):
+    def jvp(self, primals, tangents):
         self.seen.append(tangents)
         s, x_dot = primals[0], tangents[1]
         return self(*primals), [None, self(s, x_dot)[1]]  # a wrong None, to be seen
@@ -48,8 +54,6 @@ def product():
 def test_primitive(product):
     for results in (product(S, X), jax.jit(product)(S, X)):
         np.testing.assert_array_equal(results, [S * X, 2 * S * X])
-    with jax.disable_jit():
-        np.testing.assert_array_equal(product(S, X)[1], 2 * S * X)
     assert "product" in str(jax.make_jaxpr(product)(S, X))
 
 
@@ -70,7 +74,7 @@ def test_set_transpose(product):
 def test_set_batcher(product):
     dims = []
 
-    def rule(operands, dims_of_operands, **_):
+    def rule(operands, dims_of_operands):
         dims.extend(dims_of_operands)
         return product(*operands), [dims_of_operands[1]] * 2
 
@@ -80,49 +84,59 @@ def test_set_batcher(product):
     assert dims == [None, 0]
 
 
-def test_lower(product):
-    for platform in ("cpu", "cuda"):
+def test_lowering(product):
+    assert "stablehlo.multiply" in jax.jit(product).lower(S, X).as_text()
+
+
+def test_set_lowering(product):
+    compat.set_lowering(product.primitive, compat.lowering(lambda s, x: [s + x, s + x]), "cpu")
+    for platform, operation in (("cpu", "stablehlo.add"), ("cuda", "stablehlo.multiply")):
         lowered = jax.jit(product).trace(S, X).lower(lowering_platforms=(platform,))
-        assert "stablehlo.multiply" in lowered.as_text()
+        assert operation in lowered.as_text()
 
 
-class Here(Product):
-    """Which notes whether its code runs on whole arrays on one device."""
+class Spy(Product):
+    """Which notes what the context of a lowering says."""
 
     def __init__(self):
         super().__init__()
+        compat.set_lowering(self.primitive, self.lower, "cpu")
 
-        def choose(here, *types, **_):
-            assert [each.shape for each in types] == [(3,), (2, 3)]
-            self.seen.append(here)
-            return lambda s, x, **_: [s * x, s * x]
+    def lower(self, context, *operands):
+        self.seen.append((compat.is_here(context), compat.operand_types(context)))
+        return compat.lowering(self.in_jnp)(context, *operands)
 
-        compat.lower_on_cpu(self.primitive, choose)
-
-    def lowered(self, function):
+    def is_here(self, function):
         function.lower(S, X)
-        return self.seen.pop()
+        return self.seen.pop()[0]
 
 
-def test_lower_on_cpu():
-    here = Here()
-    assert here.lowered(jax.jit(here))
+def test_operand_types():
+    spy = Spy()
+    jax.jit(spy).lower(S, X)
+    ((_, types),) = spy.seen
+    assert [(each.shape, each.dtype) for each in types] == [((3,), "float32"), ((2, 3), "float32")]
+
+
+def test_is_here():
+    spy = Spy()
+    assert spy.is_here(jax.jit(spy))
     mesh = Mesh(np.array(jax.devices("cpu")[:1]).reshape(1, 1), ("i", "j"))
-    over = partial(jax.shard_map, here, mesh=mesh, in_specs=P(), out_specs=P())
-    assert here.lowered(jax.jit(over()))
-    assert not here.lowered(jax.jit(over(axis_names={"i"}))), "the rest is left to XLA to split"
-    export.export(jax.jit(here), platforms=["cpu"])(S, X)
-    assert not here.seen.pop()
+    over = partial(jax.shard_map, spy, mesh=mesh, in_specs=P(), out_specs=P())
+    assert spy.is_here(jax.jit(over()))
+    assert not spy.is_here(jax.jit(over(axis_names={"i"}))), "the rest is left to XLA to split"
+    export.export(jax.jit(spy), platforms=["cpu"])(S, X)
+    assert not spy.seen.pop()[0]
 
 
 def in_jit_over_devices():
-    here = Here()
+    spy = Spy()
     mesh = Mesh(np.array(jax.devices()), "i")
     whole, split = (jax.NamedSharding(mesh, spec) for spec in (P(), P("i")))
-    assert not here.lowered(jax.jit(here, in_shardings=(whole, split)))
+    assert not spy.is_here(jax.jit(spy, in_shardings=(whole, split)))
 
 
-def test_lower_on_cpu_over_devices():
+def test_is_here_over_devices():
     program = "import test_jax_compat; test_jax_compat.in_jit_over_devices()"
     path = os.pathsep.join(filter(None, sys.path))
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": path}

@@ -4,7 +4,6 @@ tests/test_jax_compat.py has a test for each, of the same name. Here None stands
 cotangent that is known to be zero, in whatever way JAX says so.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,26 +24,13 @@ Array = Any
 # Then: adapt the rule here; all else knows the stages alone.
 
 
-def primitive(name: str, types: Callable[..., list[Any]]) -> Primitive:
-    """An operation of several results, of which `types` says the types from those of its operands.
-
-    Evaluated at once it is a compiled computation of its own.
-    """
+def primitive(name: str, types: Callable[..., Any], evaluate: Callable[..., Any]) -> Primitive:
+    """An operation of several results: `types` of them from those of its operands; at once."""
     made = Primitive(name)
     made.multiple_results = True
     made.def_abstract_eval(types)
-    made.def_impl(functools.partial(_evaluate, made))
+    made.def_impl(evaluate)
     return made
-
-
-def _evaluate(primitive: Primitive, *operands: Array, **parameters: Any) -> list[Array]:
-    with jax.disable_jit(False):
-        return _jitted(primitive, *operands, **parameters)
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree"))
-def _jitted(primitive: Primitive, *operands: Array, problem: Any, tree: Any) -> list[Array]:
-    return primitive.bind(*operands, problem=problem, tree=tree)
 
 
 def set_jvp(primitive: Primitive, rule: Callable[..., tuple[list[Array], list[Any]]]) -> None:
@@ -88,39 +74,40 @@ def set_batcher(primitive: Primitive, rule: Callable[..., tuple[list[Array], lis
 #
 # For: the choice between native and jnp where the platform is known, and with it whether XLA will
 # split the program. lax.platform_dependent, the public way, knows the platform alone, and it would
-# export a call of our kernels. Breaks: where the contexts of a lowering change. Then: take `here`
-# as False: all is served by jnp, right but slower.
+# export a call of our kernels. Breaks: where the contexts of a lowering change. Then: let
+# is_here be False: all is served by jnp, right but slower.
 
 
-def lower(primitive: Primitive, function: Callable[..., list[Array]]) -> None:
-    """Lower to a function in jnp, on every platform."""
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+def set_lowering(
+    primitive: Primitive, lowering: Callable[..., Sequence[Any]], platform: str | None = None
+) -> None:
+    """lowering(context, *operands, **parameters); without a platform, for all the others."""
+    mlir.register_lowering(primitive, lowering, platform=platform)
 
 
-def lower_on_cpu(primitive: Primitive, choose: Callable[..., Callable[..., list[Array]]]) -> None:
-    """On the CPU, lower to the function that choose(here, *types, **parameters) gives.
+def lowering(function: Callable[..., list[Array]]) -> Callable[..., Sequence[Any]]:
+    """That of a function in jnp."""
+    return mlir.lower_fun(function, multiple_results=True)
 
-    `here`: whether the lowered code runs on whole arrays on one device, in this process. XLA's
-    partitioner would gather the operands of a custom call, but knows how to split jnp; and an
+
+def operand_types(context: mlir.LoweringRuleContext) -> Sequence[Any]:
+    return context.avals_in
+
+
+def is_here(context: mlir.LoweringRuleContext) -> bool:
+    """Whether the lowered code runs on whole arrays on one device, in this process.
+
+    XLA's partitioner would gather the operands of a custom call, but knows how to split jnp; and an
     exported program must not depend on this package.
     """
-
-    def lowering(context: Any, *operands: Any, **parameters: Any) -> Sequence[Any]:
-        here = _is_here(context.module_context)
-        chosen = choose(here, *context.avals_in, **parameters)
-        return mlir.lower_fun(chosen, multiple_results=True)(context, *operands, **parameters)
-
-    mlir.register_lowering(primitive, lowering, platform="cpu")
-
-
-def _is_here(module: mlir.ModuleContext) -> bool:
+    module = context.module_context
     if module.lowering_parameters.for_export:
         return False
-    context = module.axis_context
-    if isinstance(context, mlir.ShardingContext):
-        return context.num_devices == 1
-    if isinstance(context, mlir.SPMDAxisContext):
-        return set(context.manual_axes) == set(context.mesh.axis_names)
+    axes = module.axis_context
+    if isinstance(axes, mlir.ShardingContext):
+        return axes.num_devices == 1
+    if isinstance(axes, mlir.SPMDAxisContext):
+        return set(axes.manual_axes) == set(axes.mesh.axis_names)
     return True
 
 

@@ -43,7 +43,7 @@ def _jvp(
     stage: Stage, primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
 ) -> tuple[list[Array], list[Any]]:
     """A stage is linear in its last operands; in the others it is as its definition is."""
-    bind = functools.partial(stage.primitive.bind, problem=problem, tree=tree)
+    bind = functools.partial(stage.bind, problem=problem, tree=tree)
     fixed = len(primals) - sum(each is not None for each in tree.unflatten(primals)[2])
     parts = []
     if any(each is not None for each in tangents[fixed:]):

@@ -65,10 +65,10 @@ class Stage:
         has_kernel: bool = False,
     ) -> None:
         self.name, self.function, self.results = name, function, results
-        self.primitive = compat.primitive(f"batch_norm_{name}", self.types)
-        compat.lower(self.primitive, self.by_definition)
+        self.primitive = compat.primitive(f"batch_norm_{name}", self.types, self.evaluate)
+        compat.set_lowering(self.primitive, compat.lowering(self.by_definition))
         if has_kernel:
-            compat.lower_on_cpu(self.primitive, self.by_kernel_or_definition)
+            compat.set_lowering(self.primitive, self.lower_on_cpu, "cpu")
 
     def __call__(
         self,
@@ -78,7 +78,15 @@ class Stage:
         *linear: Array | None,
     ) -> list[Array]:
         operands, tree = jax.tree.flatten((inputs, moments, linear))
-        return self.primitive.bind(*compat.varying_alike(operands), problem=problem, tree=tree)
+        return self.bind(*compat.varying_alike(operands), problem=problem, tree=tree)
+
+    def bind(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+        return self.primitive.bind(*operands, problem=problem, tree=tree)
+
+    def evaluate(self, *operands: Array, **parameters: Any) -> list[Array]:
+        """At once, as a compiled computation of its own."""
+        with jax.disable_jit(False):
+            return _jitted(self, *operands, **parameters)
 
     def types(self, *operands: Any, problem: Problem, tree: Any) -> list[Any]:
         x, residual = operands[0], tree.unflatten(operands)[0].residual
@@ -89,12 +97,12 @@ class Stage:
             if each != "r" or residual is not None
         ]
 
-    def by_kernel_or_definition(
-        self, here: bool, *types: Any, problem: Problem, tree: Any
-    ) -> Callable[..., list[Array]]:
-        inputs, _, linear = tree.unflatten(types)
+    def lower_on_cpu(
+        self, context: Any, *operands: Any, problem: Problem, tree: Any
+    ) -> Sequence[Any]:
+        inputs, _, linear = tree.unflatten(compat.operand_types(context))
         if (
-            here
+            compat.is_here(context)
             and native.kernels is not None
             and inputs.x.dtype.name in native.kernels.DTYPES
             and native.kernels.layout(inputs.x.shape, problem.features) is not None
@@ -102,8 +110,10 @@ class Stage:
             and None not in linear
             and self.name in _targets()
         ):
-            return self.by_kernel
-        return self.by_definition
+            lowering = compat.lowering(self.by_kernel)
+        else:
+            lowering = compat.lowering(self.by_definition)
+        return lowering(context, *operands, problem=problem, tree=tree)
 
     def by_definition(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
         dtype = operands[0].dtype
@@ -131,6 +141,11 @@ class Stage:
             eps=np.float64(problem.eps),
         )
         return list(values[: len(types)])
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree"))
+def _jitted(stage: Stage, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+    return stage.bind(*operands, problem=problem, tree=tree)
 
 
 # ---- the handlers

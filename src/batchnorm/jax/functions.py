@@ -209,7 +209,7 @@ def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
     if weights is not None:
         wrong = jnp.any(~(weights >= 0), axis=reduced_axes(problem.features, x.ndim))
         moments = moments._replace(
-            count=jnp.where(wrong, math.nan, moments.count),  # type: ignore[arg-type]  # not None
+            count=jnp.where(wrong, math.nan, moments.count),
             var=jnp.where(wrong, math.nan, moments.var),
         )
     if devices.axis_name is None:
