@@ -622,7 +622,7 @@ def spoilt(array: Any, how: str) -> Any:
     elif how == "meta":
         return array.to("meta")
     elif how == "zeros that are none":
-        zeros: Any = torch._efficientzerotensor  # noqa: SLF001  # what autograd makes of no gradient
+        zeros: Any = torch._efficientzerotensor  # what autograd makes of no gradient
         return zeros(array.shape, dtype=array.dtype)
     elif how == "freed":
         array = array.clone()

@@ -265,7 +265,11 @@ def test_a_layer_that_tracks_says_so_in_a_transform(transform, momentum, skip_no
     with pytest.raises(RuntimeError, match=r"BatchNorm1d can't update .*stack_module_state"):
         TRANSFORMS[transform](lambda x: layer(x).pow(2).sum(), x)
     assert all(map(torch.equal, layer.buffers(), before))
-    assert layer._elements_tracked is None
+    # Nor does any count of elements go on from there.
+    later, fresh = copy.deepcopy(layer), bt.BatchNorm1d(3, momentum=momentum).double()
+    for each in (later, fresh):
+        each(tensor(5, 3, seed=1))
+    close([later.running_mean, later.running_var], [fresh.running_mean, fresh.running_var])
     # The ways that the message names.
     layer.freeze(normalize_by="batch")
     results = [TRANSFORMS[transform](lambda x, f=f: f(x).pow(3).sum(), x) for f in (layer, plainly)]

@@ -105,7 +105,9 @@ def activation(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value in ACTIVATIONS):
         return value
     *names, last = (f'"{name}"' for name in ACTIVATIONS)
-    raise ValueError(f"activation must be {', '.join(['None', *names])} or {last}, but got {value!r}.")
+    raise ValueError(
+        f"activation must be {', '.join(['None', *names])} or {last}, but got {value!r}."
+    )
 
 
 def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> None:

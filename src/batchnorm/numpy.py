@@ -71,8 +71,8 @@ def batch_norm(
         return call.finished(done["y"], out), _statistics(statistics)
     with np.errstate(all="ignore"):
         y, moments = definition.batch_norm(*call.in_words_of_definition())
-    statistics[...] = moments.statistics()
-    return call.finished(y, out), _statistics(statistics)
+        statistics[...] = moments.statistics()
+        return call.finished(y, out), _statistics(statistics)
 
 
 @documented()
@@ -107,31 +107,15 @@ def normalize(
     moments = Moments.given(mean.astype(np.float64), var.astype(np.float64))
     with np.errstate(all="ignore"):
         y = definition.normalize(*call.in_words_of_definition(), moments)
-    return call.finished(y, out)
+        return call.finished(y, out)
 
 
+@documented(wide="float64")
 def batch_statistics(
     x: npt.ArrayLike, *, axis: Axis = -1, mask: npt.ArrayLike | None = None
 ) -> Statistics:
-    """Count, mean and population variance of each feature.
-
-    The statistics of two parts of a data set, merged, are those of the whole: data that do not fit
-    into memory can be read in parts.
-
-    Parameters
-    ----------
-    x, axis, mask
-        As in `batch_norm`.
-
-    Returns
-    -------
-    Statistics
-        In float64, of the feature shape.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`.
+    """... The statistics of two parts of a data set, merged, are those of the whole: data that do
+    not fit into memory can be read in parts.
 
     Examples
     --------
@@ -147,10 +131,11 @@ def batch_statistics(
     if call.native("statistics", statistics=statistics) is None:
         with np.errstate(all="ignore"):
             moments = definition.moments(*call.in_words_of_definition())
-        statistics[...] = moments.statistics()
+            statistics[...] = moments.statistics()
     return _statistics(statistics)
 
 
+@documented()
 def update_running(
     mean: npt.ArrayLike,
     var: npt.ArrayLike,
@@ -159,30 +144,14 @@ def update_running(
     rate: float,
     correction: int = 0,
 ) -> tuple[Array, Array]:
-    """Move running statistics towards those of a batch.
-
-    ``new = (1 - rate) * old + rate * batch``; the variance of the batch is first multiplied by
-    ``count / (count - correction)``. A feature of which the batch has no more than `correction`
-    elements stays as it was.
+    """...
 
     Parameters
     ----------
-    mean, var : array of the feature shape
-    statistics : Statistics
-    rate : float within [0, 1]
-        The weight of the new value. PyTorch and MLX call it momentum; Flax and Keras call
-        ``1 - rate`` momentum.
+    rate
+        ... PyTorch and MLX call it momentum; Flax and Keras call ``1 - rate`` momentum.
     correction : 0 or 1
         1 for the unbiased variance, as PyTorch and MLX keep it; 0 as Flax and Keras do.
-
-    Returns
-    -------
-    mean, var : array, of the dtypes that came
-
-    Raises
-    ------
-    TypeError, ValueError
-        If rate or correction is out of range, or a shape differs from the statistics'.
 
     Examples
     --------
@@ -209,6 +178,7 @@ def update_running(
     return new_mean.astype(mean.dtype), new_var.astype(var.dtype)
 
 
+@documented(wide="float64")
 def batch_norm_gradients(
     dy: npt.ArrayLike,
     x: npt.ArrayLike,
@@ -222,29 +192,7 @@ def batch_norm_gradients(
     residual: npt.ArrayLike | None = None,
     activation: str | None = None,
 ) -> Gradients:
-    """Gradients of a loss through `batch_norm`, from its gradient with respect to y.
-
-    ``dx = scale / sqrt(var + eps) * (g - w / m * (sum(g) + x_hat * sum(g * x_hat)))`` with
-    ``g = dy * activation'``, w the mask (1 without one) and m its sum; the gradients of bias and
-    scale are the two sums.
-
-    Parameters
-    ----------
-    dy : array of the shape of x
-    x, scale, bias, axis, eps, mask, residual, activation
-        As they were given to `batch_norm`.
-    statistics : Statistics
-        As `batch_norm` returned them.
-
-    Returns
-    -------
-    Gradients
-        x and residual in their dtypes, scale and bias in float64; None for what was not given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`; and if dy or the statistics do not have the shapes that go with x.
+    """...
 
     Examples
     --------

@@ -181,9 +181,10 @@ class Stages:
     def moments_of(self, by: By) -> Moments:
         dtype = wide(self.inputs.x.dtype)
         statistics = Statistics(None, *by) if isinstance(by, Given) else Statistics(*by.unbind(0))
-        if statistics.mean.dtype == dtype:
-            return Moments(statistics.count, statistics.mean, None, None, statistics.var)
-        return Moments.about(statistics, lambda each: each.to(dtype), Tensor.detach)
+        if statistics.mean.dtype == torch.float64 != dtype:
+            return Moments.about(statistics, lambda each: each.to(dtype), Tensor.detach)
+        count, mean, var = statistics
+        return Moments(count, mean.to(dtype), None, None, var.to(dtype))
 
     # ---- for the kernels
 
