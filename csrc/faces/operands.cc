@@ -69,6 +69,10 @@ void for_each(const Operand& operand, const Visit& visit) {
   const Axes& axes = operand.axes;
   T* element = static_cast<T*>(operand.data);
   const int64_t elements = axes.elements();
+  if (is_dense(axes)) {
+    for (int64_t c = 0; c < elements; ++c) visit(element[c], c);
+    return;
+  }
   int64_t index[kMaxRank] = {};
   for (int64_t c = 0; c < elements; ++c) {
     visit(*element, c);
@@ -304,8 +308,13 @@ void Reader::note(const Operand& operand, Access access) {
 }
 
 double* Reader::memory_for_values() {
-  values_.emplace_front(layout_.shape.channels);
-  return values_.front().data();
+  const int64_t channels = layout_.shape.channels;
+  if (channels <= kFewValues - few_used_) {
+    few_used_ += channels;
+    return few_values_ + few_used_ - channels;
+  }
+  values_.emplace_front(new double[channels]);
+  return values_.front().get();
 }
 
 }  // namespace batchnorm

@@ -4,9 +4,8 @@
 
 #include <cstdint>
 #include <forward_list>
-#include <initializer_list>
+#include <memory>
 #include <string>
-#include <vector>
 
 #include "stages/batch_norm.h"
 #include "stages/layout.h"
@@ -97,7 +96,11 @@ class Reader {
   std::string error_;
   Memory memory_[24];
   int memories_ = 0;
-  std::forward_list<std::vector<double>> values_;
+  // Those of few channels need no memory of their own.
+  static constexpr int64_t kFewValues = 256;
+  double few_values_[kFewValues];
+  int64_t few_used_ = 0;
+  std::forward_list<std::unique_ptr<double[]>> values_;
   Pending pending_[8];
   int number_pending_ = 0;
 };

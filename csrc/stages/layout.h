@@ -12,7 +12,7 @@ struct Shape {
 };
 
 // Tensors of more axes are not served.
-constexpr int kMaxRank = 32;
+constexpr int kMaxRank = 16;
 
 // Of each axis of a tensor, the size and the stride, in elements.
 struct Axes {
