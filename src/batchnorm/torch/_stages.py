@@ -57,12 +57,21 @@ class Stages:
     scale and bias are of the feature shape and of any dtype, residual is like x, weights broadcast.
     """
 
+    __slots__ = ("inputs", "is_native", "problem")
+
     def __init__(self, problem: Problem, inputs: Inputs, *, watched: bool) -> None:
-        self.problem, self.inputs = problem, inputs
         x = inputs.x
         self.is_native = (
             native.kernels is not None and x.is_cpu and x.dtype in _DTYPES and not watched
         )
+        if self.is_native:
+            # What the record of a tensor does not say: some views negate what is in memory.
+            for each in inputs:
+                if each is not None and each.is_neg():
+                    resolved = (None if each is None else each.resolve_neg() for each in inputs)
+                    inputs = Inputs(*resolved)
+                    break
+        self.problem, self.inputs = problem, inputs
 
     def batch_norm(self, running: Running | None = None) -> tuple[Tensor, Tensor]:
         """y, and the statistics that it is normalized by; running statistics move, too."""
@@ -71,7 +80,7 @@ class Stages:
             y, statistics = torch.empty_like(x), self.rows(3)
             operands = self.operands(statistics=statistics, y=y)
             if running is not None:
-                operands.update(running.operands())
+                operands |= running.operands()
             if self.runs(native.kernels.batch_norm, operands):
                 return y, statistics
             if running is not None:  # perhaps in no memory that a kernel can change
@@ -100,7 +109,7 @@ class Stages:
         if self.is_native:
             y = torch.empty_like(x)
             mean, var = by if isinstance(by, Given) else by[1:].unbind(0)
-            operands = self.operands(mean=mean, var=var, y=y)
+            operands = self.operands(mean=mean.resolve_neg(), var=var.resolve_neg(), y=y)
             del operands["weights"]
             if self.runs(native.kernels.normalize, operands):
                 return y
@@ -113,15 +122,14 @@ class Stages:
         """Of scale, bias, x and residual."""
         x, scale, bias = self.inputs[:3]
         if self.is_native:
-            dscale, dbias, dx, dresidual = (
-                None if each is None else torch.empty_like(each)
-                for each in (scale, bias, x, x if with_dresidual else None)
-            )
+            dscale = None if scale is None else torch.empty_like(scale)
+            dbias = None if bias is None else torch.empty_like(bias)
+            dx = torch.empty_like(x)
+            dresidual = torch.empty_like(x) if with_dresidual else None
             operands = self.operands(
-                dy=dy, dscale=dscale, dbias=dbias, dx=dx, dresidual=dresidual, **_named(by)
+                **_named(by, dy), dscale=dscale, dbias=dbias, dx=dx, dresidual=dresidual
             )
             if self.runs(native.kernels.batch_norm_gradients, operands):
-                assert dx is not None
                 return dscale, dbias, dx, dresidual
         sums = self.gradient_sums(by, dy)
         dx, dresidual = self.input_gradient(by, sums, dy, with_dresidual)
@@ -130,9 +138,8 @@ class Stages:
     def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
         if self.is_native:
             sums = self.rows(2)
-            if self.runs(
-                native.kernels.gradient_sums, self.operands(dy=dy, sums=sums, **_named(by))
-            ):
+            operands = self.operands(**_named(by, dy), sums=sums)
+            if self.runs(native.kernels.gradient_sums, operands):
                 return sums
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         dy = dy.to(inputs.x.dtype)
@@ -146,7 +153,7 @@ class Stages:
         if self.is_native:
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = self.operands(dy=dy, sums=sums, dx=dx, dresidual=dresidual, **_named(by))
+            operands = self.operands(**_named(by, dy), sums=sums, dx=dx, dresidual=dresidual)
             if self.runs(native.kernels.input_gradient, operands):
                 return dx, dresidual
         inputs, moments = self.wide_inputs(), self.moments_of(by)
@@ -189,10 +196,8 @@ class Stages:
     # ---- for the kernels
 
     def rows(self, number: int) -> Tensor:
-        x = self.inputs.x
-        shape = x.shape
-        sizes = [shape[axis] for axis in self.problem.features]
-        return x.new_empty((number, *sizes), dtype=torch.float64)
+        shape = self.inputs.x.shape
+        return _FLOAT64.new_empty(number, *[shape[axis] for axis in self.problem.features])
 
     def operands(self, **others: Any) -> dict[str, Any]:
         """What kernels take, by name; native/_cpu.pyi says what each is."""
@@ -216,23 +221,20 @@ class Stages:
     def runs(self, kernel: Any, operands: dict[str, Any]) -> bool:
         """Let the kernel do it, and say whether it could.
 
-        An operand that it can't take as it lies in memory is copied for it. What the record of a
-        tensor does not say is looked at here: views that negate what is in memory.
+        An operand that it can't take as it lies in memory is copied for it.
         """
-        for name in _READ:
-            if (each := operands.get(name)) is not None and each.is_neg():
-                operands[name] = each.resolve_neg()
-        copied = set()
+        given = operands
         while (name := kernel(**operands)) is not None:
-            if name in copied or name not in _COPIED:
+            if name not in _COPIED or operands[name] is not given[name]:
                 return False
-            copied.add(name)
-            operands[name] = _COPIED[name](operands["x"], operands[name])
+            copy = _COPIED[name](operands["x"], given[name])
+            operands = {**operands, name: copy}
         return True
 
 
-def _named(by: By) -> dict[str, Tensor]:
-    return by._asdict() if isinstance(by, Given) else {"statistics": by}
+def _named(by: By, dy: Tensor) -> dict[str, Tensor]:
+    dy = dy.resolve_neg()
+    return {"dy": dy, **by._asdict()} if isinstance(by, Given) else {"dy": dy, "statistics": by}
 
 
 def _like(x: Tensor, tensor: Tensor) -> Tensor:
@@ -257,7 +259,7 @@ _COPIED = {
     **dict.fromkeys(("residual", "dy"), _like),
     **dict.fromkeys(("x", "scale", "bias", "mean", "var", "statistics", "sums"), _own),
 }
-_READ = ("x", "scale", "bias", "residual", "weights", "mean", "var", "dy")
+_FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")  # to make others like it
 _DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
 _TEAM = None

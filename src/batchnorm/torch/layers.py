@@ -10,7 +10,7 @@ from .. import checks
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
 from . import _compat, _derivatives
-from ._arguments import residual_like, values_of, weights_of
+from ._arguments import residual_like, weights_of
 from ._running import Running
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, path_of, processes_of
@@ -117,7 +117,7 @@ class Layer(_compat.BatchNormBase):
                 self._move_running(call, inputs, given, statistics)
             return y
         if not call.processes.is_shared:
-            checks.torch_values(values_of(call, inputs), input.shape)
+            checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
         if moves and self.momentum is not None and not self.skip_nonfinite:
             running = self._running(call, inputs, given, self._rate())
             return _derivatives.batch_norm_of_layer(call, inputs, running)[0]
