@@ -15,11 +15,11 @@ from .activations import ACTIVATIONS
 Shape = Sequence[int]
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
@@ -47,7 +47,7 @@ def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
         return (axis % ndim,)
     features = []
     for each in axis if isinstance(axis, (tuple, list)) else (axis,):
-        if not _is_integer(each):
+        if not is_integer(each):
             raise TypeError(f"axis must be an integer or a tuple of integers, but got {axis!r}.")
         if not -ndim <= each < ndim:
             raise ValueError(
@@ -68,7 +68,7 @@ def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
 
 
 def positive_eps(eps: Any) -> float:
-    if not _is_real(eps):
+    if not is_real(eps):
         raise TypeError(f"eps must be a positive number, but got {eps!r}.")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, but got {eps}.")
@@ -77,7 +77,7 @@ def positive_eps(eps: Any) -> float:
 
 def fraction(name: str, value: Any) -> float:
     """A momentum or a rate: a number within [0, 1]."""
-    if not _is_real(value):
+    if not is_real(value):
         raise TypeError(f"{name} must be a number within [0, 1], but got {value!r}.")
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be within [0, 1], but got {value}.")
@@ -90,14 +90,6 @@ def correction(value: Any) -> int:
             "correction must be 0 (running variance divided by the count) or 1 (by the count - 1), "
             f"but got {value!r}."
         )
-    return int(value)
-
-
-def number_of_features(value: Any) -> int:
-    if not _is_integer(value):
-        raise TypeError(f"num_features must be a positive integer, but got {value!r}.")
-    if value < 1:
-        raise ValueError(f"num_features must be a positive integer, but got {value}.")
     return int(value)
 
 
@@ -115,13 +107,6 @@ def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> N
         raise ValueError(
             f"{name} must have the feature shape {tuple(expected)} of x, whose shape is "
             f"{tuple(x_shape)}, but its shape is {tuple(shape)}."
-        )
-
-
-def same_shape(name: str, shape: Shape, x_shape: Shape) -> None:
-    if tuple(shape) != tuple(x_shape):
-        raise ValueError(
-            f"{name} must have the shape {tuple(x_shape)} of x, but its shape is {tuple(shape)}."
         )
 
 
@@ -149,11 +134,6 @@ def broadcasts(name: str, shape: Shape, x_shape: Shape) -> None:
         )
 
 
-def non_negative(name: str, smallest: float) -> None:
-    if not smallest >= 0:
-        raise ValueError(f"{name} must hold bools or weights >= 0, but it holds {smallest}.")
-
-
 def number_of_channels(channels: int, num_features: int, shape: Shape) -> None:
     if channels != num_features:
         raise ValueError(
@@ -176,73 +156,6 @@ def statistics_shape(name: str, shape: Shape, expected: Shape) -> None:
             f"{name} must have the shape {tuple(expected)} of the batch's statistics, "
             f"but its shape is {tuple(shape)}."
         )
-
-
-def bound_axis_name(axis_name: Any, is_bound: bool) -> None:
-    if not is_bound:
-        raise ValueError(
-            f"axis_name must name axes that are mapped here, but got {axis_name!r}. "
-            "Call inside of jax.pmap, jax.shard_map or jax.vmap with that axis name."
-        )
-
-
-def axis_index_groups(groups: Any, axis_name: Any, size: int) -> tuple[tuple[int, ...], ...] | None:
-    """`groups` of the indices along a mapped axis of that size; None stands for no groups."""
-    if groups is None:
-        return None
-    if axis_name is None:
-        raise ValueError("axis_index_groups needs an axis_name, but axis_name is None.")
-    if not isinstance(groups, (tuple, list)) or not all(
-        isinstance(group, (tuple, list)) and all(map(_is_integer, group)) for group in groups
-    ):
-        raise TypeError(
-            f"axis_index_groups must be a sequence of sequences of integers, but got {groups!r}."
-        )
-    if sorted(index for group in groups for index in group) != list(range(size)):
-        raise ValueError(
-            f"axis_index_groups must hold each index of axis_name={axis_name!r}, of size {size}, "
-            f"exactly once, but got {groups!r}."
-        )
-    if len({len(group) for group in groups}) > 1:
-        raise ValueError(f"axis_index_groups must be of one size, but got {groups!r}.")
-    return tuple(tuple(map(int, group)) for group in groups)
-
-
-# flax.nn.BatchNorm drops the imaginary part; ours refuses, with the error of its other arguments.
-
-
-def flax_nn_real(dtype: object, is_complex: bool) -> None:
-    if is_complex:
-        raise ValueError(f"x must hold real numbers, but its dtype is {dtype}.")
-
-
-def flax_nn_statistics(present: bool) -> None:
-    if not present:
-        raise ValueError(
-            "when use_running_averages is True either use a stateful context or provide batch_stats"
-        )
-
-
-# The messages of mlx.nn.BatchNorm itself, which programs may look for.
-
-
-def mlx_eps(eps: Any) -> None:
-    if not _is_real(eps):
-        raise TypeError(f"[BatchNorm] 'eps' must be a positive number but got {eps!r}.")
-    if not 0 < float(eps) < math.inf:
-        raise ValueError(f"[BatchNorm] 'eps' must be positive but got {eps}.")
-
-
-def mlx_rank(x_shape: Shape) -> None:
-    if not 2 <= len(x_shape) <= 4:
-        raise ValueError(
-            f"Expected input tensor to have 2, 3 or 4 dimensions, but got {len(x_shape)}"
-        )
-
-
-def mlx_values(values: int) -> None:
-    if values == 1:
-        raise ValueError("BatchNorm training requires more than one value per channel.")
 
 
 # The messages of torch.nn itself.

@@ -207,7 +207,7 @@ def batch_norm_gradients(
     """
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
     dy = _floating("dy", dy)
-    checks.same_shape("dy", dy.shape, call.x.shape)
+    _check_shape("dy", dy, call.x)
     rows, sums = np.empty((3, *call.feature_shape)), np.empty((2, *call.feature_shape))
     for row, name, value in zip(rows, Statistics._fields, statistics, strict=True):
         values = np.asarray(value)
@@ -279,7 +279,7 @@ class _Call:
             return np.empty_like(self.x)
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a NumPy array, but got {type(out).__name__}.")
-        checks.same_shape("out", out.shape, self.x.shape)
+        _check_shape("out", out, self.x)
         if out.dtype != self.x.dtype or not out.flags.writeable:
             raise ValueError(
                 f"out must be writeable and of the dtype {self.x.dtype} of x, "
@@ -367,13 +367,20 @@ def _floating(name: str, value: npt.ArrayLike) -> Array:
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
 
 
+def _check_shape(name: str, array: Array, x: Array) -> None:
+    if array.shape != x.shape:
+        raise ValueError(
+            f"{name} must have the shape {x.shape} of x, but its shape is {array.shape}."
+        )
+
+
 def _weights(mask: npt.ArrayLike, x: Array, features: layout.Axes) -> Array:
     """The mask as weights of the rank of x."""
     array = np.asarray(mask)
     checks.floating("mask", array.dtype, array.dtype.kind in "biuf" or _is_bfloat16(array.dtype))
     checks.broadcasts("mask", array.shape, x.shape)
-    if array.dtype != np.bool_ and array.size:
-        checks.non_negative("mask", array.min())
+    if array.dtype != np.bool_ and array.size and not array.min() >= 0:
+        raise ValueError(f"mask must hold bools or weights >= 0, but it holds {array.min()}.")
     array = array.astype(np.float64 if x.itemsize > 4 else np.float32)
     array = array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
     return np.broadcast_to(array, layout.weights_shape(features, array.shape, x.shape))

@@ -40,7 +40,33 @@ def devices(axis_name: AxisName | None, groups: Groups | None) -> Devices:
     size = 1
     if axis_name is not None:
         found = compat.axis_size(axis_name)
-        checks.bound_axis_name(axis_name, found is not None)
-        size = found or 1
-    of_size = checks.axis_index_groups(groups, axis_name, size)
+        if found is None:
+            raise ValueError(
+                f"axis_name must name axes that are mapped here, but got {axis_name!r}. "
+                "Call inside of jax.pmap, jax.shard_map or jax.vmap with that axis name."
+            )
+        size = found
+    of_size = _checked(groups, axis_name, size)
     return Devices(axis_name, of_size, size if of_size is None else len(of_size[0]))
+
+
+def _checked(groups: Any, axis_name: Any, size: int) -> tuple[tuple[int, ...], ...] | None:
+    """`groups` of the indices along a mapped axis of that size; None stands for no groups."""
+    if groups is None:
+        return None
+    if axis_name is None:
+        raise ValueError("axis_index_groups needs an axis_name, but axis_name is None.")
+    if not isinstance(groups, (tuple, list)) or not all(
+        isinstance(group, (tuple, list)) and all(map(checks.is_integer, group)) for group in groups
+    ):
+        raise TypeError(
+            f"axis_index_groups must be a sequence of sequences of integers, but got {groups!r}."
+        )
+    if sorted(index for group in groups for index in group) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups must hold each index of axis_name={axis_name!r}, of size {size}, "
+            f"exactly once, but got {groups!r}."
+        )
+    if len({len(group) for group in groups}) > 1:
+        raise ValueError(f"axis_index_groups must be of one size, but got {groups!r}.")
+    return tuple(tuple(map(int, group)) for group in groups)

@@ -77,8 +77,16 @@ class BatchNorm(Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        checks.mlx_eps(eps)
-        self.num_features = checks.number_of_features(num_features)
+        # The messages of mlx.nn.BatchNorm itself, which programs may look for; so in __call__.
+        if not checks.is_real(eps):
+            raise TypeError(f"[BatchNorm] 'eps' must be a positive number but got {eps!r}.")
+        if not 0 < float(eps) < math.inf:
+            raise ValueError(f"[BatchNorm] 'eps' must be positive but got {eps}.")
+        if not checks.is_integer(num_features):
+            raise TypeError(f"num_features must be a positive integer, but got {num_features!r}.")
+        if num_features < 1:
+            raise ValueError(f"num_features must be a positive integer, but got {num_features}.")
+        self.num_features = int(num_features)
         self.eps = eps
         self.momentum = checks.fraction("momentum", momentum)
         self.track_running_stats = track_running_stats
@@ -124,10 +132,13 @@ class BatchNorm(Module):
             if x has one value per channel in training.
         """
         checks.instance("x", x, mx.array)
-        checks.mlx_rank(x.shape)
+        if not 2 <= x.ndim <= 4:
+            raise ValueError(
+                f"Expected input tensor to have 2, 3 or 4 dimensions, but got {x.ndim}"
+            )
         checks.number_of_channels(x.shape[-1], self.num_features, x.shape)
-        if self.training:
-            checks.mlx_values(math.prod(x.shape[:-1]))
+        if self.training and math.prod(x.shape[:-1]) == 1:
+            raise ValueError("BatchNorm training requires more than one value per channel.")
         weight, bias = self.get("weight"), self.get("bias")
         problem, inputs = checked(x, weight, bias, -1, self.eps, mask, residual, self.activation)
         if self.training and self.track_running_stats:

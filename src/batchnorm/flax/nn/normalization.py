@@ -101,7 +101,9 @@ class BatchNorm(Module):
         [ 1. 20.]
         """
         x = jnp.asarray(x)
-        checks.flax_nn_real(x.dtype, jnp.issubdtype(x.dtype, jnp.complexfloating))
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            # flax.nn.BatchNorm drops the imaginary part; its other errors are ValueErrors, too.
+            raise ValueError(f"x must hold real numbers, but its dtype is {x.dtype}.")
         if x.dtype != dtype:
             # Otherwise the result is rounded once, from float32, as it is.
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -119,7 +121,11 @@ class BatchNorm(Module):
             "bias": self.param("bias", shape, bias_init) if bias else None,
         }
         if use_running_average:
-            checks.flax_nn_statistics(bool(averages))
+            if not averages:
+                raise ValueError(
+                    "when use_running_averages is True either use a stateful context or provide "
+                    "batch_stats"
+                )
             mean, var = averages
             y = door.normalize(x, mean.value, var.value, **parameters, axis=features, eps=epsilon)
             return y.astype(dtype)
