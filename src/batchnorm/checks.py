@@ -150,14 +150,6 @@ def more_than_one_value(values: int, x_shape: Shape) -> None:
         )
 
 
-def statistics_shape(name: str, shape: Shape, expected: Shape) -> None:
-    if tuple(shape) != tuple(expected):
-        raise ValueError(
-            f"{name} must have the shape {tuple(expected)} of the batch's statistics, "
-            f"but its shape is {tuple(shape)}."
-        )
-
-
 # The messages of torch.nn itself.
 
 

@@ -16,6 +16,7 @@ from . import checks, definition, layout, native
 from .definition import Gradients, Inputs, Problem
 from .documentation import documented
 from .moments import Moments, Statistics
+from .running import moved
 
 __all__ = [
     "Gradients",
@@ -162,20 +163,9 @@ def update_running(
     >>> print(mean, var)
     [1.] [1.5]
     """
-    rate = checks.fraction("rate", rate)
-    correction = checks.correction(correction)
     mean, var = _floating("mean", mean), _floating("var", var)
-    count, batch_mean, batch_var = (np.asarray(each, np.float64) for each in statistics)
-    checks.statistics_shape("mean", mean.shape, batch_mean.shape)
-    checks.statistics_shape("var", var.shape, batch_mean.shape)
-    new_mean, new_var = definition.update_running(
-        mean.astype(np.float64),
-        var.astype(np.float64),
-        Statistics(count, batch_mean, batch_var),
-        rate=rate,
-        correction=correction,
-    )
-    return new_mean.astype(mean.dtype), new_var.astype(var.dtype)
+    statistics = Statistics(*(np.asarray(each, np.float64) for each in statistics))
+    return moved(mean, var, statistics, np.float64, rate=rate, correction=correction)
 
 
 @documented(wide="float64")

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .. import checks, definition
+from .. import checks
 from ..definition import Inputs, Problem
 from ..documentation import documented
 from ..layout import reduced_axes, values_per_feature
 from ..moments import Moments, Statistics, pooled
+from ..running import moved
 from . import _compat as compat
 from . import _stages as stages
 from ._arguments import Axis, floating, parameter, problem_and_inputs
@@ -168,16 +169,9 @@ def update_running(
     >>> print(mean, var)
     [1.] [1.5]
     """
-    rate = checks.fraction("rate", rate)
-    correction = checks.correction(correction)
     mean, var = floating("mean", mean), floating("var", var)
-    checks.statistics_shape("mean", mean.shape, statistics.mean.shape)
-    checks.statistics_shape("var", var.shape, statistics.mean.shape)
     dtype = stages.wide(statistics.mean.dtype)
-    new_mean, new_var = definition.update_running(
-        mean.astype(dtype), var.astype(dtype), statistics, rate=rate, correction=correction
-    )
-    return new_mean.astype(mean.dtype), new_var.astype(var.dtype)
+    return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
 
 
 # ---- the computations

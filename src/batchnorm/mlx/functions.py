@@ -2,11 +2,12 @@
 
 import mlx.core as mx
 
-from .. import checks, definition
+from .. import checks
 from ..definition import Inputs, Problem
 from ..documentation import documented
 from ..layout import values_per_feature
 from ..moments import Statistics
+from ..running import moved
 from . import _stages
 from ._arguments import (
     Axis,
@@ -146,13 +147,7 @@ def update_running(
     >>> update_running(mx.zeros(1), mx.ones(1), statistics, rate=0.5, correction=1)
     (array([1], dtype=float32), array([1.5], dtype=float32))
     """
-    rate = checks.fraction("rate", rate)
-    correction = checks.correction(correction)
-    for name, value in (("mean", mean), ("var", var)):
-        check_floating(name, value)
-        checks.statistics_shape(name, value.shape, statistics.mean.shape)
+    check_floating("mean", mean)
+    check_floating("var", var)
     dtype = statistics.mean.dtype
-    new_mean, new_var = definition.update_running(
-        mean.astype(dtype), var.astype(dtype), statistics, rate=rate, correction=correction
-    )
-    return new_mean.astype(mean.dtype), new_var.astype(var.dtype)
+    return moved(mean, var, statistics, dtype, rate=rate, correction=correction)

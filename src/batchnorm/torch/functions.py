@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from .. import checks, definition
+from .. import checks
 from ..documentation import documented
 from ..moments import Statistics
+from ..running import moved
 from . import _derivatives
 from ._arguments import Axis, check_floating, check_parameter, checked, values_of
 from ._stages import Given, wide
@@ -150,16 +151,10 @@ def update_running(
     >>> update_running(torch.zeros(1), torch.ones(1), statistics, rate=0.5, correction=1)
     (tensor([1.]), tensor([1.5000]))
     """
-    rate = checks.fraction("rate", rate)
-    correction = checks.correction(correction)
-    for name, value in (("mean", mean), ("var", var)):
-        check_floating(name, value)
-        checks.statistics_shape(name, value.shape, statistics.mean.shape)
+    check_floating("mean", mean)
+    check_floating("var", var)
     dtype = statistics.mean.dtype
-    new_mean, new_var = definition.update_running(
-        mean.to(dtype), var.to(dtype), statistics, rate=rate, correction=correction
-    )
-    return new_mean.to(mean.dtype), new_var.to(var.dtype)
+    return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
 
 
 def _statistics(x: Tensor, statistics: Tensor) -> Statistics:
