@@ -41,6 +41,9 @@ ACTIVATIONS = {
     "silu": _Activation(_silu, _through_silu),
 }
 
+*_names, _last = (f'"{name}"' for name in ACTIVATIONS)
+CHOICES = f"{', '.join(['None', *_names])} or {_last}"  # as a reader is told
+
 
 def activate(z: Array, activation: str | None) -> Array:
     return z if activation is None else ACTIVATIONS[activation].value(z)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, CHOICES
 
 Shape = Sequence[int]
 
@@ -96,10 +96,7 @@ def correction(value: Any) -> int:
 def activation(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value in ACTIVATIONS):
         return value
-    *names, last = (f'"{name}"' for name in ACTIVATIONS)
-    raise ValueError(
-        f"activation must be {', '.join(['None', *names])} or {last}, but got {value!r}."
-    )
+    raise ValueError(f"activation must be {CHOICES}, but got {value!r}.")
 
 
 def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> None:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from .activations import CHOICES
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COMMON = {
@@ -29,12 +31,13 @@ eps : float
     Added to the variance, inside the root.
 mask : {array} that broadcasts to x, optional
     Which elements count in the statistics: bools, or weights >= 0. All elements are normalized.
+    NumPy refuses a negative weight or a NaN; elsewhere it makes its feature NaN.
 residual : {array} that broadcasts to x, optional
-activation : None, "relu" or "silu"
+activation : {activations}
 
 Returns
 -------
-y : {array}, of the shape and dtype of x
+y : {array}, of the {like} of x
 statistics : Statistics
     In {wide}, of the feature shape. Of an empty x: zeros.
 
@@ -63,7 +66,7 @@ mean, var : {array} of the feature shape
 
 Returns
 -------
-y : {array}, of the shape and dtype of x
+y : {array}, of the {like} of x
 
 Raises
 ------
@@ -100,9 +103,10 @@ Parameters
 mean, var : {array} of the feature shape
 statistics : Statistics
 rate : float within [0, 1]
-    The weight of the new value.
+    The weight of the new value. PyTorch and MLX call it momentum; Flax and Keras call ``1 - rate``
+    momentum.
 correction : 0 or 1
-    1 for the unbiased variance, 0 for the population variance.
+    1 for the unbiased variance, as PyTorch and MLX keep it; 0 as Flax and Keras do.
 
 Returns
 -------
@@ -111,7 +115,8 @@ mean, var : {array}, of the dtypes that came
 Raises
 ------
 TypeError, ValueError
-    If rate or correction is out of range, or a shape differs from the statistics'.
+    If an argument is of the wrong type, rate or correction is out of range, or a shape differs
+    from the statistics'.
 """,
     "batch_norm_gradients": """
 Gradients of a loss through `batch_norm`, from its gradient with respect to y.
@@ -142,7 +147,9 @@ TypeError, ValueError
 
 
 def documented(
-    array: str = "array", wide: str = "float32, for float64 in float64"
+    array: str = "array",
+    wide: str = "float32, for float64 in float64",
+    like: str = "shape and dtype",
 ) -> Callable[[Function], Function]:
     """Complete the docstring of a function from what the doors have in common.
 
@@ -156,10 +163,13 @@ def documented(
         What the door calls an array.
     wide
         The dtype of its statistics.
+    like
+        What y has in common with x.
     """
+    words = {"array": array, "wide": wide, "like": like, "activations": CHOICES}
 
     def completed(function: Function) -> Function:
-        common = _sections(COMMON[function.__name__].format(array=array, wide=wide))
+        common = _sections(COMMON[function.__name__].format(**words))
         own = _sections(function.__doc__ or "")
         parts = []
         for title in ("", "Parameters", "Returns", "Raises", "Notes", "References", "Examples"):

@@ -147,13 +147,6 @@ def update_running(
 ) -> tuple[Array, Array]:
     """...
 
-    Parameters
-    ----------
-    rate
-        ... PyTorch and MLX call it momentum; Flax and Keras call ``1 - rate`` momentum.
-    correction : 0 or 1
-        1 for the unbiased variance, as PyTorch and MLX keep it; 0 as Flax and Keras do.
-
     Examples
     --------
     >>> import numpy as np

@@ -39,8 +39,6 @@ def batch_norm(
 
     Parameters
     ----------
-    mask
-        ... A negative weight or a NaN makes its feature NaN.
     axis_name : hashable or tuple of hashables, optional
         The mapped axis, or axes, over whose devices the statistics are taken.
     axis_index_groups : sequence of sequences of ints, optional
@@ -152,13 +150,6 @@ def update_running(
     correction: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """...
-
-    Parameters
-    ----------
-    rate : float within [0, 1]
-        The weight of the new value. Flax calls ``1 - rate`` momentum.
-    correction : 0 or 1
-        0 for the population variance, as Flax keeps it; 1 for the unbiased variance.
 
     Examples
     --------

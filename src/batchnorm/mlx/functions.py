@@ -37,19 +37,12 @@ def batch_norm(
 
     Parameters
     ----------
-    mask
-        ... A negative weight can't be refused without evaluating it: its features become NaN.
     group : mx.distributed.Group, optional
         Whose devices each hold a part of the batch, an empty one or not, of which the statistics
         are those of the whole. Gradients are those of the sum of the devices' losses. Every device
         must make the call, and in the same order: MLX pairs the sums of lazy devices by when they
         are computed, so where one's part is empty or masked and another's is not, evaluate calls
         that do not depend on each other one by one.
-
-    Raises
-    ------
-    TypeError
-        If an argument is of the wrong type, or an array not of a real floating-point dtype.
 
     Examples
     --------
@@ -126,18 +119,6 @@ def update_running(
     mean: mx.array, var: mx.array, statistics: Statistics, *, rate: float, correction: int = 0
 ) -> tuple[mx.array, mx.array]:
     """...
-
-    Parameters
-    ----------
-    rate : float within [0, 1]
-        The weight of the new value, which MLX calls momentum.
-    correction : 0 or 1
-        1 for the unbiased variance, as MLX keeps it; 0 for the population variance.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If rate or correction is out of range, or an argument is no array of the right shape.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from ._stages import Given, wide
 from ._sync import Group
 
 
-@documented(array="tensor")
+@documented(array="tensor", like="shape, dtype and memory format")
 def batch_norm(
     x: Tensor,
     scale: Tensor | None = None,
@@ -31,17 +31,11 @@ def batch_norm(
     ----------
     axis : int or tuple of ints
         The feature axis or axes, which are not reduced: 1 for the layouts of `torch.nn`.
-    mask
-        ... A negative weight or a NaN makes its feature NaN.
     sync : torch.distributed.ProcessGroup or bool, optional
         The processes whose batches, empty ones too, are normalized as one; True for all. Gradients
         are those of the sum of the processes' losses. All of them must call this, and differentiate
         it, alike: they wait for each other. Where torch.distributed is not initialized, a process
         is alone.
-
-    Returns
-    -------
-    y : tensor, of the shape, dtype and memory format of x
 
     Raises
     ------
@@ -69,7 +63,7 @@ def batch_norm(
     return y, _statistics(x, statistics)
 
 
-@documented(array="tensor")
+@documented(array="tensor", like="shape, dtype and memory format")
 def normalize(
     x: Tensor,
     mean: Tensor,
@@ -83,10 +77,6 @@ def normalize(
     activation: str | None = None,
 ) -> Tensor:
     """...
-
-    Returns
-    -------
-    y : tensor, of the shape, dtype and memory format of x
 
     Examples
     --------
@@ -130,18 +120,6 @@ def update_running(
     mean: Tensor, var: Tensor, statistics: Statistics, *, rate: float, correction: int = 0
 ) -> tuple[Tensor, Tensor]:
     """...
-
-    Parameters
-    ----------
-    rate : float within [0, 1]
-        The weight of the new value, which PyTorch calls momentum.
-    correction : 0 or 1
-        1 for the unbiased variance, as PyTorch keeps it; 0 for the population variance.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If rate or correction is out of range, or an argument is no tensor of the right shape.
 
     Examples
     --------
