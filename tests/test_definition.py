@@ -50,7 +50,7 @@ def arguments(features, keywords, x, scale, bias, convert=np.asarray):
 def stages(problem, inputs, dy):
     y, moments = definition.batch_norm(problem, inputs)
     sums = definition.gradient_sums(problem, inputs, moments, dy)
-    return Stages(y, moments, sums, *definition.input_gradient(problem, inputs, moments, dy, sums))
+    return Stages(y, moments, sums, *definition.input_gradient(problem, inputs, moments, dy, *sums))
 
 
 @pytest.mark.parametrize("case", GOOD, ids=str)
@@ -137,7 +137,7 @@ def test_on_the_strict_namespace(case: Good):
     definition.normalize(problem, inputs, moments)
     given = Moments.given(*statistics[1:])
     definition.normalize(problem, inputs, given)
-    definition.input_gradient(problem, inputs, given, None, got.sums)
+    definition.input_gradient(problem, inputs, given, None, *got.sums)
     partial, *sums = definition.tangent_sums(problem, inputs, moments, strict(dy), None)
     definition.output_tangent(problem, inputs, moments, partial, *sums)
     definition.update_running(*statistics[1:], statistics.merge(statistics), rate=0.1, correction=1)

@@ -264,7 +264,8 @@ def input_gradient(
     inputs: Inputs,
     moments: Moments,
     dy: Array | None,
-    sums: tuple[Array, Array],
+    sum_g: Array,
+    sum_g_x_hat: Array,
 ) -> tuple[Array, Array]:
     """dx; and g, the residual's gradient. No dy stands for zeros."""
     standard = _standard(problem, inputs, moments)
@@ -273,7 +274,7 @@ def input_gradient(
         g = _through(problem, standard, dy)
     if standard.share is None:
         return standard.slope * g, g
-    sum_g, sum_g_x_hat = (along(problem.features, each, g) for each in sums)
+    sum_g, sum_g_x_hat = (along(problem.features, each, g) for each in (sum_g, sum_g_x_hat))
     shared = _times_share(inputs, standard, sum_g + standard.x_hat * sum_g_x_hat)
     return standard.slope * (g - shared), g
 

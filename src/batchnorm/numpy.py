@@ -207,7 +207,7 @@ def batch_norm_gradients(
         with np.errstate(all="ignore"):
             dy = dy.astype(inputs.x.dtype, copy=False)
             sums[...] = definition.gradient_sums(problem, inputs, moments, dy)
-            dx, g = definition.input_gradient(problem, inputs, moments, dy, (sums[0], sums[1]))
+            dx, g = definition.input_gradient(problem, inputs, moments, dy, *sums)
             done = {"dx": dx.astype(call.x.dtype), "dresidual": g.astype(call.x.dtype)}
     return Gradients(
         done["dx"],

@@ -5,6 +5,7 @@ None stands for a tangent or a cotangent that is zero.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -117,7 +118,7 @@ def _own_output_tangent(problem: Problem, inputs: Inputs, moments: Moments, dots
     if dots.x is None and dots.residual is None:
         return output_tangent(problem, inputs, moments, None, s0, s1)[0]
     x_dot = _or_zeros(dots.x, inputs.x)
-    return tangent(problem, inputs, moments, x_dot, dots.residual, s0, s1)[0]
+    return tangent(problem, inputs, moments, s0, s1, x_dot, dots.residual)[0]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -162,27 +163,30 @@ normalized.defjvp(_normalized_jvp, symbolic_zeros=True)
 # ---- transposes
 
 
-def _linear_in(stage: Stage, transpose: Callable[..., Sequence[Array | None]]) -> None:
-    """Let transpose(problem, inputs, moments, *cotangents) give those of the linear operands."""
+def _linear_in(
+    stage: Stage, transpose: Callable[..., Sequence[Array | None]], zeros: str = "xf"
+) -> None:
+    """Let transpose(problem, inputs, moments, *cotangents) give those of the linear operands.
+
+    Of which results (see Stage) it takes a cotangent that is zero as zeros, not None, is `zeros`.
+    """
 
     def rule(
         cotangents: Sequence[Array | None], *operands: Any, problem: Problem, tree: Any
     ) -> list[Array | None]:
         inputs, moments, linear = tree.unflatten(operands)
-        results = transpose(problem, inputs, moments, *cotangents)
+        like = {"f": moments.var, "x": inputs.x}
+        dots = [
+            jnp.zeros_like(like[kind]) if cotangent is None and kind in zeros else cotangent
+            for kind, cotangent in itertools.zip_longest(stage.results, cotangents)
+        ]
+        results = transpose(problem, inputs, moments, *dots)
         used = [
             result for operand, result in zip(linear, results, strict=False) if operand is not None
         ]
         return [None] * (len(operands) - len(used)) + used
 
     compat.set_transpose(stage.primitive, rule)
-
-
-def _tangent_sums_transpose(
-    problem: Problem, inputs: Inputs, moments: Moments, dp: Array | None, *sums: Array | None
-) -> Sequence[Array]:
-    sums = tuple(_or_zeros(each, moments.var) for each in sums)
-    return input_gradient(problem, inputs, moments, dp, *sums)
 
 
 def _output_tangent_transpose(
@@ -192,49 +196,17 @@ def _output_tangent_transpose(
 
 
 def _gradient_sums_transpose(
-    problem: Problem, inputs: Inputs, moments: Moments, *sums: Array | None
+    problem: Problem, inputs: Inputs, moments: Moments, s0: Array, s1: Array
 ) -> Sequence[Array]:
-    sums = tuple(_or_zeros(each, moments.var) for each in sums)
-    return output_tangent(problem, inputs, moments, None, *sums)
+    return output_tangent(problem, inputs, moments, None, s0, s1)
 
 
-def _input_gradient_transpose(
-    problem: Problem,
-    inputs: Inputs,
-    moments: Moments,
-    x_dot: Array | None,
-    residual_dot: Array | None = None,
-) -> Sequence[Array]:
-    return tangent_sums(problem, inputs, moments, _or_zeros(x_dot, inputs.x), residual_dot)
-
-
-def _tangent_transpose(
-    problem: Problem, inputs: Inputs, moments: Moments, dy: Array
-) -> Sequence[Array | None]:
-    sum_g, sum_g_x_hat, dx, *dresidual = gradients(problem, inputs, moments, dy)
-    return [dx, dresidual[0] if dresidual else None, sum_g, sum_g_x_hat]
-
-
-def _gradients_transpose(
-    problem: Problem,
-    inputs: Inputs,
-    moments: Moments,
-    s0: Array | None,
-    s1: Array | None,
-    x_dot: Array | None,
-    residual_dot: Array | None = None,
-) -> Sequence[Array]:
-    s0, s1 = (_or_zeros(each, moments.var) for each in (s0, s1))
-    x_dot = _or_zeros(x_dot, inputs.x)
-    return tangent(problem, inputs, moments, x_dot, residual_dot, s0, s1)
-
-
-_linear_in(tangent_sums, _tangent_sums_transpose)
+_linear_in(tangent_sums, input_gradient, zeros="f")  # which without dy reads x alone
+_linear_in(input_gradient, tangent_sums)
 _linear_in(output_tangent, _output_tangent_transpose)
 _linear_in(gradient_sums, _gradient_sums_transpose)
-_linear_in(input_gradient, _input_gradient_transpose)
-_linear_in(tangent, _tangent_transpose)
-_linear_in(gradients, _gradients_transpose)
+_linear_in(tangent, gradients)
+_linear_in(gradients, tangent)
 
 
 # ---- batches

@@ -9,7 +9,7 @@ Three of them go forward and six are linear, in three pairs of transposes:
     output_tangent  p, s₀, s₁     ->  ẏ
     gradient_sums   dy            ->  Σ g, Σ g·x̂
     input_gradient  dy, s₀, s₁    ->  dx, dr
-    tangent         ẋ, ṙ, s₀, s₁  ->  ẏ:  tangent_sums and output_tangent, s₀ and s₁ added between
+    tangent         s₀, s₁, ẋ, ṙ  ->  ẏ:  tangent_sums and output_tangent, s₀ and s₁ added between
     gradients       dy            ->  Σ g, Σ g·x̂, dx, dr:  gradient_sums and input_gradient
 
 `batchnorm.definition` has the formulas. The derivative of a batch norm is tangent_sums, a sum over
@@ -59,7 +59,7 @@ class Stage:
     def __init__(
         self,
         name: str,
-        function: Callable[..., Sequence[Array]],
+        function: Callable[..., Any],
         results: str,
         *,
         has_kernel: bool = False,
@@ -118,7 +118,8 @@ class Stage:
     def by_definition(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
         dtype = operands[0].dtype
         inputs, moments, linear = tree.unflatten([each.astype(wide(dtype)) for each in operands])
-        results = self.function(problem, inputs, moments, *linear)
+        given = (inputs, *linear) if moments is None else (inputs, moments, *linear)
+        results = jax.tree.leaves(self.function(problem, *given))
         types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
         return [result.astype(kind.dtype) for kind, result in zip(types, results, strict=False)]
 
@@ -194,56 +195,38 @@ native.register_report("JAX", _report)
 # ---- the stages
 
 
-def _statistics(problem: Problem, inputs: Inputs, _: None) -> Sequence[Array]:
-    return definition.moments(problem, inputs, jax.lax.stop_gradient)
-
-
-def _normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Sequence[Array]:
-    return [definition.normalize(problem, inputs, moments)]
-
-
-def _batch_norm(problem: Problem, inputs: Inputs, _: None) -> Sequence[Array]:
+def _batch_norm(problem: Problem, inputs: Inputs) -> tuple[Moments, Array]:
     assert inputs.weights is None, "its derivative does not know of them"
     y, moments = definition.batch_norm(problem, inputs, jax.lax.stop_gradient)
-    return [*moments, y]
-
-
-def _output_tangent(
-    problem: Problem, inputs: Inputs, moments: Moments, *p_s0_s1: Array | None
-) -> Sequence[Array]:
-    return [definition.output_tangent(problem, inputs, moments, *p_s0_s1)]
-
-
-def _input_gradient(
-    problem: Problem, inputs: Inputs, moments: Moments, dy: Array | None, *sums: Array
-) -> Sequence[Array]:
-    return definition.input_gradient(problem, inputs, moments, dy, sums)
+    return moments, y
 
 
 def _tangent(
     problem: Problem,
     inputs: Inputs,
     moments: Moments,
-    x_dot: Array,
-    residual_dot: Array | None,
     s0: Array,
     s1: Array,
-) -> Sequence[Array]:
+    x_dot: Array,
+    residual_dot: Array | None,
+) -> Array:
     p, *own = definition.tangent_sums(problem, inputs, moments, x_dot, residual_dot)
-    return _output_tangent(problem, inputs, moments, p, s0 + own[0], s1 + own[1])
+    return definition.output_tangent(problem, inputs, moments, p, s0 + own[0], s1 + own[1])
 
 
-def _gradients(problem: Problem, inputs: Inputs, moments: Moments, dy: Array) -> Sequence[Array]:
+def _gradients(problem: Problem, inputs: Inputs, moments: Moments, dy: Array) -> Any:
     sums = definition.gradient_sums(problem, inputs, moments, dy)
-    return [*sums, *definition.input_gradient(problem, inputs, moments, dy, sums)]
+    return sums, definition.input_gradient(problem, inputs, moments, dy, *sums)
 
 
-statistics = Stage("statistics", _statistics, "fffff", has_kernel=True)
-normalize = Stage("normalize", _normalize, "x", has_kernel=True)
+_moments = functools.partial(definition.moments, constant=jax.lax.stop_gradient)
+
+statistics = Stage("statistics", _moments, "fffff", has_kernel=True)
+normalize = Stage("normalize", definition.normalize, "x", has_kernel=True)
 batch_norm = Stage("batch_norm", _batch_norm, "fffffx", has_kernel=True)
 tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xff")
-output_tangent = Stage("output_tangent", _output_tangent, "x")
+output_tangent = Stage("output_tangent", definition.output_tangent, "x")
 gradient_sums = Stage("gradient_sums", definition.gradient_sums, "ff", has_kernel=True)
-input_gradient = Stage("input_gradient", _input_gradient, "xr", has_kernel=True)
+input_gradient = Stage("input_gradient", definition.input_gradient, "xr", has_kernel=True)
 tangent = Stage("tangent", _tangent, "x")
 gradients = Stage("gradients", _gradients, "ffxr", has_kernel=True)

@@ -158,9 +158,8 @@ class Stages:
                 return dx, dresidual
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         dtype = inputs.x.dtype
-        sum_g, sum_g_x_hat = sums.to(dtype).unbind(0)
         dx, g = definition.input_gradient(
-            self.problem, inputs, moments, dy.to(dtype), (sum_g, sum_g_x_hat)
+            self.problem, inputs, moments, dy.to(dtype), *sums.to(dtype).unbind(0)
         )
         return dx.to(x.dtype), g.to(x.dtype) if with_dresidual else None
 
