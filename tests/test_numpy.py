@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from batchnorm.numpy import (
+    Statistics,
     batch_norm,
     batch_norm_gradients,
     batch_statistics,
@@ -181,6 +182,32 @@ def test_gradients_check_what_they_are_given():
             batch_norm_gradients(dy, x, wrong)
     with pytest.raises(TypeError, match="dy must be an array of real"):
         batch_norm_gradients(np.ones((6, 4), int), x, statistics)
+
+
+@pytest.mark.parametrize("name", Statistics._fields)
+@pytest.mark.parametrize("wrong", [1j, "1", None])
+def test_statistics_that_are_no_real_numbers_are_refused(name, wrong):
+    x = random(6, 4)
+    statistics = batch_statistics(x)._replace(**{name: np.full(4, wrong)})
+    for call in (
+        lambda: batch_norm_gradients(x, x, statistics),
+        lambda: update_running(np.zeros(4), np.ones(4), statistics, rate=0.1),
+    ):
+        with pytest.raises(TypeError, match=f"statistics.{name} must be an array of real"):
+            call()
+
+
+def test_a_count_may_be_an_integer():
+    x = random(6, 4)
+    statistics = batch_statistics(x)
+    whole = statistics._replace(count=np.full(4, 6))
+    np.testing.assert_array_equal(
+        batch_norm_gradients(x, x, whole).x, batch_norm_gradients(x, x, statistics).x
+    )
+    running = np.zeros(4), np.ones(4)
+    np.testing.assert_array_equal(
+        update_running(*running, whole, rate=0.1), update_running(*running, statistics, rate=0.1)
+    )
 
 
 def test_running_statistics_keep_their_dtype():

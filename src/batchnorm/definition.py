@@ -56,22 +56,6 @@ class Inputs(NamedTuple):
     weights: Array | None = None
 
 
-class Gradients(NamedTuple):
-    """Gradients of a loss with respect to the arguments of `batch_norm`.
-
-    Attributes
-    ----------
-    x : array, shape of x
-    scale, bias : array of the feature shape, or None where there was no such argument
-    residual : array of the shape of residual, or None
-    """
-
-    x: Array
-    scale: Array | None
-    bias: Array | None
-    residual: Array | None
-
-
 # ---- forward
 
 

@@ -5,7 +5,6 @@ parameter has the feature shape: the sizes of x along them. Where the elements l
 in csrc/stages/layout.h.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,11 @@ def feature_shape(features: Axes, shape: Shape) -> tuple[int, ...]:
 
 def values_per_feature(features: Axes, shape: Shape) -> Any:
     """How many elements each feature has: an int where the sizes are."""
-    return math.prod([shape[axis] for axis in reduced_axes(features, len(shape))])
+    values = 1
+    for axis, size in enumerate(shape):
+        if axis not in features:
+            values *= size
+    return values
 
 
 def weights_shape(features: Axes, shape: Shape, x_shape: Shape) -> tuple[int, ...]:

@@ -5,15 +5,14 @@ without them, and where the feature axes do not lie side by side, by `batchnorm.
 float64.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from . import checks, definition, layout, native
-from .definition import Gradients, Inputs, Problem
+from .definition import Inputs, Problem
 from .documentation import documented
 from .moments import Moments, Statistics
 from .running import moved
@@ -30,6 +29,27 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Axis = int | Sequence[int]
+
+_STATISTICS = tuple(f"statistics.{name}" for name in Statistics._fields)  # in messages
+_NUMBERS = "fiu"  # kinds of dtypes
+
+native.register_report("NumPy", lambda: "served")
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss with respect to the arguments of `batch_norm`.
+
+    Attributes
+    ----------
+    x : array, shape of x
+    scale, bias : array of the feature shape, or None where there was no such argument
+    residual : array of the shape of residual, or None
+    """
+
+    x: Array
+    scale: Array | None
+    bias: Array | None
+    residual: Array | None
 
 
 @documented(wide="float64")
@@ -65,15 +85,15 @@ def batch_norm(
     [ 2. 40.]
     """
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
-    checks.more_than_one_value(call.values_per_feature(), call.x.shape)
-    statistics = np.empty((3, *call.feature_shape))
-    done = call.native("batch_norm", statistics=statistics, y=call.output(out))
-    if done is not None:
-        return call.finished(done["y"], out), _statistics(statistics)
-    with np.errstate(all="ignore"):
-        y, moments = definition.batch_norm(*call.in_words_of_definition())
-        statistics[...] = moments.statistics()
-        return call.finished(y, out), _statistics(statistics)
+    values = layout.values_per_feature(call.features, call.x.shape)
+    checks.more_than_one_value(values, call.x.shape)
+
+    def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+        y, moments = definition.batch_norm(problem, inputs)
+        return {"y": y, "statistics": moments.statistics()}
+
+    done = call.run("batch_norm", by_definition, y=call.output(out), statistics=call.rows(3))
+    return _in(out, done["y"]), _statistics(done["statistics"])
 
 
 @documented()
@@ -102,13 +122,13 @@ def normalize(
     """
     call = _Call(x, axis).with_options(scale, bias, eps, residual, activation)
     mean, var = call.parameter("mean", mean), call.parameter("var", var)
-    done = call.native("normalize", mean=mean, var=var, y=call.output(out))
-    if done is not None:
-        return call.finished(done["y"], out)
-    moments = Moments.given(mean.astype(np.float64), var.astype(np.float64))
-    with np.errstate(all="ignore"):
-        y = definition.normalize(*call.in_words_of_definition(), moments)
-        return call.finished(y, out)
+    call.arguments |= {"mean": mean, "var": var}
+
+    def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+        moments = Moments.given(mean.astype(np.float64), var.astype(np.float64))
+        return {"y": definition.normalize(problem, inputs, moments)}
+
+    return _in(out, call.run("normalize", by_definition, y=call.output(out))["y"])
 
 
 @documented(wide="float64")
@@ -128,12 +148,12 @@ def batch_statistics(
     [10. 10.] [ 9. 10.] [33. 33.]
     """
     call = _Call(x, axis, mask)
-    statistics = np.empty((3, *call.feature_shape))
-    if call.native("statistics", statistics=statistics) is None:
-        with np.errstate(all="ignore"):
-            moments = definition.moments(*call.in_words_of_definition())
-            statistics[...] = moments.statistics()
-    return _statistics(statistics)
+
+    def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+        return {"statistics": definition.moments(problem, inputs).statistics()}
+
+    done = call.run("statistics", by_definition, statistics=call.rows(3))
+    return _statistics(done["statistics"])
 
 
 @documented()
@@ -156,9 +176,10 @@ def update_running(
     >>> print(mean, var)
     [1.] [1.5]
     """
-    mean, var = _floating("mean", mean), _floating("var", var)
-    statistics = Statistics(*(np.asarray(each, np.float64) for each in statistics))
-    return moved(mean, var, statistics, np.float64, rate=rate, correction=correction)
+    mean, var = _real("mean", mean), _real("var", var)
+    pairs = zip(_STATISTICS, statistics, strict=True)
+    batch = Statistics(*(_real(*pair, _NUMBERS).astype(np.float64) for pair in pairs))
+    return moved(mean, var, batch, np.float64, rate=rate, correction=correction)
 
 
 @documented(wide="float64")
@@ -189,30 +210,30 @@ def batch_norm_gradients(
     [ 0.109 -0.152  0.044] [-1.019]
     """
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
-    dy = _floating("dy", dy)
+    dy = _real("dy", dy)
     _check_shape("dy", dy, call.x)
-    rows, sums = np.empty((3, *call.feature_shape)), np.empty((2, *call.feature_shape))
-    for row, name, value in zip(rows, Statistics._fields, statistics, strict=True):
-        values = np.asarray(value)
-        checks.feature_shape(f"statistics.{name}", values.shape, call.feature_shape, call.x.shape)
+    rows, sums = call.rows(3), call.rows(2)
+    for row, name, value in zip(rows, _STATISTICS, statistics, strict=True):
+        values = _real(name, value, _NUMBERS)
+        checks.feature_shape(name, values.shape, call.feature_shape, call.x.shape)
         row[...] = values
-    arrays = {"statistics": rows, "dy": dy.astype(call.x.dtype, copy=False), "dx": call.output()}
-    arrays |= {"dscale": sums[1], "dbias": sums[0]}
+    call.arguments |= {"statistics": rows, "dy": dy.astype(call.x.dtype, copy=False)}
+    outputs = {"dx": call.output(), "dbias": sums[0], "dscale": sums[1]}
     if residual is not None:
-        arrays["dresidual"] = call.output()
-    done = call.native("batch_norm_gradients", **arrays)
-    if done is None:
-        problem, inputs = call.in_words_of_definition()
+        outputs["dresidual"] = call.output()
+
+    def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
         moments = Moments(rows[0], rows[1], None, None, rows[2])
-        with np.errstate(all="ignore"):
-            dy = dy.astype(inputs.x.dtype, copy=False)
-            sums[...] = definition.gradient_sums(problem, inputs, moments, dy)
-            dx, g = definition.input_gradient(problem, inputs, moments, dy, *sums)
-            done = {"dx": dx.astype(call.x.dtype), "dresidual": g.astype(call.x.dtype)}
+        wide_dy = dy.astype(inputs.x.dtype, copy=False)
+        dbias, dscale = definition.gradient_sums(problem, inputs, moments, wide_dy)
+        dx, g = definition.input_gradient(problem, inputs, moments, wide_dy, dbias, dscale)
+        return {"dx": dx, "dbias": dbias, "dscale": dscale, "dresidual": g}
+
+    done = call.run("batch_norm_gradients", by_definition, **outputs)
     return Gradients(
         done["dx"],
-        None if scale is None else sums[1],
-        None if bias is None else sums[0],
+        None if scale is None else done["dscale"],
+        None if bias is None else done["dbias"],
         None if residual is None else _summed_to_residual(done["dresidual"], np.asarray(residual)),
     )
 
@@ -221,7 +242,7 @@ class _Call:
     """The checked arguments of a call, by the names that the kernels give them."""
 
     def __init__(self, x: npt.ArrayLike, axis: Axis, mask: npt.ArrayLike | None = None) -> None:
-        self.x = x = _floating("x", x)
+        self.x = x = _real("x", x)
         self.features = checks.feature_axes(axis, x.shape)
         self.feature_shape = layout.feature_shape(self.features, x.shape)
         self.arguments: dict[str, Any] = {"x": x, "features": self.features}
@@ -247,14 +268,14 @@ class _Call:
             arguments["residual"] = _residual(residual, self.x)
         return self
 
-    def values_per_feature(self) -> int:
-        return self.x.size // (math.prod(self.feature_shape) or 1)
-
     def parameter(self, name: str, value: npt.ArrayLike) -> Array:
         """A value of each feature, in a dtype that the kernels and the definition know."""
-        array = _floating(name, value)
+        array = _real(name, value)
         checks.feature_shape(name, array.shape, self.feature_shape, self.x.shape)
         return array if array.dtype.char in "efd" else array.astype(np.float64)
+
+    def rows(self, number: int) -> Array:
+        return np.empty((number, *self.feature_shape))
 
     def output(self, out: Array | None = None) -> Array:
         """An array for a result: `out` if there is one."""
@@ -270,46 +291,38 @@ class _Call:
             )
         return out
 
-    def finished(self, y: Array, out: Array | None) -> Array:
-        if out is None:
-            return y.astype(self.x.dtype, copy=False)
-        if y is not out:
-            out[...] = y
-        return out
+    def run(
+        self, kernel: str, by_definition: Callable[..., dict[str, Any]], **outputs: Array
+    ) -> dict[str, Array]:
+        """The outputs, written by a kernel or by the definition; some may be other arrays.
 
-    def native(self, kernel: str, **arrays: Array) -> dict[str, Array] | None:
-        """The arrays, once a kernel has written to them; None if it can't serve.
-
-        What it can't use as it lies in memory is replaced: x by a copy in C order, others like x
-        by one in the layout of x.
+        What the kernel can't use as it lies in memory is replaced: x by a copy in C order, others
+        like x by one in the layout of x.
         """
-        if native.kernels is None:
-            return None
-        run = getattr(native.kernels, kernel)
-        given = {**self.arguments, **arrays}
+        given = {**self.arguments, **outputs}
         if self.x.dtype.kind == "V":  # bfloat16, which has no buffer
             given = {name: _bits(array) for name, array in given.items()}
-        name = run(**given)
-        if name is None:
-            return arrays
-        if not self.is_served():
-            return None
-        used = dict(given)
-        while name is not None and used[name] is given[name]:
-            if name == "x":
-                used["x"] = given["x"].copy(order="C")
+        used = given
+        while native.kernels is not None:
+            name = getattr(native.kernels, kernel)(**used)
+            if name is None:
+                return outputs
+            array = given[name]
+            if used[name] is not array or not self.is_served():
+                break
+            new = np.empty_like(
+                used["x"], array.dtype, "C" if name == "x" else "K", shape=array.shape
+            )
+            if name in outputs:
+                outputs[name] = new.view(outputs[name].dtype)
             else:
-                used[name] = np.empty_like(used["x"], given[name].dtype, shape=given[name].shape)
-                used[name][...] = given[name]
-            name = run(**used)
-        return (
-            {
-                name: array if used[name] is given[name] else used[name].view(array.dtype)
-                for name, array in arrays.items()
-            }
-            if name is None
-            else None
-        )
+                new[...] = array
+            used = {**used, name: new}
+        with np.errstate(all="ignore"):
+            results = by_definition(*self.in_words_of_definition())
+            for name, output in outputs.items():
+                output[...] = results[name]
+        return outputs
 
     def is_served(self) -> bool:
         """Whether the kernels serve x if it lies in C order."""
@@ -322,6 +335,14 @@ class _Call:
         problem = Problem(self.features, given.get("eps", 1.0), given.get("activation"))
         arrays = (given.get(name) for name in Inputs._fields)
         return problem, Inputs(*(None if each is None else _wide(each) for each in arrays))
+
+
+def _in(out: Array | None, y: Array) -> Array:
+    """y, in `out` if there is one."""
+    if out is None or y is out:
+        return y
+    out[...] = y
+    return out
 
 
 def _statistics(rows: Array) -> Statistics:
@@ -339,14 +360,12 @@ def _wide(array: Array) -> Array:
     return array.astype(np.promote_types(kind, np.float64) if kind.kind == "f" else np.float64)
 
 
-def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind == "V" and dtype.name == "bfloat16"
-
-
-def _floating(name: str, value: npt.ArrayLike) -> Array:
+def _real(name: str, value: npt.ArrayLike, kinds: str = "f") -> Array:
+    """An array of a dtype of these kinds, or of bfloat16."""
     array = np.asarray(value)
     dtype = array.dtype
-    checks.floating(name, dtype, dtype.kind == "f" or _is_bfloat16(dtype))
+    if dtype.kind not in kinds:
+        checks.floating(name, dtype, dtype.kind == "V" and dtype.name == "bfloat16")
     return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
 
 
@@ -359,8 +378,7 @@ def _check_shape(name: str, array: Array, x: Array) -> None:
 
 def _weights(mask: npt.ArrayLike, x: Array, features: layout.Axes) -> Array:
     """The mask as weights of the rank of x."""
-    array = np.asarray(mask)
-    checks.floating("mask", array.dtype, array.dtype.kind in "biuf" or _is_bfloat16(array.dtype))
+    array = _real("mask", mask, "b" + _NUMBERS)
     checks.broadcasts("mask", array.shape, x.shape)
     if array.dtype != np.bool_ and array.size and not array.min() >= 0:
         raise ValueError(f"mask must hold bools or weights >= 0, but it holds {array.min()}.")
@@ -370,7 +388,7 @@ def _weights(mask: npt.ArrayLike, x: Array, features: layout.Axes) -> Array:
 
 
 def _residual(residual: npt.ArrayLike, x: Array) -> Array:
-    array = _floating("residual", residual)
+    array = _real("residual", residual)
     checks.broadcasts("residual", array.shape, x.shape)
     return np.broadcast_to(array.astype(x.dtype, copy=False), x.shape)
 

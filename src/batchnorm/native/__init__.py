@@ -12,7 +12,7 @@ if importlib.util.find_spec("batchnorm.native._cpu") is not None:
 else:
     kernels = None  # type: ignore[assignment]
 
-_reports: dict[str, Callable[[], str]] = {"NumPy": lambda: "served"}
+_reports: dict[str, Callable[[], str]] = {}
 
 
 def register_report(name: str, report: Callable[[], str]) -> None:
@@ -92,7 +92,7 @@ def instruction_sets() -> list[str]:
     >>> instruction_sets()  # doctest: +SKIP
     ['AVX-512', 'AVX2', 'SSE2']
     """
-    return [] if kernels is None else (kernels.instruction_sets())
+    return [] if kernels is None else kernels.instruction_sets()
 
 
 def set_instruction_set(name: str) -> None:
