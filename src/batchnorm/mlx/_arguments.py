@@ -22,15 +22,11 @@ def checked(
     residual: mx.array | None,
     activation: str | None,
 ) -> tuple[Problem, Inputs]:
-    features = feature_axes(x, axis)
-    check_parameters(x, features, scale=scale, bias=bias)
-    inputs = Inputs(x, scale, bias, _residual(residual, x), weights(mask, x))
-    return Problem(features, checks.positive_eps(eps), checks.activation(activation)), inputs
-
-
-def feature_axes(x: mx.array, axis: Axis) -> tuple[int, ...]:
     check_floating("x", x)
-    return checks.feature_axes(axis, x.shape)
+    features = checks.feature_axes(axis, x.shape)
+    check_parameters(x, features, scale=scale, bias=bias)
+    inputs = Inputs(x, scale, bias, _residual(residual, x), _weights(mask, x))
+    return Problem(features, checks.positive_eps(eps), checks.activation(activation)), inputs
 
 
 def check_parameters(x: mx.array, features: tuple[int, ...], **named: mx.array | None) -> None:
@@ -42,7 +38,7 @@ def check_parameters(x: mx.array, features: tuple[int, ...], **named: mx.array |
             checks.feature_shape(name, value.shape, expected, shape)
 
 
-def weights(mask: mx.array | None, x: mx.array) -> mx.array | None:
+def _weights(mask: mx.array | None, x: mx.array) -> mx.array | None:
     """The mask, NaN where it is negative."""
     if mask is None:
         return None

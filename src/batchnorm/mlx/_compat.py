@@ -26,13 +26,10 @@ class Module(nn.Module):  # type: ignore[misc, name-defined]
         super().__setitem__(key, value.astype(mx.float32) if key in _STATISTICS else value)
 
     def _extra_repr(self) -> str:
-        # For: options beside a module's name and above its children. Breaks it: another name for
-        # this method. Then: repr() without them.
-        return self.extra_repr()
-
-    def extra_repr(self) -> str:
-        """The options, as repr() shows them."""
-        return ""
+        # For: options beside a module's name and above its children, which `extra_repr` gives.
+        # Breaks it: another name for this method. Then: repr() without them.
+        options: str = self.extra_repr()
+        return options
 
 
 class _FrozenKeys(set[str]):

@@ -3,21 +3,12 @@
 import mlx.core as mx
 
 from .. import checks
-from ..definition import Inputs, Problem
 from ..documentation import documented
 from ..layout import values_per_feature
 from ..moments import Statistics
 from ..running import moved
 from . import _stages
-from ._arguments import (
-    Axis,
-    check_floating,
-    check_parameters,
-    checked,
-    feature_axes,
-    group_of_several,
-    weights,
-)
+from ._arguments import Axis, check_floating, check_parameters, checked, group_of_several
 
 
 @documented()
@@ -109,8 +100,7 @@ def batch_statistics(
     >>> print(batch_statistics(x[:4]).merge(batch_statistics(x[4:])).var)
     array([33, 33], dtype=float32)
     """
-    problem = Problem(feature_axes(x, axis))
-    inputs = Inputs(x, weights=weights(mask, x))
+    problem, inputs = checked(x, None, None, axis, 1.0, mask, None, None)
     return _stages.statistics(problem, inputs, group_of_several(group))
 
 
