@@ -32,7 +32,8 @@ def values_per_feature(features: Axes, shape: Shape) -> Any:
 
 
 def weights_shape(features: Axes, shape: Shape, x_shape: Shape) -> tuple[int, ...]:
-    """Of weights of that shape and of the rank of x: of one for each row, or for each element."""
+    """Of weights that broadcast to x: of one for each row, or for each element."""
+    shape = (1,) * (len(x_shape) - len(shape)) + tuple(shape)
     one_a_row = all(shape[axis] == 1 for axis in features)
     return tuple(
         [1 if one_a_row and axis in features else size for axis, size in enumerate(x_shape)]

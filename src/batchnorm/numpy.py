@@ -383,7 +383,6 @@ def _weights(mask: npt.ArrayLike, x: Array, features: layout.Axes) -> Array:
     if array.dtype != np.bool_ and array.size and not array.min() >= 0:
         raise ValueError(f"mask must hold bools or weights >= 0, but it holds {array.min()}.")
     array = array.astype(np.float64 if x.itemsize > 4 else np.float32)
-    array = array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
     return np.broadcast_to(array, layout.weights_shape(features, array.shape, x.shape))
 
 

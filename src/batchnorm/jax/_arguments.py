@@ -62,6 +62,5 @@ def _weights(mask: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
     is_real = not jnp.issubdtype(array.dtype, jnp.complexfloating)
     checks.floating("mask", array.dtype, is_real)
     checks.broadcasts("mask", array.shape, x.shape)
-    array = array.reshape((1,) * (x.ndim - array.ndim) + array.shape)
     shape = weights_shape(problem.features, array.shape, x.shape)
     return jnp.broadcast_to(array.astype(wide(x.dtype)), shape)

@@ -1,9 +1,9 @@
 """Batch normalization of MLX arrays: `BatchNorm` in the place of `mlx.nn.BatchNorm`, and functions.
 
 Everything is built from MLX's own operations by `batchnorm.definition`: nothing is evaluated early,
-and every transformation of MLX applies; but a training step is for one size of batch, and no program
-for `mx.compile(..., shapeless=True)`. Computation is in float32, and in float64 of float64 arrays
-and, on the CPU, of small ones.
+and every transformation of MLX applies; but a batch norm that is compiled with `shapeless=True`
+knows one size of batch alone. Computation is in float32; in float64 of float64 arrays, and in the
+batch norm of a small array on the CPU.
 """
 
 try:
