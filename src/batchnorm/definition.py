@@ -23,16 +23,13 @@ and it takes no part in any gradient.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .activations import activate, through_activation
 from .arrays import Array, namespace
 from .layout import Axes, along, is_empty, per_feature, reduced_axes, values_per_feature
-from .moments import Moments, Statistics, or_one
+from .moments import Constant, Moments, Statistics, or_one, unchanged
 from .sums import total
-
-Constant = Callable[[Array], Array]
 
 
 class Problem(NamedTuple):
@@ -59,7 +56,7 @@ class Inputs(NamedTuple):
 # ---- forward
 
 
-def moments(problem: Problem, inputs: Inputs, constant: Constant = lambda array: array) -> Moments:
+def moments(problem: Problem, inputs: Inputs, constant: Constant = unchanged) -> Moments:
     """The statistics of x. `constant` is the framework's stop_gradient.
 
     With it, a derivative takes no pass over x for the pivot and the unit.
@@ -82,7 +79,7 @@ def normalize(problem: Problem, inputs: Inputs, moments: Moments, u: Array | Non
 
 
 def batch_norm(
-    problem: Problem, inputs: Inputs, constant: Constant = lambda array: array
+    problem: Problem, inputs: Inputs, constant: Constant = unchanged
 ) -> tuple[Array, Moments]:
     """`moments` and `normalize` in one, with a pass over x less; differentiable to any order."""
     if is_empty(inputs.x):

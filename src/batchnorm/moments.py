@@ -5,6 +5,13 @@ from typing import NamedTuple
 
 from .arrays import Array, namespace
 
+Constant = Callable[[Array], Array]
+
+
+def unchanged(array: Array) -> Array:
+    """Where nothing is differentiated, in the place of a framework's stop_gradient."""
+    return array
+
 
 class Statistics(NamedTuple):
     """Count, mean and population variance of each feature.
@@ -77,10 +84,7 @@ class Moments(NamedTuple):
 
     @classmethod
     def about(
-        cls,
-        statistics: Statistics,
-        narrow: Callable[[Array], Array],
-        constant: Callable[[Array], Array] = lambda array: array,
+        cls, statistics: Statistics, narrow: Callable[[Array], Array], constant: Constant
     ) -> "Moments":
         """Statistics of a wider dtype in the one that `narrow` casts to, the mean not rounded."""
         count, mean, var = statistics
@@ -103,9 +107,7 @@ class Moments(NamedTuple):
 Sum = Callable[..., Sequence[Array]]
 
 
-def pooled(
-    moments: Moments, add_up: Sum, constant: Callable[[Array], Array] = lambda array: array
-) -> Moments:
+def pooled(moments: Moments, add_up: Sum, constant: Constant = unchanged) -> Moments:
     """The moments of all devices' elements; `add_up(*arrays)` sums each array over the devices.
 
     First the devices agree on a pivot, the mean to within rounding, and on a unit, and then add up
