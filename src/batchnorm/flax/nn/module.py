@@ -168,15 +168,13 @@ class Module(abc.ABC):
 
         Parameters
         ----------
-        rng
-            A JAX random key.
+        rng, name
+            As for `init`.
         input_specs
             For each of the first arguments of `apply`: a pair (shape, dtype), a shape, which
             means float32, or anything with `.shape` and `.dtype`.
         *args, **kwargs
             The other arguments of `apply`.
-        name
-            The module's name in a Collection. By default it has none.
 
         Returns
         -------
@@ -647,29 +645,7 @@ class TruncatedModule(TransparentModule):
         truncate_path: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Run a module and return outputs from inside of it.
-
-        Parameters
-        ----------
-        *args, **kwargs
-            The arguments of the wrapped module.
-        wrapped_module
-            The module to run.
-        truncate_path
-            The path of a module inside of it, or a pytree of paths.
-
-        Returns
-        -------
-        Any
-            For each path the list of the outputs of the module there.
-
-        Raises
-        ------
-        ValueError
-            `wrapped_module` or `truncate_path` is missing.
-        KeyError
-            No module has the path.
-        """
+        """Run `wrapped_module`, and return for each path the outputs of the module there."""
         if wrapped_module is None or truncate_path is None:
             raise ValueError(
                 "`wrapped_module` and `truncate_path` are required keyword arguments. "

@@ -17,20 +17,11 @@ class Scope:
 
     A scope holds no arrays, so that a Collection may keep one, and JAX may keep the
     Collection's structure, without keeping tracers alive.
-
-    Parameters
-    ----------
-    name
-        The module's name; None for a module that `init` or `call` ran without one.
-    parent
-        The scope of the module above, or None.
-    segment
-        What this place adds to the path of all that is stored in it; None if nothing.
     """
 
-    name: str | None
-    parent: Scope | None = None
-    segment: str | None = None
+    name: str | None  # None for a module that `init` or `call` ran without one
+    parent: Scope | None = None  # that of the module above
+    segment: str | None = None  # what this place adds to the path of all that is stored in it
 
     def line_from(self, ancestor: Scope | None) -> list[Scope] | None:
         """List the scopes from below `ancestor` down to this one; None if it lies elsewhere."""
@@ -54,27 +45,13 @@ def path_of(line: list[Scope] | None) -> str:
 
 @dataclasses.dataclass(eq=False)
 class Frame:
-    """What one run of a module works with.
-
-    Parameters
-    ----------
-    scope
-        Its place in the tree of modules.
-    params
-        Its parameters and those of its submodules, by name.
-    rng
-        The key from which `init` makes parameters; None where parameters are only read.
-    trace
-        The JAX trace in which `init` was called: what is stored in `params` must belong to it.
-    transparent
-        Whether the submodules stand, in paths, at the place of the module itself.
-    """
+    """What one run of a module works with."""
 
     scope: Scope
-    params: Mapping[str, Any]
-    rng: Any = None
-    trace: Any = None
-    transparent: bool = False
+    params: Mapping[str, Any]  # its own and those of its submodules, by name
+    rng: Any = None  # the key from which `init` makes parameters; None where they are only read
+    trace: Any = None  # that in which `init` was called: what is stored in `params` belongs to it
+    transparent: bool = False  # whether submodules stand, in paths, at the place of the module
     shared: dict[str, bool] = dataclasses.field(default_factory=dict)  # of each submodule's name
     automatic_names: int = 0
     unnamed_runs: int = 0
