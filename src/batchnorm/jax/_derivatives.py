@@ -163,30 +163,28 @@ normalized.defjvp(_normalized_jvp, symbolic_zeros=True)
 # ---- transposes
 
 
-def _linear_in(
-    stage: Stage, transpose: Callable[..., Sequence[Array | None]], zeros: str = "xf"
-) -> None:
-    """Let transpose(problem, inputs, moments, *cotangents) give those of the linear operands.
+def _transposed(
+    stage: Stage,
+    transpose: Callable[..., Sequence[Array | None]],
+    zeros: str,
+    cotangents: Sequence[Array | None],
+    *operands: Any,
+    problem: Problem,
+    tree: Any,
+) -> list[Array | None]:
+    """transpose(problem, inputs, moments, *cotangents) gives those of the linear operands.
 
     Of which results (see Stage) it takes a cotangent that is zero as zeros, not None, is `zeros`.
     """
-
-    def rule(
-        cotangents: Sequence[Array | None], *operands: Any, problem: Problem, tree: Any
-    ) -> list[Array | None]:
-        inputs, moments, linear = tree.unflatten(operands)
-        like = {"f": moments.var, "x": inputs.x}
-        dots = [
-            jnp.zeros_like(like[kind]) if cotangent is None and kind in zeros else cotangent
-            for kind, cotangent in itertools.zip_longest(stage.results, cotangents)
-        ]
-        results = transpose(problem, inputs, moments, *dots)
-        used = [
-            result for operand, result in zip(linear, results, strict=False) if operand is not None
-        ]
-        return [None] * (len(operands) - len(used)) + used
-
-    compat.set_transpose(stage.primitive, rule)
+    inputs, moments, linear = tree.unflatten(operands)
+    like = {"f": moments.var, "x": inputs.x}
+    dots = [
+        jnp.zeros_like(like[kind]) if cotangent is None and kind in zeros else cotangent
+        for kind, cotangent in itertools.zip_longest(stage.results, cotangents)
+    ]
+    results = transpose(problem, inputs, moments, *dots)
+    used = [result for operand, result in zip(linear, results, strict=False) if operand is not None]
+    return [None] * (len(operands) - len(used)) + used
 
 
 def _output_tangent_transpose(
@@ -199,14 +197,6 @@ def _gradient_sums_transpose(
     problem: Problem, inputs: Inputs, moments: Moments, s0: Array, s1: Array
 ) -> Sequence[Array]:
     return output_tangent(problem, inputs, moments, None, s0, s1)
-
-
-_linear_in(tangent_sums, input_gradient, zeros="f")  # which without dy reads x alone
-_linear_in(input_gradient, tangent_sums)
-_linear_in(output_tangent, _output_tangent_transpose)
-_linear_in(gradient_sums, _gradient_sums_transpose)
-_linear_in(tangent, gradients)
-_linear_in(gradients, tangent)
 
 
 # ---- batches
@@ -252,19 +242,30 @@ def _batch_norm_batched(
     return [*moments, *y], [*[None] * len(moments), *dim_of_y]
 
 
-for _stage in (
-    statistics,
-    normalize,
-    batch_norm,
-    tangent_sums,
-    output_tangent,
-    gradient_sums,
-    input_gradient,
-    tangent,
-    gradients,
-):
-    compat.set_jvp(_stage.primitive, functools.partial(_jvp, _stage))
-    compat.set_batcher(_stage.primitive, functools.partial(_batched, _stage))
-compat.set_jvp(statistics.primitive, _statistics_jvp)
-compat.set_jvp(batch_norm.primitive, _batch_norm_jvp)
-compat.set_batcher(batch_norm.primitive, _batch_norm_batched)
+# ---- the rules of each stage
+
+
+def _rules(
+    stage: Stage,
+    transpose: Callable[..., Sequence[Array | None]] | None = None,
+    *,
+    zeros: str = "xf",
+    jvp: Callable[..., Any] | None = None,
+    batched: Callable[..., Any] | None = None,
+) -> None:
+    compat.set_jvp(stage.primitive, jvp or functools.partial(_jvp, stage))
+    compat.set_batcher(stage.primitive, batched or functools.partial(_batched, stage))
+    if transpose is not None:
+        rule = functools.partial(_transposed, stage, transpose, zeros)
+        compat.set_transpose(stage.primitive, rule)
+
+
+_rules(statistics, jvp=_statistics_jvp)
+_rules(normalize)
+_rules(batch_norm, jvp=_batch_norm_jvp, batched=_batch_norm_batched)
+_rules(tangent_sums, input_gradient, zeros="f")  # which without dy reads x alone
+_rules(input_gradient, tangent_sums)
+_rules(output_tangent, _output_tangent_transpose)
+_rules(gradient_sums, _gradient_sums_transpose)
+_rules(tangent, gradients)
+_rules(gradients, tangent)
