@@ -10,9 +10,7 @@ from .module import Model
 try:
     from flax import serialization
 except ImportError:
-    _installed = False
-else:
-    _installed = True
+    serialization = None  # type: ignore[assignment]
 
 
 def _collection_to_state_dict(collection: Collection) -> dict[str, Any]:
@@ -44,7 +42,7 @@ def _model_from_state_dict(target: Model, saved: dict[str, Any]) -> Model:
     return target.replace(params=serialization.from_state_dict(target.params, saved["params"]))
 
 
-if _installed:
+if serialization is not None:
     for kind, to_state_dict, from_state_dict in (
         (Collection, _collection_to_state_dict, _collection_from_state_dict),
         (Model, _model_to_state_dict, _model_from_state_dict),
