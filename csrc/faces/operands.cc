@@ -1,6 +1,7 @@
 #include "faces/operands.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -8,22 +9,12 @@
 namespace batchnorm {
 namespace {
 
-int64_t bytes_of(Element element) {
-  switch (element) {
-    case Element::float64:
-    case Element::int64:
-      return 8;
-    case Element::float32:
-      return 4;
-    case Element::float16:
-    case Element::bfloat16:
-      return 2;
-    default:
-      return 0;
-  }
-}
+bool is_floating(Element element) { return element <= Element::bfloat16; }
 
-bool is_floating(Element element) { return element < Element::int64; }
+int64_t bytes_of(Element element) {
+  if (is_floating(element)) return bytes_of(static_cast<Dtype>(element));
+  return element == Element::int64 ? 8 : 0;
+}
 
 double from_half(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
@@ -86,30 +77,30 @@ void for_each(const Operand& operand, const Visit& visit) {
 }
 
 void read(const Operand& operand, double* values) {
-  switch (operand.element) {
-    case Element::float64:
+  switch (static_cast<Dtype>(operand.element)) {
+    case Dtype::float64:
       return for_each<double>(operand, [&](double from, int64_t c) { values[c] = from; });
-    case Element::float32:
+    case Dtype::float32:
       return for_each<float>(operand, [&](float from, int64_t c) { values[c] = from; });
-    case Element::float16:
+    case Dtype::float16:
       return for_each<uint16_t>(operand,
                                 [&](uint16_t from, int64_t c) { values[c] = from_half(from); });
-    default:
+    case Dtype::bfloat16:
       return for_each<uint16_t>(operand,
                                 [&](uint16_t from, int64_t c) { values[c] = from_bfloat16(from); });
   }
 }
 
 void write(const Operand& operand, const double* values) {
-  switch (operand.element) {
-    case Element::float64:
+  switch (static_cast<Dtype>(operand.element)) {
+    case Dtype::float64:
       return for_each<double>(operand, [&](double& to, int64_t c) { to = values[c]; });
-    case Element::float32:
+    case Dtype::float32:
       return for_each<float>(operand,
                              [&](float& to, int64_t c) { to = static_cast<float>(values[c]); });
-    case Element::float16:
+    case Dtype::float16:
       return for_each<uint16_t>(operand, [&](uint16_t& to, int64_t c) { to = to_half(values[c]); });
-    default:
+    case Dtype::bfloat16:
       return for_each<uint16_t>(operand, [&](uint16_t& to, int64_t c) {
         to = to_bfloat16(static_cast<float>(values[c]));
       });
@@ -162,7 +153,7 @@ const void* Reader::weights(const Operand& operand, int64_t* channels) {
   for (int axis = 0; axis < rows.rank; ++axis) {
     if (has(features_, axis)) rows.sizes[axis] = 1;
   }
-  const bool is_full = have_same_shape(operand.axes, x_.axes);
+  const bool is_full = operand.is_known && have_same_shape(operand.axes, x_.axes);
   if (operand.is_known && !is_full && !have_same_shape(operand.axes, rows)) {
     refuse_shape(operand, text(x_.axes.sizes, x_.axes.rank) + " or " + text(rows.sizes, rows.rank));
   } else if (is_in_memory(operand, Access::read)) {
@@ -212,9 +203,15 @@ double* Reader::values_to_change(const Operand& operand, bool is_read) {
     return static_cast<double*>(operand.data);
   }
   double* values = memory_for_values();
-  if (is_read) read(operand, values);
-  pending_[number_pending_++] = {&operand, values};
+  assert(number_pending_ < kMostPending);
+  pending_[number_pending_++] = {&operand, values, is_read};
   return values;
+}
+
+void Reader::reload() {
+  for (int i = 0; i < number_pending_; ++i) {
+    if (pending_[i].is_read) read(*pending_[i].operand, pending_[i].values);
+  }
 }
 
 void Reader::store() {
@@ -304,6 +301,7 @@ void Reader::note(const Operand& operand, Access access) {
     const int64_t reach = (axes.sizes[axis] - 1) * axes.strides[axis] * bytes;
     (reach < 0 ? begin : end) += reach;
   }
+  assert(memories_ < kMostOperands);
   memory_[memories_++] = {&operand, access, begin, end};
 }
 
