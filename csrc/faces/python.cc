@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <new>
 #include <vector>
 
@@ -686,8 +687,7 @@ int execute(PyObject* module) {
   std::vector<const char*> activations;
   for (const NamedActivation& each : kActivations) activations.push_back(each.name);
   activations.erase(activations.begin());  // none
-  // By the names that NumPy, JAX and PyTorch share.
-  PyObject* dtypes = strings({"float32", "float64", "float16", "bfloat16"});
+  PyObject* dtypes = strings({std::begin(kDtypes), std::end(kDtypes)});
   PyObject* activation_names = strings(activations);
   const int result = dtypes && activation_names
                          ? PyModule_AddObjectRef(module, "DTYPES", dtypes) |

@@ -407,21 +407,6 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
 
 // ---- the table of this instruction set
 
-// body(arithmetic type, element type), both as values.
-template <class Body>
-void with_types(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(float(), float());
-    case Dtype::float64:
-      return body(double(), double());
-    case Dtype::float16:
-      return body(float(), Half());
-    case Dtype::bfloat16:
-      return body(float(), Bfloat());
-  }
-}
-
 // body(activation), as a type.
 template <class Body>
 void with_activation(Activation activation, const Body& body) {

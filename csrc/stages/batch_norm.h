@@ -39,6 +39,9 @@ inline int64_t bytes_of(Dtype dtype) {
   return 0;
 }
 
+// Their names in NumPy, JAX and PyTorch, in the order of the enum.
+constexpr const char* kDtypes[] = {"float32", "float64", "float16", "bfloat16"};
+
 enum class Activation : int { none, relu, silu };
 
 // Their names in Python.
