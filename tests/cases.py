@@ -116,7 +116,17 @@ def _outlier_first(random, shape):
 
 
 LARGE_MEAN = Hard("large mean", _large_mean, tolerance=5e-3)
-CONSTANT = Hard("constant", lambda _, shape: np.full(shape, 1234.567), tolerance=1e-3)
+CONSTANT = Hard("constant", lambda _, shape: np.full(shape, 1234.567), tolerance=1e-6)
+CONSTANTS = [
+    Hard(f"constant {value:.0e}", lambda _, shape, v=value: np.full(shape, v), 1e-6, rows=70_000)
+    for value in (1e10, 2.0**70, 1e38)
+]
+FAR_AND_HUGE = Hard(
+    "far and huge",
+    lambda random, shape: 1e35 + 1e32 * random.standard_normal(shape),
+    tolerance=1e-3,
+    rows=70_000,
+)
 HUGE = Hard("huge", lambda random, shape: 1e30 * random.standard_normal(shape), tolerance=1e-3)
 FAR_FLOAT16 = Hard(
     "float16 far from 0",
@@ -138,7 +148,10 @@ SMALL = Hard(
     rows=1000,
     eps=1e-30,
 )
-HARD = [LARGE_MEAN, CONSTANT, HUGE, FAR_FLOAT16, LARGE_FLOAT16, OUTLIER_FIRST, SMALL]
+HARD = [
+    *(LARGE_MEAN, CONSTANT, *CONSTANTS, HUGE, FAR_AND_HUGE),
+    *(FAR_FLOAT16, LARGE_FLOAT16, OUTLIER_FIRST, SMALL),
+]
 
 
 def _x(*shape, dtype=np.float32):

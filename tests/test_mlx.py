@@ -259,7 +259,7 @@ def test_hard_inputs(hard):
     expected = truth.batch_norm(x, eps=hard.eps)
     layer = BatchNorm(2, eps=hard.eps)
     close(layer(mx.array(x)), expected.y, atol=min(hard.tolerance, 1e-3), rtol=0)
-    if hard is not HUGE:  # A variance of 1e60 is no float32.
+    if expected.var.max() < 1e38:  # which is a float32
         assert mx.isfinite(layer.running_var).all()
 
 
@@ -457,7 +457,7 @@ def test_statistics_are_computed_once(tmp_path, monkeypatch):
     y = layer(normal(16, 32))
     count = operations(y, layer.running_mean, layer.running_var, path=tmp_path / "graph")
     # Of x for the pivot; then of what is left, and of its squares.
-    assert (count["Sum"], count["Max"], count["Min"]) == (3, 1, 0)
+    assert (count["Sum"], count["Max"], count["Min"]) == (3, 1, 1)
 
 
 # ---- transformations

@@ -1,6 +1,7 @@
 """The native core: that it serves, on any number of threads, from many at once, after a fork."""
 
 import ast
+import ctypes
 import math
 import os
 import re
@@ -23,6 +24,7 @@ import batchnorm
 import batchnorm.numpy as bn
 import batchnorm.torch  # noqa: F401  # which registers its tensors
 from batchnorm import native
+from batchnorm.activations import ACTIVATIONS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -464,9 +466,9 @@ def test_layout_of_no_elements_and_in_c_order():
     assert native.kernels.layout((2, 3, 4), (1,)) == (2, 3, 4)
     assert native.kernels.layout(features=(0, 2), shape=(2, 3, 4)) is None
     assert native.kernels.layout([2] * 40, (1,)) is None
-    with pytest.raises(ValueError, match="of the same rank"):
+    with pytest.raises(ValueError, match="must go with each other"):
         native.kernels.layout((2, 3), (2,))
-    with pytest.raises(ValueError, match="of the same rank"):
+    with pytest.raises(ValueError, match="must go with each other"):
         native.kernels.layout((2, 3), (1,), (1,))
     with pytest.raises(ValueError, match=r"features must ascend .* got \(1, 0\)"):
         native.kernels.layout((2, 3), (1, 0))
@@ -507,7 +509,9 @@ NAMES = {
     function.name: [
         each.arg
         for each in function.args.kwonlyargs
+        # One of the two ways to say what an output is normalized by.
         if not (each.arg in ("mean", "var") and "gradient" in function.name)
+        and (each.arg, function.name) != ("statistics", "normalize")
     ]
     for function in STATED.body
     if isinstance(function, ast.FunctionDef) and function.args.kwonlyargs
@@ -560,14 +564,14 @@ def test_the_stub_states_the_keywords(kernel):
         arguments = operands(kernel)
         del arguments[name]
         if (
-            name in OPTIONAL | {"activation", "rate", "team"} and kernel != "update_running"
+            name in OPTIONAL | {"activation", "team"} and kernel != "update_running"
         ) or name == "batches":
             assert run(kernel, arguments) is None
         else:
             with pytest.raises(TypeError, match="needs"):
                 run(kernel, arguments)
     others = {name for names in NAMES.values() for name in names} - set(NAMES[kernel])
-    for name in others - {"mean", "var"} | {"X", "no_such"}:
+    for name in others - {"mean", "var", "statistics"} | {"X", "no_such"}:
         with pytest.raises(TypeError, match=f"{kernel}\\(\\) has no argument '{name}'"):
             run(kernel, {**operands(kernel), name: None})
     with pytest.raises(TypeError, match="by keyword alone"):
@@ -806,7 +810,7 @@ def test_what_is_no_number_or_name_is_an_error():
     ]:
         with pytest.raises(error):
             run("batch_norm", {**arguments, name: value})
-    with pytest.raises(TypeError, match="running_mean and running_var, or neither"):
+    with pytest.raises(TypeError, match="running_mean, running_var and rate, or none"):
         run("batch_norm", {**arguments, "running_var": None})
     gradients = operands("batch_norm_gradients")
     with pytest.raises(TypeError, match="either statistics or mean and var"):
@@ -861,3 +865,54 @@ started.wait()
 time.sleep(0.05)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_kernels_know_every_activation():
+    assert list(native.kernels.ACTIVATIONS) == list(ACTIVATIONS)
+
+
+def test_threads_may_be_set_while_a_kernel_runs():
+    """In a process of its own, which it would end: scratch memory is that of a number of tasks."""
+    program = """
+import threading, numpy as np, batchnorm, batchnorm.numpy as bn
+x = np.random.default_rng(0).normal(size=(16, 1 << 19)).astype(np.float16)
+going = True
+def change():
+    while going:
+        for threads in (1, 64):
+            batchnorm.set_num_threads(threads)
+changing = threading.Thread(target=change)
+changing.start()
+wanted = x.astype(np.float64).mean(0)
+for _ in range(20):
+    assert np.allclose(bn.batch_statistics(x).mean, wanted, atol=1e-3)
+going = False
+changing.join()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_a_buffer_that_does_not_say_its_strides_is_named():
+    x = (ctypes.c_float * 4 * 6)()
+    statistics = np.zeros((3, 4))
+    assert native.kernels.statistics(x=x, features=(1,), statistics=statistics) == "x"
+
+
+def test_running_statistics_need_a_rate():
+    x, running = np.ones((6, 4), np.float32), np.zeros(4)
+    with pytest.raises(TypeError, match="needs running_mean, running_var and rate, or none"):
+        native.kernels.batch_norm(
+            x=x,
+            features=(1,),
+            eps=1e-5,
+            statistics=np.empty((3, 4)),
+            y=np.empty_like(x),
+            running_mean=running,
+            running_var=running.copy(),
+        )
+
+
+@pytest.mark.parametrize("shape", [(-3, 2), (3, -2)])
+def test_layout_of_no_shape(shape):
+    with pytest.raises(ValueError, match="must go with each other"):
+        native.kernels.layout(shape, (1,))

@@ -6,6 +6,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -851,3 +852,44 @@ _, status = os.waitpid(child, 0)
 assert status == 0, status
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_threads_move_running_statistics_one_after_the_other(dtype):
+    layer = bt.BatchNorm1d(8, momentum=1e-4, dtype=dtype)
+    x = torch.full((64, 8), 5.0, dtype=dtype)
+    steps, workers = 200, 4
+
+    def step(_):
+        for _ in range(steps):
+            layer(x)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(step, range(workers)))
+    assert layer.num_batches_tracked == steps * workers
+    wanted = torch.full((8,), 5 * (1 - (1 - 1e-4) ** (steps * workers)), dtype=dtype)
+    torch.testing.assert_close(layer.running_mean, wanted, rtol=1e-3, atol=0)
+
+
+def test_running_statistics_that_negate_what_is_in_memory():
+    x = tensor(16, 4, dtype=torch.float32)
+    mean, var = torch.full((4,), 2.0), torch.ones(4)
+    bt.functional.batch_norm(x, mean, var, training=True)
+    negated = torch._neg_view(torch.full((4,), -2.0))
+    assert negated.is_neg()
+    bt.functional.batch_norm(x, negated, torch.ones(4), training=True)
+    torch.testing.assert_close(negated.resolve_neg(), mean)
+    layer = bt.BatchNorm1d(4)
+    layer.running_mean = torch._neg_view(torch.full((4,), -2.0))
+    layer(x)
+    torch.testing.assert_close(layer.running_mean.resolve_neg(), mean)
+
+
+def test_a_mask_means_nothing_in_evaluation_whoever_looks_on():
+    layer = bt.BatchNorm1d(3).eval()
+    x = tensor(5, 3, dtype=torch.float32)
+    x[1] = torch.inf
+    mask = torch.tensor([1, 0, 1, 1, 1]).bool()[:, None]
+    eager, compiled = layer(x, mask=mask), torch.compile(layer, backend="eager")(x, mask=mask)
+    torch.testing.assert_close(compiled, eager)
+    assert torch.isinf(eager[1]).all()

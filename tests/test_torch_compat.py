@@ -3,6 +3,9 @@
 A test that fails here says which entry of batchnorm/torch/_compat.py a new version has changed.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -137,3 +140,8 @@ def test_apply_of():
     y = _compat.apply_of(Double)(x)
     assert y.grad_fn.by == 2
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch's threads are not sought")
+def test_operations_library():
+    assert Path(_compat.operations_library()).is_file()

@@ -1,66 +1,37 @@
 #include "faces/operands.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
+#include <cassert>
+#include <type_traits>
+
+#include "kernels/simd.h"
 
 namespace batchnorm {
 namespace {
 
+bool is_floating(Element element) { return element <= Element::bfloat16; }
+
 int64_t bytes_of(Element element) {
-  switch (element) {
-    case Element::float64:
-    case Element::int64:
-      return 8;
-    case Element::float32:
-      return 4;
-    case Element::float16:
-    case Element::bfloat16:
-      return 2;
-    default:
-      return 0;
+  if (is_floating(element)) return bytes_of(static_cast<Dtype>(element));
+  return element == Element::int64 ? 8 : 0;
+}
+
+template <class T>
+double value_of(const T& element) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    return element;
+  } else {
+    return load<float>(&element, 1)[0];
   }
 }
 
-bool is_floating(Element element) { return element < Element::int64; }
-
-double from_half(uint16_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double magnitude = exponent == 31 ? (fraction ? std::numeric_limits<double>::quiet_NaN()
-                                                      : std::numeric_limits<double>::infinity())
-                           : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
-                                          : std::ldexp(fraction, -24);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-
-// To nearest, ties to even, as a float of 11 bits; the sum carries into the exponent.
-uint16_t to_half(double value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const double magnitude = std::fabs(value);
-  if (magnitude != magnitude) return sign | 0x7e00;
-  if (magnitude >= 65520) return sign | 0x7c00;
-  if (magnitude < std::ldexp(1, -14)) {
-    return sign | static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 24)));
+template <class T>
+void set(T& element, double value) {
+  if constexpr (std::is_arithmetic_v<T>) {
+    element = static_cast<T>(value);
+  } else {
+    store<float>(&element, Pack<float>{static_cast<float>(value)}, 1);
   }
-  int exponent;
-  const double fraction = std::frexp(magnitude, &exponent);
-  const int rounded = static_cast<int>(std::nearbyint(std::ldexp(fraction, 11)));
-  return sign | static_cast<uint16_t>(((exponent + 14) << 10) + rounded - 1024);
-}
-
-float from_bfloat16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // visit(element, c) for each channel, in the order of the axes.
@@ -86,34 +57,17 @@ void for_each(const Operand& operand, const Visit& visit) {
 }
 
 void read(const Operand& operand, double* values) {
-  switch (operand.element) {
-    case Element::float64:
-      return for_each<double>(operand, [&](double from, int64_t c) { values[c] = from; });
-    case Element::float32:
-      return for_each<float>(operand, [&](float from, int64_t c) { values[c] = from; });
-    case Element::float16:
-      return for_each<uint16_t>(operand,
-                                [&](uint16_t from, int64_t c) { values[c] = from_half(from); });
-    default:
-      return for_each<uint16_t>(operand,
-                                [&](uint16_t from, int64_t c) { values[c] = from_bfloat16(from); });
-  }
+  with_types(static_cast<Dtype>(operand.element), [&](auto, auto type) {
+    using T = decltype(type);
+    for_each<T>(operand, [&](const T& from, int64_t c) { values[c] = value_of(from); });
+  });
 }
 
 void write(const Operand& operand, const double* values) {
-  switch (operand.element) {
-    case Element::float64:
-      return for_each<double>(operand, [&](double& to, int64_t c) { to = values[c]; });
-    case Element::float32:
-      return for_each<float>(operand,
-                             [&](float& to, int64_t c) { to = static_cast<float>(values[c]); });
-    case Element::float16:
-      return for_each<uint16_t>(operand, [&](uint16_t& to, int64_t c) { to = to_half(values[c]); });
-    default:
-      return for_each<uint16_t>(operand, [&](uint16_t& to, int64_t c) {
-        to = to_bfloat16(static_cast<float>(values[c]));
-      });
-  }
+  with_types(static_cast<Dtype>(operand.element), [&](auto, auto type) {
+    using T = decltype(type);
+    for_each<T>(operand, [&](T& to, int64_t c) { set(to, values[c]); });
+  });
 }
 
 std::string text(const int64_t* sizes, int rank) {
@@ -162,7 +116,7 @@ const void* Reader::weights(const Operand& operand, int64_t* channels) {
   for (int axis = 0; axis < rows.rank; ++axis) {
     if (has(features_, axis)) rows.sizes[axis] = 1;
   }
-  const bool is_full = have_same_shape(operand.axes, x_.axes);
+  const bool is_full = operand.is_known && have_same_shape(operand.axes, x_.axes);
   if (operand.is_known && !is_full && !have_same_shape(operand.axes, rows)) {
     refuse_shape(operand, text(x_.axes.sizes, x_.axes.rank) + " or " + text(rows.sizes, rows.rank));
   } else if (is_in_memory(operand, Access::read)) {
@@ -212,9 +166,15 @@ double* Reader::values_to_change(const Operand& operand, bool is_read) {
     return static_cast<double*>(operand.data);
   }
   double* values = memory_for_values();
-  if (is_read) read(operand, values);
-  pending_[number_pending_++] = {&operand, values};
+  assert(number_pending_ < kMostPending);
+  pending_[number_pending_++] = {&operand, values, is_read};
   return values;
+}
+
+void Reader::reload() {
+  for (int i = 0; i < number_pending_; ++i) {
+    if (pending_[i].is_read) read(*pending_[i].operand, pending_[i].values);
+  }
 }
 
 void Reader::store() {
@@ -304,6 +264,7 @@ void Reader::note(const Operand& operand, Access access) {
     const int64_t reach = (axes.sizes[axis] - 1) * axes.strides[axis] * bytes;
     (reach < 0 ? begin : end) += reach;
   }
+  assert(memories_ < kMostOperands);
   memory_[memories_++] = {&operand, access, begin, end};
 }
 

@@ -13,7 +13,14 @@
 namespace batchnorm {
 
 // The dtypes of the stages, by the same codes, and others.
-enum class Element : int { float32, float64, float16, bfloat16, int64, other };
+enum class Element : int {
+  float32 = static_cast<int>(Dtype::float32),
+  float64 = static_cast<int>(Dtype::float64),
+  float16 = static_cast<int>(Dtype::float16),
+  bfloat16 = static_cast<int>(Dtype::bfloat16),
+  int64,
+  other
+};
 
 struct Operand {
   const char* name = "";
@@ -22,7 +29,7 @@ struct Operand {
   bool is_writable = false;  // all that is known of a DLTensor, say, is writable
   Element element = Element::other;
   void* data = nullptr;  // the first element
-  Axes axes;
+  Axes axes = {};
 };
 
 // in_place: written, and may be x itself; of all others, what is written is apart from all else.
@@ -52,8 +59,10 @@ class Reader {
 
   // To be written: what `store` then takes to the operand. Memory also for an absent operand.
   double* new_values(const Operand& operand);
-  double* changed_values(const Operand& operand);
   void store();
+  // To be changed: `reload` reads them (again), and between it and `store` the GIL is held.
+  double* changed_values(const Operand& operand);
+  void reload();
 
   // float64 [number, channels], dense.
   double* rows(const Operand& operand, int64_t number, Access access);
@@ -77,7 +86,8 @@ class Reader {
   };
   struct Pending {
     const Operand* operand;
-    const double* values;
+    double* values;
+    bool is_read;
   };
 
   bool is_done() const { return unusable_ || !error_.empty(); }
@@ -94,14 +104,15 @@ class Reader {
   Layout layout_ = {{0, 0, 1}, 0, {}};
   const char* unusable_ = nullptr;
   std::string error_;
-  Memory memory_[24];
+  static constexpr int kMostOperands = 24, kMostPending = 8;
+  Memory memory_[kMostOperands];
   int memories_ = 0;
   // Those of few channels need no memory of their own.
   static constexpr int64_t kFewValues = 256;
   double few_values_[kFewValues];
   int64_t few_used_ = 0;
   std::forward_list<std::unique_ptr<double[]>> values_;
-  Pending pending_[8];
+  Pending pending_[kMostPending];
   int number_pending_ = 0;
 };
 

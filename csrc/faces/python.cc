@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <new>
 #include <vector>
 
@@ -62,10 +63,7 @@ Element element_of(dlpack::DataType dtype) {
 
 void read_tensor(PyObject* object, dlpack::TensorOfObject tensor_of, Operand* operand) {
   dlpack::Tensor tensor;
-  if (tensor_of(object, &tensor) != 0) {  // it is sparse, say, or without memory
-    PyErr_Clear();
-    return;
-  }
+  if (tensor_of(object, &tensor) != 0) return;  // it is sparse, say, or without memory
   if (tensor.device.device_type != dlpack::kCpu || tensor.ndim > kMaxRank) return;
   operand->is_known = operand->is_writable = true;
   operand->element = element_of(tensor.dtype);
@@ -73,8 +71,9 @@ void read_tensor(PyObject* object, dlpack::TensorOfObject tensor_of, Operand* op
   operand->axes.rank = tensor.ndim;
   for (int axis = 0; axis < tensor.ndim; ++axis) {
     operand->axes.sizes[axis] = tensor.shape[axis];
-    operand->axes.strides[axis] = tensor.strides[axis];
+    if (tensor.strides) operand->axes.strides[axis] = tensor.strides[axis];
   }
+  if (!tensor.strides) set_dense_strides(&operand->axes);
 }
 
 // The arrays of ml_dtypes' bfloat16 have no buffer: they come as arrays of their bits, uint16.
@@ -99,6 +98,7 @@ Element element_of(const Py_buffer& buffer) {
 
 void read_buffer(const Py_buffer& buffer, Operand* operand) {
   if (buffer.ndim > kMaxRank || buffer.itemsize < 1) return;
+  if (buffer.ndim > 0 && (!buffer.shape || !buffer.strides)) return;
   for (int axis = 0; axis < buffer.ndim; ++axis) {
     if (buffer.shape[axis] > 1 && buffer.strides[axis] % buffer.itemsize != 0) return;
     operand->axes.sizes[axis] = buffer.shape[axis];
@@ -147,6 +147,7 @@ constexpr const char* kNames[] = {
     "dx",      "dscale",     "dbias", "dresidual",  "running_mean", "running_var", "batches",
     "rate",    "correction", "team"};
 static_assert(sizeof kNames / sizeof *kNames == kArguments);
+static_assert(kArguments <= 32, "a set of arguments has 32 bits");
 
 // The same as Python's strings, interned: a keyword nearly always is the very object.
 PyObject* names[kArguments];
@@ -213,8 +214,8 @@ class Call {
       PyErr_Format(PyExc_TypeError, "%s() needs the argument %s", signature.name, kNames[each]);
       return false;
     }
-    if (has(kRunningMean) != has(kRunningVar)) {
-      PyErr_Format(PyExc_TypeError, "%s() needs running_mean and running_var, or neither",
+    if (has(kRunningMean) != has(kRunningVar) || has(kRunningMean) != has(kRate)) {
+      PyErr_Format(PyExc_TypeError, "%s() needs running_mean, running_var and rate, or none",
                    signature.name);
       return false;
     }
@@ -238,17 +239,14 @@ class Call {
     operand.is_present = true;
     PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
     for (const TensorType& each : tensor_types()) {
-      if (each.type == type) {
-        read_tensor(value, each.tensor_of, &operand);
-        return operand;
-      }
+      if (each.type != type) continue;
+      read_tensor(value, each.tensor_of, &operand);
+      return without_error(operand);
     }
     if (PyObject_GetBuffer(value, &buffers_[held_], PyBUF_STRIDES | PyBUF_FORMAT) == 0) {
       read_buffer(buffers_[held_++], &operand);
-    } else {
-      PyErr_Clear();
     }
-    return operand;
+    return without_error(operand);
   }
 
   // What the stages have in common.
@@ -269,6 +267,7 @@ class Call {
 
   // Of a reader that is not usable.
   static PyObject* refusal(const Reader& reader) {
+    if (PyErr_Occurred()) return nullptr;
     if (reader.unusable()) return PyUnicode_InternFromString(reader.unusable());
     PyErr_SetString(PyExc_ValueError, reader.error().c_str());
     return nullptr;
@@ -286,6 +285,15 @@ class Call {
   double eps = 1, rate = 0, correction = 1;
 
  private:
+  // What an array says that cannot be asked is no error: it is not known. All else is.
+  const Operand& without_error(const Operand& operand) {
+    for (PyObject* expected : {PyExc_TypeError, PyExc_BufferError, PyExc_RuntimeError,
+                               PyExc_ValueError, PyExc_NotImplementedError}) {
+      if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) PyErr_Clear();
+    }
+    return operand;
+  }
+
   // -1 for an unknown one. Keywords mostly come in our order.
   static int find(PyObject* keyword, int first) {
     for (int i = 0; i < kArguments; ++i) {
@@ -392,6 +400,7 @@ PyObject* py_batch_norm(Call& call) {
   const int64_t channels = problem.shape.channels;
   double *mean = count + channels, *var = mean + channels;
   without_gil([&] { batch_norm(problem, count, mean, var, y); });
+  reader.reload();  // another thread may have moved them meanwhile
   update_running(channels, count, mean, var, call.rate, 1, running_mean, running_var, batches);
   reader.store();
   Py_RETURN_NONE;
@@ -409,16 +418,15 @@ PyObject* py_statistics(Call& call) {
   Py_RETURN_NONE;
 }
 
-constexpr Signature kNormalize = {"normalize", set_of(kX, kFeatures, kEps, kMean, kVar, kY),
-                                  kInputs};
+constexpr Signature kNormalize = {"normalize", set_of(kX, kFeatures, kEps, kY),
+                                  kInputs | kEither | set_of(kWeights)};
 PyObject* py_normalize(Call& call) {
   Reader reader(call.array(kX), call.features);
   const Problem problem = call.problem(reader);
-  const double* mean = reader.values(call.array(kMean));
-  const double* var = reader.values(call.array(kVar));
+  const Given given(call, reader);
   void* y = reader.like_x(call.array(kY), Access::in_place);
   if (!reader.is_usable()) return call.refusal(reader);
-  without_gil([&] { normalize(problem, mean, var, y); });
+  without_gil([&] { normalize(problem, given.mean, given.var, y); });
   Py_RETURN_NONE;
 }
 
@@ -499,6 +507,7 @@ PyObject* py_update_running(Call& call) {
   int64_t* batches = reader.counter(call.array(kBatches));
   if (!reader.is_usable()) return call.refusal(reader);
   const int64_t channels = reader.shape().channels;
+  reader.reload();
   update_running(channels, count, count + channels, count + 2 * channels, call.rate,
                  call.correction, running_mean, running_var, batches);
   reader.store();
@@ -525,6 +534,7 @@ PyObject* py_layout(PyObject*, PyObject* arguments, PyObject* keywords) {
   static char* parameters[] = {const_cast<char*>("shape"), const_cast<char*>("features"),
                                const_cast<char*>("strides"), nullptr};
   Features features;
+  const auto is_negative = [](int64_t size) { return size < 0; };
   if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "OO|O:layout", parameters, &shape, &axes,
                                    &strides) ||
       !read_features(axes, &features)) {
@@ -540,8 +550,9 @@ PyObject* py_layout(PyObject*, PyObject* arguments, PyObject* keywords) {
   } else if (!read_integers(strides, x.strides, &rank)) {
     return PyErr_Occurred() ? nullptr : Py_NewRef(Py_None);
   }
-  if (features >> x.rank || (strides != Py_None && rank != x.rank)) {
-    PyErr_SetString(PyExc_ValueError, "shape, strides and features must be of the same rank");
+  if (features >> x.rank || (strides != Py_None && rank != x.rank) ||
+      std::any_of(x.sizes, x.sizes + x.rank, is_negative)) {
+    PyErr_SetString(PyExc_ValueError, "shape, strides and features must go with each other");
     return nullptr;
   }
   if (!find_layout(x, features, &layout)) Py_RETURN_NONE;
@@ -558,6 +569,9 @@ PyObject* py_register_tensor(PyObject*, PyObject* type) {
   if (!api) PyErr_Clear();
   while (api && api->version.major != dlpack::kMajorVersion) api = api->previous;
   if (!api || !api->tensor_of_object_no_sync) Py_RETURN_FALSE;
+  for (const TensorType& each : tensor_types()) {
+    if (each.type == type) Py_RETURN_TRUE;
+  }
   tensor_types().push_back({Py_NewRef(type), api->tensor_of_object_no_sync});
   Py_RETURN_TRUE;
 }
@@ -580,23 +594,26 @@ PyObject* py_num_threads(PyObject*, PyObject*) { return PyLong_FromLong(num_thre
 PyObject* py_set_num_threads(PyObject*, PyObject* value) {
   const long n = PyLong_AsLong(value);
   if (n == -1 && PyErr_Occurred()) return nullptr;
-  set_num_threads(static_cast<int>(n));
+  set_num_threads(static_cast<int>(std::clamp<long>(n, 1, 1024)));
   Py_RETURN_NONE;
+}
+
+// A list of strings, or null with a Python error.
+PyObject* strings(const std::vector<const char*>& texts) {
+  PyObject* list = PyList_New(0);
+  for (const char* text : texts) {
+    PyObject* string = list ? PyUnicode_FromString(text) : nullptr;
+    if (!string || PyList_Append(list, string) != 0) Py_CLEAR(list);
+    Py_XDECREF(string);
+  }
+  return list;
 }
 
 PyObject* py_instruction_set(PyObject*, PyObject*) {
   return PyUnicode_FromString(instruction_set());
 }
 
-PyObject* py_instruction_sets(PyObject*, PyObject*) {
-  PyObject* names = PyList_New(0);
-  for (const char* name : instruction_sets()) {
-    PyObject* string = names ? PyUnicode_FromString(name) : nullptr;
-    if (!string || PyList_Append(names, string) != 0) Py_CLEAR(names);
-    Py_XDECREF(string);
-  }
-  return names;
-}
+PyObject* py_instruction_sets(PyObject*, PyObject*) { return strings(instruction_sets()); }
 
 // Whether it is one of them; only then is it set.
 PyObject* py_set_instruction_set(PyObject*, PyObject* name) {
@@ -664,13 +681,20 @@ PyMethodDef methods[] = {
 
 int execute(PyObject* module) {
   for (int argument = 0; argument < kArguments; ++argument) {
-    names[argument] = PyUnicode_InternFromString(kNames[argument]);
+    if (!names[argument]) names[argument] = PyUnicode_InternFromString(kNames[argument]);
     if (!names[argument]) return -1;
   }
-  // By the names that NumPy, JAX and PyTorch share.
-  PyObject* dtypes = Py_BuildValue("(ssss)", "float32", "float64", "float16", "bfloat16");
-  const int result = dtypes ? PyModule_AddObjectRef(module, "DTYPES", dtypes) : -1;
+  std::vector<const char*> activations;
+  for (const NamedActivation& each : kActivations) activations.push_back(each.name);
+  activations.erase(activations.begin());  // none
+  PyObject* dtypes = strings({std::begin(kDtypes), std::end(kDtypes)});
+  PyObject* activation_names = strings(activations);
+  const int result = dtypes && activation_names
+                         ? PyModule_AddObjectRef(module, "DTYPES", dtypes) |
+                               PyModule_AddObjectRef(module, "ACTIVATIONS", activation_names)
+                         : -1;
   Py_XDECREF(dtypes);
+  Py_XDECREF(activation_names);
   return result;
 }
 

@@ -72,10 +72,14 @@ Operand optional(const char* name, Array array) {
 
 using FeatureAxes = ffi::Span<const int64_t>;
 
-Features features_of(FeatureAxes axes) {
-  Features features = 0;
-  for (const int64_t axis : axes) features |= Features{1} << (axis & 63);
-  return features;
+// False for what is no axis of any array.
+bool find_features(FeatureAxes axes, Features* features) {
+  *features = 0;
+  for (const int64_t axis : axes) {
+    if (axis < 0 || axis > 63) return false;
+    *features |= Features{1} << axis;
+  }
+  return true;
 }
 
 // The operands that all handlers have in common, as the stages want them.
@@ -84,9 +88,9 @@ struct Inputs {
   Reader reader;
   Problem problem = {};
 
-  Inputs(FeatureAxes features, std::string_view activation, double eps, Buffer x, Buffer scale,
-         Buffer bias, Buffer residual, Buffer weights, Buffer count, Buffer pivot, Buffer unit,
-         Buffer offset, Buffer var)
+  Inputs(Features features, Activation activation, double eps, Buffer x, Buffer scale, Buffer bias,
+         Buffer residual, Buffer weights, Buffer count, Buffer pivot, Buffer unit, Buffer offset,
+         Buffer var)
       : x(operand_of("x", x)),
         scale(optional("scale", scale)),
         bias(optional("bias", bias)),
@@ -97,7 +101,7 @@ struct Inputs {
         unit(optional("unit", unit)),
         offset(optional("offset", offset)),
         var(operand_of("var", var)),
-        reader(this->x, features_of(features)) {
+        reader(this->x, features) {
     problem.shape = reader.shape();
     problem.dtype = reader.dtype();
     problem.x = reader.x();
@@ -106,7 +110,7 @@ struct Inputs {
     problem.bias = reader.values(this->bias);
     problem.residual = reader.like_x(this->residual, Access::read);
     problem.weights = reader.weights(this->weights, &problem.weight_channels);
-    find_activation(activation, &problem.activation);
+    problem.activation = activation;
   }
 };
 
@@ -275,9 +279,17 @@ template <auto stage>
 struct Handler;
 template <class... Own, ffi::Error (*stage)(Inputs&, Own...)>
 struct Handler<stage> {
-  static ffi::Error run(FeatureAxes features, std::string_view activation, double eps, Buffer x,
-                        Buffer scale, Buffer bias, Buffer residual, Buffer weights, Buffer count,
-                        Buffer pivot, Buffer unit, Buffer offset, Buffer var, Own... own) {
+  static ffi::Error run(FeatureAxes axes, std::string_view name, double eps, Buffer x, Buffer scale,
+                        Buffer bias, Buffer residual, Buffer weights, Buffer count, Buffer pivot,
+                        Buffer unit, Buffer offset, Buffer var, Own... own) {
+    Features features;
+    Activation activation;
+    if (!find_features(axes, &features)) {
+      return ffi::Error::InvalidArgument("features must be axes of x");
+    }
+    if (!find_activation(name, &activation)) {
+      return ffi::Error::InvalidArgument("no activation " + std::string(name));
+    }
     try {
       Inputs inputs(features, activation, eps, x, scale, bias, residual, weights, count, pivot,
                     unit, offset, var);

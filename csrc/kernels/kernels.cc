@@ -225,7 +225,9 @@ template <class F, class T, Activation A>
 void normalize(const Problem& problem, const Range& range, const Coefficients* channels,
                void* output) {
   const int64_t ahead = fetched_ahead<T>(range);
-  Problem unweighted = problem;  // so that no weights are spread in vain
+  // What is not finite is NaN: it has no weight, or its feature has no mean. So no weight is read.
+  const bool weighted = problem.weights;
+  Problem unweighted = problem;
   unweighted.weights = nullptr;
   for_stretches<F, T>(
       unweighted, range, channels,
@@ -238,7 +240,9 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
                              range.beyond_cache && is_long<T>(length));
         for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
           if (ahead) fetch(x + i + ahead);
-          Pack<F> z = (load<F>(x + i, n) - of.center.at(i)) * of.slope.at(i) + of.shift.at(i);
+          const Pack<F> value = load<F>(x + i, n);
+          Pack<F> z = (value - of.center.at(i)) * of.slope.at(i) + of.shift.at(i);
+          if (weighted) z += value - value;
           if (residual) z += load<F>(residual + i, n);
           y.put(i, activate<F, A>(z), n);
         });
@@ -402,21 +406,6 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
 }
 
 // ---- the table of this instruction set
-
-// body(arithmetic type, element type), both as values.
-template <class Body>
-void with_types(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(float(), float());
-    case Dtype::float64:
-      return body(double(), double());
-    case Dtype::float16:
-      return body(float(), Half());
-    case Dtype::bfloat16:
-      return body(float(), Bfloat());
-  }
-}
 
 // body(activation), as a type.
 template <class Body>

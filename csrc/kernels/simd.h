@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include "stages/batch_norm.h"
+
 // For the bodies of hot loops. Where one is called and not inlined, its captures live in memory,
 // and are loaded again after every store.
 #define BATCHNORM_INLINE __attribute__((always_inline))
@@ -26,6 +28,21 @@ struct Half {
 struct Bfloat {
   uint16_t bits;
 };
+
+// body(arithmetic type, element type), both as values.
+template <class Body>
+inline void with_types(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(float(), float());
+    case Dtype::float64:
+      return body(double(), double());
+    case Dtype::float16:
+      return body(float(), Half());
+    case Dtype::bfloat16:
+      return body(float(), Bfloat());
+  }
+}
 
 #if defined(__AVX512F__)
 constexpr int kRegisterBytes = 64;

@@ -74,12 +74,7 @@ Part part(int64_t n, int task, int tasks) {
   return {bound(task), bound(task + 1)};
 }
 
-int64_t bytes_of(const Problem& problem) {
-  const int64_t item = problem.dtype == Dtype::float64   ? 8
-                       : problem.dtype == Dtype::float32 ? 4
-                                                         : 2;
-  return problem.shape.size() * item;
-}
+int64_t bytes_of(const Problem& problem) { return problem.shape.size() * bytes_of(problem.dtype); }
 
 Range whole(const Problem& problem) {
   const Shape& shape = problem.shape;
@@ -122,12 +117,13 @@ Range part_of(Range range, int task, int tasks) {
   return range;
 }
 
-// body(task, part of the range) on several threads, the first part of memory first or last.
+// body(task, part of the range) on several threads, the first part of memory first or last. The
+// caller has the number of tasks from tasks_of, which may say another one the next time: another
+// thread may change num_threads().
 enum class Order { upwards, downwards };
 template <class Body>
-void for_parts(const Range& range, Order order, Team team, const Body& body) {
+void for_parts(const Range& range, int tasks, Order order, Team team, const Body& body) {
   if (size_of(range) == 0) return;
-  const int tasks = tasks_of(range);
   const auto run = [&](int task) {
     const int place = order == Order::upwards ? task : tasks - 1 - task;
     body(task, part_of(range, place, tasks));
@@ -209,7 +205,7 @@ void add_up(const Problem& problem, const Range& block, Sums* channels, const Fi
   const int tasks = tasks_of(block);
   std::fill(channels + block.channel0, channels + block.channel1, Sums());
   std::vector<Sums> others((tasks - 1) * row);
-  for_parts(block, Order::upwards, problem.team, [&](int task, const Range& part) {
+  for_parts(block, tasks, Order::upwards, problem.team, [&](int task, const Range& part) {
     find(part, task == 0 ? channels : others.data() + (task - 1) * row);
   });
   for (int task = 1; task < tasks; ++task) {
@@ -260,7 +256,7 @@ void find_coefficients(const Problem& problem, const Range& block, const double*
 }
 
 void normalize(const Problem& problem, const Range& block, const Coefficients* channels, void* y) {
-  for_parts(block, Order::downwards, problem.team,
+  for_parts(block, tasks_of(block), Order::downwards, problem.team,
             [&](int, const Range& part) { kernels().normalize(problem, part, channels, y); });
 }
 
@@ -284,7 +280,7 @@ void input_gradient(const Problem& problem, const Range& block, Coefficients* ch
     channels[c].share = (sum_g[c] - channels[c].remainder * sum_g_xhat[c]) / count[c];
     channels[c].share_xhat = channels[c].rstd * sum_g_xhat[c] / count[c];
   }
-  for_parts(block, Order::downwards, problem.team, [&](int, const Range& part) {
+  for_parts(block, tasks_of(block), Order::downwards, problem.team, [&](int, const Range& part) {
     kernels().input_gradient(problem, part, channels, dy, dx, dresidual);
   });
 }
@@ -292,9 +288,9 @@ void input_gradient(const Problem& problem, const Range& block, Coefficients* ch
 }  // namespace
 
 bool find_activation(std::string_view name, Activation* activation) {
-  if (name.empty()) return *activation = Activation::none, true;
-  if (name == "relu") return *activation = Activation::relu, true;
-  if (name == "silu") return *activation = Activation::silu, true;
+  for (const auto& [each, its_name] : kActivations) {
+    if (name == its_name) return *activation = each, true;
+  }
   return false;
 }
 

@@ -25,9 +25,34 @@
 namespace batchnorm {
 
 enum class Dtype : int { float32, float64, float16, bfloat16 };
+
+inline int64_t bytes_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float64:
+      return 8;
+    case Dtype::float32:
+      return 4;
+    case Dtype::float16:
+    case Dtype::bfloat16:
+      return 2;
+  }
+  return 0;
+}
+
+// Their names in NumPy, JAX and PyTorch, in the order of the enum.
+constexpr const char* kDtypes[] = {"float32", "float64", "float16", "bfloat16"};
+
 enum class Activation : int { none, relu, silu };
 
-// By its name in Python; "" for none. False for an unknown one.
+// Their names in Python.
+struct NamedActivation {
+  Activation activation;
+  const char* name;
+};
+constexpr NamedActivation kActivations[] = {
+    {Activation::none, ""}, {Activation::relu, "relu"}, {Activation::silu, "silu"}};
+
+// False for an unknown name.
 bool find_activation(std::string_view name, Activation* activation);
 
 // What the stages have in common. Null pointers stand for what is absent.

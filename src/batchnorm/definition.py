@@ -66,16 +66,13 @@ def moments(problem: Problem, inputs: Inputs, constant: Constant = unchanged) ->
     return _centered(problem, inputs, constant)[1]
 
 
-def normalize(problem: Problem, inputs: Inputs, moments: Moments, u: Array | None = None) -> Array:
-    """act((x − mean) / √(var + eps) · scale + bias + residual).
-
-    `u` is (x − pivot) / unit, where a caller without weights has it already.
-    """
+def normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Array:
+    """act((x − mean) / √(var + eps) · scale + bias + residual)."""
     if is_empty(inputs.x):
         return inputs.x
     x, valid = _valid(inputs)
-    u = _coordinate(problem, x, moments) if u is None else u
-    return _output(problem, inputs, moments, u, valid)
+    y = output(problem, inputs, moments, _coordinate(problem, x, moments))
+    return _where(valid, y, math.nan)
 
 
 def batch_norm(
@@ -86,15 +83,34 @@ def batch_norm(
         return inputs.x, moments(problem, inputs)
     x, valid = _valid(inputs)
     u, found = _centered(problem, inputs._replace(x=x), constant)
-    return _output(problem, inputs, found, u, valid), found
+    return _where(valid, output(problem, inputs, found, u), math.nan), found
+
+
+def output(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Array:
+    """act(u·slope + shift + residual), u = (x − pivot) / unit.
+
+    What is done once for each feature is done in the feature shape, and put along x only then: a
+    fusing compiler would otherwise do it anew for every element.
+    """
+    slope = (1.0 if inputs.scale is None else inputs.scale) / _deviation(problem, moments)
+    shift = inputs.bias
+    if moments.offset is not None:
+        shift = moments.offset * slope
+        shift = -shift if inputs.bias is None else inputs.bias - shift
+    z = u * along(problem.features, slope, u)
+    if shift is not None:
+        z = z + along(problem.features, shift, u)
+    if inputs.residual is not None:
+        z = z + inputs.residual
+    return activate(z, problem.activation)
 
 
 def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Array, Moments]:
     """u = (x − pivot) / unit and the moments of x in it; x is finite wherever weights are 0.
 
-    The pivot is the mean up to the rounding of a sum. No element that counts is further from it
-    than a number of units that has a finite square: without weights the largest element and the
-    mean bound all the others, whose differences from the largest have one sign.
+    The pivot is the mean up to the rounding of a sum, but within the range of the elements: a
+    constant feature is its own pivot, and a sum that overflows does no harm. The unit is a quarter
+    of the largest distance from it, and so has an inverse.
     """
     features, x, weights = problem.features, inputs.x, inputs.weights
     xp = namespace(x)
@@ -102,21 +118,25 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
     if is_empty(x):
         nothing = per_feature(features, total(x, axes))
         return x, Moments(nothing, nothing, nothing + 1.0, nothing, nothing)
-    inside = constant(x)
+    low = high = fixed = constant(x)
     count = divisor = values_per_feature(features, x.shape)
     if weights is not None:
         weights = xp.broadcast_to(weights, x.shape)
         count = total(weights, axes)
         divisor = or_one(count)
-        inside = xp.abs(xp.where(weights > 0, inside, 0.0))
+        low = xp.where(weights > 0, fixed, math.inf)
+        high = xp.where(weights > 0, fixed, -math.inf)
 
-    largest = xp.max(inside, axis=axes, keepdims=True)
-    mean = total(constant(x), axes, weights) / divisor
-    fits = xp.isfinite(mean)  # a sum may overflow where the mean does not
-    pivot = constant(xp.where(fits, mean, 0.0))
-    reach = xp.maximum(xp.abs(largest), xp.abs(pivot))
-    unit = xp.where(fits, xp.maximum(reach, xp.ones_like(reach)), xp.finfo(x.dtype).max / 4)
-    unit = constant(unit)
+    mean = total(fixed, axes, weights) / divisor
+    mean = xp.where(xp.isfinite(mean), mean, 0.0)
+    smallest = xp.min(low, axis=axes, keepdims=True)
+    largest = xp.max(high, axis=axes, keepdims=True)
+    pivot = xp.minimum(xp.maximum(mean, smallest), largest)
+    reach = xp.maximum(largest - pivot, pivot - smallest)
+    if weights is not None:  # perhaps none that counts
+        pivot, reach = (xp.where(count > 0, each, 0.0) for each in (pivot, reach))
+    pivot = constant(pivot)
+    unit = constant(xp.maximum(0.25 * reach, xp.ones_like(reach)))
 
     u = (x - pivot) * (1.0 / unit)
     offset = total(u, axes, weights) / divisor
@@ -133,28 +153,6 @@ def _coordinate(problem: Problem, x: Array, moments: Moments) -> Array:
     return u if moments.unit is None else u * along(problem.features, 1.0 / moments.unit, x)
 
 
-def _output(
-    problem: Problem, inputs: Inputs, moments: Moments, u: Array, valid: Array | None
-) -> Array:
-    """act(u·slope + shift + residual), NaN where an element is not valid.
-
-    What is done once for each feature is done in the feature shape, and put along x only then: a
-    fusing compiler would otherwise do it anew for every element.
-    """
-    slope = (1.0 if inputs.scale is None else inputs.scale) / _deviation(problem, moments)
-    shift = inputs.bias
-    if moments.offset is not None:
-        shift = moments.offset * slope
-        shift = -shift if inputs.bias is None else inputs.bias - shift
-    z = u * along(problem.features, slope, u)
-    if shift is not None:
-        z = z + along(problem.features, shift, u)
-    if inputs.residual is not None:
-        z = z + inputs.residual
-    y = activate(z, problem.activation)
-    return y if valid is None else namespace(y).where(valid, y, math.nan)
-
-
 def _deviation(problem: Problem, moments: Moments) -> Array:
     """√(var + eps), in units of unit."""
     xp = namespace(moments.var)
@@ -165,13 +163,22 @@ def _deviation(problem: Problem, moments: Moments) -> Array:
     return xp.sqrt(moments.var + xp.square(root / moments.unit))  # unit² may overflow
 
 
+def takes_part(x: Array, weights: Array) -> Array:
+    """Where an element has an output and gradients: all but what is not finite without a weight."""
+    xp = namespace(x)
+    return xp.logical_or(weights > 0, xp.isfinite(x))
+
+
 def _valid(inputs: Inputs) -> tuple[Array, Array | None]:
-    """x, with 0 in place of what is not finite and has no weight; and where that is not so."""
+    """x, with 0 in place of what takes no part; and where it does, None for everywhere."""
     if inputs.weights is None:
         return inputs.x, None
-    xp = namespace(inputs.x)
-    valid = xp.logical_or(inputs.weights > 0, xp.isfinite(inputs.x))
-    return xp.where(valid, inputs.x, 0.0), valid
+    valid = takes_part(inputs.x, inputs.weights)
+    return _where(valid, inputs.x, 0.0), valid
+
+
+def _where(valid: Array | None, values: Array, other: float) -> Array:
+    return values if valid is None else namespace(values).where(valid, values, other)
 
 
 # ---- backward, and forward derivatives
@@ -206,15 +213,12 @@ def _standard(problem: Problem, inputs: Inputs, moments: Moments) -> _Standard:
         share = along(features, 1.0 / or_one(moments.count), x)
         if inputs.weights is not None:
             share = xp.where(inputs.weights > 0, inputs.weights, 0.0) * share
-    if valid is not None:
-        x_hat = xp.where(valid, x_hat, 0.0)
-    return _Standard(x_hat, z, slope, share, valid)
+    return _Standard(_where(valid, x_hat, 0.0), z, slope, share, valid)
 
 
 def _through(problem: Problem, standard: _Standard, dy: Array) -> Array:
     """act′·dy, 0 where an element takes no part."""
-    g = through_activation(dy, standard.z, problem.activation)
-    return g if standard.valid is None else namespace(g).where(standard.valid, g, 0.0)
+    return _where(standard.valid, through_activation(dy, standard.z, problem.activation), 0.0)
 
 
 def _sum(problem: Problem, x: Array) -> Array:
@@ -223,12 +227,8 @@ def _sum(problem: Problem, x: Array) -> Array:
 
 def _times_share(inputs: Inputs, standard: _Standard, values: Array) -> Array:
     """w/m·values, 0 where w is, whatever an element there holds."""
-    values = standard.share * values
-    return (
-        values
-        if inputs.weights is None
-        else namespace(values).where(inputs.weights > 0, values, 0.0)
-    )
+    inside = None if inputs.weights is None else inputs.weights > 0
+    return _where(inside, standard.share * values, 0.0)
 
 
 def gradient_sums(

@@ -1,9 +1,13 @@
 """Sums of many elements that are accurate where a framework's own are running sums.
 
-XLA and MLX add the elements of a CPU's array one after the other, which can be off by as many
+XLA, MLX and NumPy add the elements of an array one after the other, which can be off by as many
 roundings. Summing axis by axis, and a long axis in blocks, then the blocks' sums, keeps that to the
 sum of the lengths of the sums. Nothing is cut out of a reduced axis, which may be split over
-devices; an axis whose size is no int (of a program for any batch) is summed at once.
+devices; one that no blocks fit is filled up with zeros, a copy. An axis whose size is no int (of a
+program for any batch) is summed at once.
+
+PyTorch's compiler would make a program for each size that is looked at. Its sums can be in double,
+at the speed of memory, and are, where the device has it.
 """
 
 import math
@@ -25,6 +29,9 @@ def total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
         return xp.zeros(shape, dtype=x.dtype)
     if weights is not None:
         x = xp.where(weights > 0, weights * x, 0.0)
+    if xp.__name__.endswith("torch"):
+        wide = None if x.device.type == "mps" else xp.float64
+        return xp.astype(xp.sum(x, axis=axes, keepdims=True, dtype=wide), x.dtype)
     if not _is_long(math.prod([x.shape[axis] for axis in axes])):
         return xp.sum(x, axis=axes, keepdims=True)
     for axis in reversed(axes):

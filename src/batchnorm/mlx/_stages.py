@@ -100,7 +100,7 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     mean = mx.sum(x, axes, keepdims=True) / count  # and not times 1 / count: exact if all are equal
     centered = x - mean
     mean, var = per_feature(features, mean), mx.sum(mx.square(centered), axes) / count
-    y = definition.normalize(problem, inputs, Moments.given(mean, var), centered)
+    y = definition.output(problem, inputs, Moments.given(mean, var), centered)
     mean, var = mean.astype(mx.float32), var.astype(mx.float32)
     return y, Moments(mx.full_like(mean, count), mean, None, None, var)
 

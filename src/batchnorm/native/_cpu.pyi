@@ -16,14 +16,14 @@ as it lies in memory. It raises ValueError where a shape does not go with x.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from typing_extensions import CapsuleType
 
-Array = Any
+Array = object
 Axes = tuple[int, ...]
 
-DTYPES: tuple[str, ...]
+DTYPES: list[str]
+ACTIVATIONS: list[str]
 
 def batch_norm(
     *,
@@ -40,7 +40,7 @@ def batch_norm(
     running_mean: Array | None = None,
     running_var: Array | None = None,
     batches: Array | None = None,
-    rate: float = 0.0,
+    rate: float | None = None,
     team: CapsuleType | None = None,
 ) -> str | None:
     """Write statistics and y; then move running statistics as `update_running`, correction 1."""
@@ -62,11 +62,15 @@ def normalize(
     scale: Array | None = None,
     bias: Array | None = None,
     residual: Array | None = None,
-    mean: Array,
-    var: Array,
+    weights: Array | None = None,
+    statistics: Array | None = None,
+    mean: Array | None = None,
+    var: Array | None = None,
     y: Array,
     team: CapsuleType | None = None,
-) -> str | None: ...
+) -> str | None:
+    """By statistics, or by mean and var; with weights, y is NaN where x is not finite."""
+
 def batch_norm_gradients(
     *,
     x: Array,

@@ -4,6 +4,7 @@ Each use says what it is for, what would break it, and what to do then. tests/te
 has a test by the name of each, which fails when a version of PyTorch has changed it.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,3 +83,11 @@ def apply_of(function: type[torch.autograd.Function]) -> Any:
     puts on its context is found on the output's grad_fn, which is that context.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def operations_library() -> str:
+    """The library of PyTorch's operations, which brings the threads that they run on.
+
+    Were it elsewhere, the kernels would run on the pool's, and wait for those now and then.
+    """
+    return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")

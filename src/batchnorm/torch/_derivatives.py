@@ -1,6 +1,6 @@
 """Batch normalization with derivatives, by the stages on tensors.
 
-Autograd sees one function with a backward pass of its own, `_Output`. Whatever else looks into a
+Autograd sees a function with a backward pass of its own, `_Output`. Whatever else looks into a
 computation sees the definition's plain operations, which have derivatives of every order:
 torch.compile, torch.export, torch.func, forward-mode derivatives, tracing, subclasses of Tensor;
 and autograd, where the backward pass is itself differentiated.
@@ -13,45 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..definition import Inputs
+from ..definition import Inputs, takes_part
 from . import _compat
 from ._running import Running
-from ._stages import By, Call, Given, Stages
+from ._stages import Call, Given, Stages
 
 
-def batch_norm(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """y and the batch's statistics, both of which can be differentiated."""
-    if _needs_operations(call, inputs):
-        return _by_operations(call, inputs, None)
-    if not _requires_grad(inputs):
-        y, statistics = _forward(call, inputs, None, None)
-        assert isinstance(statistics, Tensor)
-        return y, statistics
+    if not _is_for_autograd(call, inputs, inputs):
+        return _forward(call, inputs, None, None)
     y, statistics = _apply_with_statistics(call, inputs, None, *inputs, None, None)
     return y, statistics
 
 
-def batch_norm_of_layer(
-    call: Call, inputs: Inputs, running: Running | None
-) -> tuple[Tensor, Tensor]:
+def training_step(call: Call, inputs: Inputs, running: Running | None) -> tuple[Tensor, Tensor]:
     """y and the batch's statistics, which have no derivative; running statistics move, too."""
-    if _needs_operations(call, inputs):
-        y, statistics = _by_operations(call, inputs, None)
-        if running is not None:
-            running.move(statistics, watched=True)
-    elif _requires_grad(inputs):
-        y = _apply(call, inputs, running, *inputs, None, None)
-        statistics = y.grad_fn.by
-    else:
-        y, statistics = _forward(call, inputs, None, running)
-    return y, statistics
+    if not _is_for_autograd(call, inputs, inputs):
+        return _forward(call, inputs, None, running)
+    y = _apply(call, inputs, running, *inputs, None, None)
+    return y, y.grad_fn.by
 
 
 def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
     """y, normalized by a given mean and variance, which have derivatives, too."""
-    if _needs_operations(call, inputs):
-        return _by_operations(call, inputs, given)[0]
-    if not _requires_grad((*inputs, *given)):
+    if not _is_for_autograd(call, inputs, (*inputs, *given)):
         return _forward(call, inputs, given, None)[0]
     y: Tensor = _apply(call, inputs, None, *inputs, *given)
     return y
@@ -59,13 +45,17 @@ def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
 
 def batch_statistics(call: Call, inputs: Inputs) -> Tensor:
     if call.watched or _requires_grad(inputs[:1]):
-        return batch_norm(call, inputs)[1]
+        return forward(call, inputs)[1]
     stages = Stages(call.problem, inputs, watched=False)
     return call.processes.pooled(stages.statistics())
 
 
 def _needs_operations(call: Call, inputs: Inputs) -> bool:
     return call.watched or (inputs.weights is not None and inputs.weights.requires_grad)
+
+
+def _is_for_autograd(call: Call, inputs: Inputs, tensors: Any) -> bool:
+    return not _needs_operations(call, inputs) and _requires_grad(tensors)
 
 
 def _requires_grad(tensors: Any) -> bool:
@@ -76,22 +66,25 @@ def _requires_grad(tensors: Any) -> bool:
     return False
 
 
-# ---- by plain operations
-
-
-def _by_operations(call: Call, inputs: Inputs, given: Given | None) -> tuple[Tensor, Any]:
-    shape = inputs.x.shape
+def _forward(
+    call: Call, inputs: Inputs, given: Given | None, running: Running | None
+) -> tuple[Tensor, Any]:
+    """y and what it is normalized by; by plain operations where something else looks on."""
+    watched, shape = _needs_operations(call, inputs), inputs.x.shape
     is_shared = call.processes.is_shared and given is None
-    if is_shared and 0 in shape:
-        inputs = _one_that_does_not_count(inputs)
-    stages = Stages(call.problem, inputs, watched=True)
+    is_padded = is_shared and watched and 0 in shape
+    stages = Stages(
+        call.problem, _one_that_does_not_count(inputs) if is_padded else inputs, watched=watched
+    )
     if given is not None:
-        return stages.normalize(given), None
+        return stages.normalize(given), given
     if not is_shared:
-        return stages.batch_norm()
+        return stages.forward(running)
     statistics = call.processes.pooled(stages.statistics())
+    if running is not None:
+        running.move(statistics, watched=watched)
     y = stages.normalize(statistics)
-    return y[tuple(slice(size) for size in shape)], statistics
+    return y[tuple(slice(size) for size in shape)] if is_padded else y, statistics
 
 
 def _one_that_does_not_count(inputs: Inputs) -> Inputs:
@@ -109,20 +102,6 @@ def _one_that_does_not_count(inputs: Inputs) -> Inputs:
 
 
 # ---- for autograd
-
-
-def _forward(
-    call: Call, inputs: Inputs, given: Given | None, running: Running | None
-) -> tuple[Tensor, By]:
-    stages = Stages(call.problem, inputs, watched=False)
-    if given is not None:
-        return stages.normalize(given), given
-    if not call.processes.is_shared:
-        return stages.batch_norm(running)
-    statistics = call.processes.pooled(stages.statistics())
-    if running is not None:
-        running.move(statistics, watched=False)
-    return stages.normalize(statistics), statistics
 
 
 class _Output(torch.autograd.Function):
@@ -193,7 +172,8 @@ def _differentiable_gradients(
         tensors = [None if each is None else each.view_as(each) for each in ctx.saved_tensors]
         inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
         given = ctx.by if isinstance(ctx.by, Given) else None
-        outputs = _by_operations(ctx.call, inputs, given if mean is None else Given(mean, var))
+        given = given if mean is None else Given(mean, var)
+        outputs = _forward(ctx.call._replace(watched=True), inputs, given, None)
     pairs = [
         (output, cotangent.to(output.dtype))
         for output, cotangent in zip(outputs, (dy, dstatistics), strict=True)
@@ -215,5 +195,5 @@ def _differentiable_gradients(
     if ctx.has_residual and inputs.residual is None:
         gradients[3] = dy
         if dy is not None and inputs.weights is not None:
-            gradients[3] = torch.where((inputs.weights > 0) | inputs.x.isfinite(), dy, 0.0)
+            gradients[3] = torch.where(takes_part(inputs.x, inputs.weights), dy, 0.0)
     return gradients

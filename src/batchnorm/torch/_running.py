@@ -1,5 +1,7 @@
 """The step that follows a training forward: running statistics move towards those of the batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +27,10 @@ class Running(NamedTuple):
     may_be_empty: bool = True
     owner: str | None = None
 
-    def operands(self) -> dict[str, Any]:
-        """For a kernel."""
+    def operands(self) -> dict[str, Any] | None:
+        """For a kernel; None if it would not see what views mean that negate what is in memory."""
+        if self.mean.is_neg() or self.var.is_neg():
+            return None
         return {
             "running_mean": self.mean,
             "running_var": self.var,
@@ -42,33 +46,37 @@ class Running(NamedTuple):
             and not watched
             and type(self.rate) is float
             and statistics.dtype == torch.float64
-            and kernels.update_running(statistics=statistics, correction=1, **self.operands())
-            is None
+            and (operands := self.operands()) is not None
+            and kernels.update_running(statistics=statistics, correction=1, **operands) is None
         ):
             return
-        try:
-            self._move_by_operations(statistics.detach())
-        except RuntimeError as error:
-            if self.owner is None or not is_transformed():
-                raise
-            raise RuntimeError(
-                f"{self.owner} can't update its running statistics inside of torch.func's "
-                "vmap, grad and the like, which have no side effects. Give the transformed "
-                "function the buffers as an argument (torch.func.functional_call; for ensembles, "
-                "torch.func.stack_module_state); or freeze(normalize_by='batch'); or use "
-                "batchnorm.torch.batch_norm and update_running."
-            ) from error
+        count, mean, var = statistics.detach().unbind(0)
+        with explained(self.owner):
+            new_mean, new_var = update_running(
+                self.mean.to(mean.dtype),
+                self.var.to(mean.dtype),
+                Statistics(count, mean, var),
+                rate=self.rate,
+                correction=1,
+            )
+            self.mean.copy_(new_mean)
+            self.var.copy_(new_var)
+            if self.batches is not None:
+                self.batches.add_((count > 0).any() if self.may_be_empty else 1)
 
-    def _move_by_operations(self, statistics: Tensor) -> None:
-        count, mean, var = statistics.unbind(0)
-        new_mean, new_var = update_running(
-            self.mean.to(mean.dtype),
-            self.var.to(mean.dtype),
-            Statistics(count, mean, var),
-            rate=self.rate,
-            correction=1,
-        )
-        self.mean.copy_(new_mean)
-        self.var.copy_(new_var)
-        if self.batches is not None:
-            self.batches.add_((count > 0).any() if self.may_be_empty else 1)
+
+@contextmanager
+def explained(layer: str | None) -> Iterator[None]:
+    """What a layer says where torch.func allows no change of its running statistics."""
+    try:
+        yield
+    except RuntimeError as error:
+        if layer is None or not is_transformed():
+            raise
+        raise RuntimeError(
+            f"{layer} can't update its running statistics inside of torch.func's "
+            "vmap, grad and the like, which have no side effects. Give the transformed "
+            "function the buffers as an argument (torch.func.functional_call; for ensembles, "
+            "torch.func.stack_module_state); or freeze(normalize_by='batch'); or use "
+            "batchnorm.torch.batch_norm and update_running."
+        ) from error

@@ -5,7 +5,6 @@ rounded: its rows are those of `Statistics`, (3, *feature shape). The sums of a 
 the rows Σ g and Σ g·x̂, (2, *feature shape).
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from ..arrays import namespace
 from ..definition import Inputs, Problem
 from ..layout import weights_shape
 from ..moments import Moments, Statistics
+from ._compat import operations_library
 from ._running import Running
 from ._sync import Alone
 
@@ -73,18 +73,18 @@ class Stages:
                     break
         self.problem, self.inputs = problem, inputs
 
-    def batch_norm(self, running: Running | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, running: Running | None = None) -> tuple[Tensor, Tensor]:
         """y, and the statistics that it is normalized by; running statistics move, too."""
         x = self.inputs.x
         if self.is_native:
             y, statistics = torch.empty_like(x), self.rows(3)
-            operands = self.operands(statistics=statistics, y=y)
-            if running is not None:
-                operands |= running.operands()
-            if self.runs(native.kernels.batch_norm, operands):
+            moving = {} if running is None else running.operands()
+            if moving is not None and self.runs(
+                native.kernels.batch_norm, self.operands(statistics=statistics, y=y, **moving)
+            ):
                 return y, statistics
             if running is not None:  # perhaps in no memory that a kernel can change
-                y, statistics = self.batch_norm()
+                y, statistics = self.forward()
                 running.move(statistics, watched=True)
                 return y, statistics
         y, moments = definition.batch_norm(self.problem, self.wide_inputs(), Tensor.detach)
@@ -108,13 +108,15 @@ class Stages:
         x = self.inputs.x
         if self.is_native:
             y = torch.empty_like(x)
-            mean, var = by if isinstance(by, Given) else by[1:].unbind(0)
-            operands = self.operands(mean=mean.resolve_neg(), var=var.resolve_neg(), y=y)
-            del operands["weights"]
+            operands = self.operands(**_named(by), y=y)
+            if isinstance(by, Given):
+                operands["weights"] = None
             if self.runs(native.kernels.normalize, operands):
                 return y
-        y = definition.normalize(self.problem, self.wide_inputs(), self.moments_of(by))
-        return y.to(x.dtype)
+        inputs = self.wide_inputs()
+        if isinstance(by, Given):  # of which no element is a part
+            inputs = inputs._replace(weights=None)
+        return definition.normalize(self.problem, inputs, self.moments_of(by)).to(x.dtype)
 
     def gradients(
         self, by: By, dy: Tensor, with_dresidual: bool
@@ -127,7 +129,12 @@ class Stages:
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
             operands = self.operands(
-                **_named(by, dy), dscale=dscale, dbias=dbias, dx=dx, dresidual=dresidual
+                **_named(by),
+                dy=dy.resolve_neg(),
+                dscale=dscale,
+                dbias=dbias,
+                dx=dx,
+                dresidual=dresidual,
             )
             if self.runs(native.kernels.batch_norm_gradients, operands):
                 return dscale, dbias, dx, dresidual
@@ -138,7 +145,7 @@ class Stages:
     def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
         if self.is_native:
             sums = self.rows(2)
-            operands = self.operands(**_named(by, dy), sums=sums)
+            operands = self.operands(**_named(by), dy=dy.resolve_neg(), sums=sums)
             if self.runs(native.kernels.gradient_sums, operands):
                 return sums
         inputs, moments = self.wide_inputs(), self.moments_of(by)
@@ -153,7 +160,9 @@ class Stages:
         if self.is_native:
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = self.operands(**_named(by, dy), sums=sums, dx=dx, dresidual=dresidual)
+            operands = self.operands(
+                **_named(by), dy=dy.resolve_neg(), sums=sums, dx=dx, dresidual=dresidual
+            )
             if self.runs(native.kernels.input_gradient, operands):
                 return dx, dresidual
         inputs, moments = self.wide_inputs(), self.moments_of(by)
@@ -226,14 +235,17 @@ class Stages:
         while (name := kernel(**operands)) is not None:
             if name not in _COPIED or operands[name] is not given[name]:
                 return False
+            if name == "x" and native.kernels.layout(given["x"].shape, given["features"]) is None:
+                return False  # whatever copy
             copy = _COPIED[name](operands["x"], given[name])
             operands = {**operands, name: copy}
         return True
 
 
-def _named(by: By, dy: Tensor) -> dict[str, Tensor]:
-    dy = dy.resolve_neg()
-    return {"dy": dy, **by._asdict()} if isinstance(by, Given) else {"dy": dy, "statistics": by}
+def _named(by: By) -> dict[str, Tensor]:
+    if isinstance(by, Given):
+        return {"mean": by.mean.resolve_neg(), "var": by.var.resolve_neg()}
+    return {"statistics": by}
 
 
 def _like(x: Tensor, tensor: Tensor) -> Tensor:
@@ -256,19 +268,17 @@ def _own(x: Tensor, tensor: Tensor) -> Tensor:
 _COPIED = {
     "weights": _weights_like,
     **dict.fromkeys(("residual", "dy"), _like),
-    **dict.fromkeys(("x", "scale", "bias", "mean", "var", "statistics", "sums"), _own),
+    **dict.fromkeys(("x", "scale", "bias", "mean", "var"), _own),
 }
 _FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")  # to make others like it
-_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
-
+_DTYPES: set[torch.dtype] = set()
 _TEAM = None
 if native.kernels is not None:
-    for _kind in (Tensor, torch.nn.Parameter):
-        if not native.kernels.register_tensor(_kind):
-            _DTYPES.clear()
+    if all(map(native.kernels.register_tensor, (Tensor, torch.nn.Parameter))):
+        _DTYPES = {getattr(torch, name) for name in native.kernels.DTYPES}
     # The threads of PyTorch's own operations: they go on looking for work for a while after each,
     # and another pool's would wait for them (csrc/system/parallel.h).
-    _TEAM = native.kernels.team(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    _TEAM = native.kernels.team(operations_library())
 
 
 def _report() -> str:

@@ -70,4 +70,4 @@ def batch_norm(
     running = None
     if running_mean is not None and running_var is not None:
         running = Running(running_mean, running_var, None, rate)
-    return _derivatives.batch_norm_of_layer(call, inputs, running)[0]
+    return _derivatives.training_step(call, inputs, running)[0]

@@ -59,7 +59,7 @@ def batch_norm(
     call, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation, sync)
     if not call.processes.is_shared:
         checks.more_than_one_value(values_of(call, inputs), x.shape)
-    y, statistics = _derivatives.batch_norm(call, inputs)
+    y, statistics = _derivatives.forward(call, inputs)
     return y, _statistics(x, statistics)
 
 

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
+from ..activations import activate
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
 from . import _compat, _derivatives
 from ._arguments import residual_like, weights_of
-from ._running import Running
+from ._running import Running, explained
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, path_of, processes_of
 
@@ -120,8 +121,8 @@ class Layer(_compat.BatchNormBase):
             checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
         if moves and self.momentum is not None and not self.skip_nonfinite:
             running = self._running(call, inputs, given, self._rate())
-            return _derivatives.batch_norm_of_layer(call, inputs, running)[0]
-        y, statistics = _derivatives.batch_norm_of_layer(call, inputs, None)
+            return _derivatives.training_step(call, inputs, running)[0]
+        y, statistics = _derivatives.training_step(call, inputs, None)
         if moves:
             self._move_running(call, inputs, given, statistics)
         return y
@@ -264,7 +265,10 @@ class Layer(_compat.BatchNormBase):
             input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
         y = y if residual is None else y + residual.to(y.dtype)
-        return y if self.activation is None else getattr(F, self.activation)(y)
+        if self.activation is None:
+            return y
+        operator = getattr(F, self.activation, None)
+        return activate(y, self.activation) if operator is None else operator(y)
 
     def _rate(self) -> float:
         return _CONVENTION.rate(checks.fraction("momentum", self.momentum))
@@ -298,7 +302,8 @@ class Layer(_compat.BatchNormBase):
             rate = self._rate()
         self._running(call, inputs, running, rate).move(statistics, watched=call.watched)
         if finite is not None:
-            self.num_batches_skipped.add_(~finite)
+            with explained(type(self).__name__):
+                self.num_batches_skipped.add_(~finite)
 
 
 class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
