@@ -84,15 +84,6 @@ def fraction(name: str, value: Any) -> float:
     return float(value)
 
 
-def correction(value: Any) -> int:
-    if value not in (0, 1):
-        raise ValueError(
-            "correction must be 0 (running variance divided by the count) or 1 (by the count - 1), "
-            f"but got {value!r}."
-        )
-    return int(value)
-
-
 def activation(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value in ACTIVATIONS):
         return value

@@ -11,7 +11,12 @@ def moved(
     mean: Array, var: Array, statistics: Statistics, dtype: Any, *, rate: float, correction: int
 ) -> tuple[Array, Array]:
     """The running mean and variance, moved: computed in `dtype`, and in the dtypes that came."""
-    rate, correction = checks.fraction("rate", rate), checks.correction(correction)
+    rate = checks.fraction("rate", rate)
+    if correction not in (0, 1):
+        raise ValueError(
+            "correction must be 0 (running variance divided by the count) or 1 (by the count - 1), "
+            f"but got {correction!r}."
+        )
     expected = tuple(statistics.mean.shape)
     for name, array in (("mean", mean), ("var", var)):
         if tuple(array.shape) != expected:
@@ -21,6 +26,6 @@ def moved(
             )
     cast = namespace(mean).astype
     new_mean, new_var = definition.update_running(
-        cast(mean, dtype), cast(var, dtype), statistics, rate=rate, correction=correction
+        cast(mean, dtype), cast(var, dtype), statistics, rate=rate, correction=int(correction)
     )
     return cast(new_mean, mean.dtype), cast(new_var, var.dtype)

@@ -1,18 +1,4 @@
-"""The module API of Flax before Linen, `flax.nn`, on today's JAX.
-
-Examples
---------
->>> import jax, jax.numpy as jnp
->>> from batchnorm.flax import nn
->>> class Dense(nn.Module):
-...     def apply(self, x, features):
-...         shape = (x.shape[-1], features)
-...         return x @ self.param("kernel", shape, nn.initializers.lecun_normal())
->>> y, params = Dense.init(jax.random.PRNGKey(0), jnp.ones((4, 2)), features=3)
->>> model = nn.Model(Dense.partial(features=3), params)
->>> jnp.array_equal(model(jnp.ones((4, 2))), y)
-Array(True, dtype=bool)
-"""
+"""The module API of Flax before Linen, `flax.nn`, on today's JAX; `Module` shows how to begin."""
 
 from jax.nn import initializers as initializers
 

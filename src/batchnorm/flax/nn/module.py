@@ -236,19 +236,7 @@ class Module(abc.ABC):
         name: str | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Model]:
-        """Do as `init_by_shape`, and return the output and a Model.
-
-        Examples
-        --------
-        >>> import jax
-        >>> from batchnorm.flax import nn
-        >>> class Shift(nn.Module):
-        ...     def apply(self, x):
-        ...         return x + self.param("bias", x.shape, nn.initializers.ones)
-        >>> y, model = Shift.create_by_shape(jax.random.PRNGKey(0), [(2,)])
-        >>> y.shape, model.params
-        ((2,), {'bias': Array([1., 1.], dtype=float32)})
-        """
+        """Do as `init_by_shape`, and return the output and a Model."""
         output, params = cls.init_by_shape(rng, input_specs, *args, name=name, **kwargs)
         return output, Model(cls, params)
 
