@@ -76,9 +76,12 @@ void read_tensor(PyObject* object, dlpack::TensorOfObject tensor_of, Operand* op
   if (!tensor.strides) set_dense_strides(&operand->axes);
 }
 
-// The arrays of ml_dtypes' bfloat16 have no buffer: they come as arrays of their bits, uint16.
+// The arrays of ml_dtypes' bfloat16 have no buffer: they come as arrays of two bytes that are no
+// number, numpy.dtype("V2").
 Element element_of(const Py_buffer& buffer) {
-  if (!buffer.format || std::strlen(buffer.format) != 1) return Element::other;
+  if (!buffer.format) return Element::other;
+  if (std::strcmp(buffer.format, "2x") == 0) return Element::bfloat16;
+  if (std::strlen(buffer.format) != 1) return Element::other;
   switch (*buffer.format) {
     case 'f':
       return Element::float32;
@@ -86,8 +89,6 @@ Element element_of(const Py_buffer& buffer) {
       return Element::float64;
     case 'e':
       return Element::float16;
-    case 'H':
-      return Element::bfloat16;
     case 'l':
     case 'q':
       return buffer.itemsize == 8 ? Element::int64 : Element::other;

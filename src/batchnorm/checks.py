@@ -98,21 +98,6 @@ def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> N
         )
 
 
-def same_device(name: str, device: object, x_device: object, x: str = "x") -> None:
-    if device != x_device:
-        raise ValueError(
-            f"{name} must be on the device {x_device} of {x}, but it is on {device}. "
-            "Move one of them."
-        )
-
-
-def one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    if not any(value is each or value == each for each in allowed):
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}."
-        )
-
-
 def broadcasts(name: str, shape: Shape, x_shape: Shape) -> None:
     aligned = zip(reversed(tuple(shape)), reversed(tuple(x_shape)), strict=False)
     if len(shape) > len(x_shape) or any(size != 1 and size != of_x for size, of_x in aligned):
@@ -135,32 +120,4 @@ def more_than_one_value(values: int, x_shape: Shape) -> None:
         raise ValueError(
             "batch_norm needs more than one value of each feature, but x of shape "
             f"{tuple(x_shape)} has one. Use normalize with running statistics."
-        )
-
-
-# The messages of torch.nn itself.
-
-
-def torch_values(values: int, x_shape: Shape) -> None:
-    if values == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x_shape}"
-        )
-
-
-def torch_running(present: bool) -> None:
-    if not present:
-        raise ValueError("Expected running_mean and running_var to be defined when training=False")
-
-
-def torch_both_running(mean_is_none: bool, var_is_none: bool) -> None:
-    if mean_is_none != var_is_none:
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-
-
-def torch_dtype(name: str, dtype: object, x_dtype: object, fits: bool) -> None:
-    if not fits:
-        raise TypeError(
-            f"{name} must have the dtype {x_dtype} of input (or torch.float32, for a torch.float16 "
-            f"or torch.bfloat16 input), but its dtype is {dtype}. Convert one of them."
         )

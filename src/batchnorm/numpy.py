@@ -351,7 +351,7 @@ def _statistics(rows: Array) -> Statistics:
 
 def _bits(argument: Any) -> Any:
     if isinstance(argument, np.ndarray) and argument.dtype.kind == "V":
-        return argument.view(np.uint16)
+        return argument.view("V2")
     return argument
 
 

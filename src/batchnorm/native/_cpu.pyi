@@ -1,6 +1,6 @@
 """The native kernels, stated for type checkers; csrc/faces/python.cc defines them.
 
-An `Array` is a NumPy array, bfloat16 as its bits in uint16, or a tensor of a registered type. None
+An `Array` is a NumPy array, bfloat16 as two bytes, "V2", or a tensor of a registered type. None
 stands for what is absent. Of the arrays of a call
 
 - x, residual, dy, y, dx and dresidual share a shape, a dtype and strides, without gaps, the

@@ -42,7 +42,7 @@ def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
     if residual is None:
         return None
     check_floating("residual", residual)
-    _check_device("residual", residual, x)
+    check_device("residual", residual, x)
     checks.broadcasts("residual", residual.shape, x.shape)
     return residual.to(x.dtype).expand(x.shape)
 
@@ -53,7 +53,7 @@ def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
     checks.instance("mask", mask, Tensor)
     checks.floating("mask", mask.dtype, not mask.dtype.is_complex)
-    _check_device("mask", mask, x)
+    check_device("mask", mask, x)
     checks.broadcasts("mask", mask.shape, x.shape)
     weights = mask.to(wide(x.dtype))
     if mask.dtype != torch.bool:
@@ -75,9 +75,21 @@ def check_floating(name: str, value: object) -> None:
 
 def check_parameter(name: str, value: Tensor, x: Tensor, features: tuple[int, ...]) -> None:
     check_floating(name, value)
-    _check_device(name, value, x)
+    check_device(name, value, x)
     checks.feature_shape(name, value.shape, feature_shape(features, x.shape), x.shape)
 
 
-def _check_device(name: str, value: Tensor, x: Tensor) -> None:
-    checks.same_device(name, value.device, x.device)
+def check_device(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None:
+    if value.device != x.device:
+        raise ValueError(
+            f"{name} must be on the device {x.device} of {x_name}, but it is on {value.device}. "
+            "Move one of them."
+        )
+
+
+def check_values(values: int, shape: Sequence[int]) -> None:
+    """As torch.nn says it."""
+    if values == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {shape}"
+        )

@@ -5,7 +5,7 @@ from torch import Tensor
 from .. import checks
 from ..conventions import CONVENTIONS
 from . import _derivatives
-from ._arguments import check_parameter, checked, values_of
+from ._arguments import check_parameter, check_values, checked, values_of
 from ._running import Running
 from ._stages import Given
 
@@ -56,18 +56,20 @@ def batch_norm(
     tensor([0.2000, 4.0000])
     """
     call, inputs = checked(input, weight, bias, 1, eps, None, None, None)
-    checks.torch_both_running(running_mean is None, running_var is None)
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        if value is not None:
-            check_parameter(name, value, input, call.problem.features)
-    if not training:
-        checks.torch_running(running_mean is not None)
-        assert running_mean is not None
-        assert running_var is not None
-        return _derivatives.normalize(call, inputs, Given(running_mean, running_var))
-    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
-    checks.torch_values(values_of(call, inputs), input.shape)
-    running = None
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    given = None
     if running_mean is not None and running_var is not None:
-        running = Running(running_mean, running_var, None, rate)
+        given = Given(running_mean, running_var)
+        for name, value in given._asdict().items():
+            check_parameter(f"running_{name}", value, input, call.problem.features)
+    if not training:
+        if given is None:
+            raise ValueError(
+                "Expected running_mean and running_var to be defined when training=False"
+            )
+        return _derivatives.normalize(call, inputs, given)
+    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
+    check_values(values_of(call, inputs), input.shape)
+    running = None if given is None else Running(*given, None, rate)
     return _derivatives.training_step(call, inputs, running)[0]

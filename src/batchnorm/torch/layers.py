@@ -11,7 +11,7 @@ from ..activations import activate
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
 from . import _compat, _derivatives
-from ._arguments import residual_like, weights_of
+from ._arguments import check_device, check_values, residual_like, weights_of
 from ._running import Running, explained
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, path_of, processes_of
@@ -118,7 +118,7 @@ class Layer(_compat.BatchNormBase):
                 self._move_running(call, inputs, given, statistics)
             return y
         if not call.processes.is_shared:
-            checks.torch_values(input.numel() // (self.num_features or 1), input.shape)
+            check_values(input.numel() // (self.num_features or 1), input.shape)
         if moves and self.momentum is not None and not self.skip_nonfinite:
             running = self._running(call, inputs, given, self._rate())
             return _derivatives.training_step(call, inputs, running)[0]
@@ -160,8 +160,14 @@ class Layer(_compat.BatchNormBase):
         >>> model[1].running_mean
         tensor([0., 0., 0.])
         """
-        checks.one_of("normalize_by", normalize_by, ("running", "batch", None))
-        checks.one_of("update_running", update_running, (True, False, None))
+        for name, value, allowed in (
+            ("normalize_by", normalize_by, ("running", "batch", None)),
+            ("update_running", update_running, (True, False, None)),
+        ):
+            if not any(value is each or value == each for each in allowed):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}."
+                )
         if self.running_mean is None and (normalize_by == "running" or update_running):
             raise ValueError(
                 f"freeze(normalize_by={normalize_by!r}, update_running={update_running!r}) needs "
@@ -231,9 +237,14 @@ class Layer(_compat.BatchNormBase):
                 each.dtype != dtype or each.device != device or each.shape != channels
             ):
                 checks.feature_shape(name, each.shape, channels, shape)
-                checks.same_device(name, each.device, device, "input")
+                check_device(name, each, input, "input")
                 halved = each.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
-                checks.torch_dtype(name, each.dtype, dtype, each.dtype == dtype or halved)
+                if each.dtype != dtype and not halved:
+                    raise TypeError(
+                        f"{name} must have the dtype {dtype} of input (or torch.float32, for a "
+                        f"torch.float16 or torch.bfloat16 input), but its dtype is {each.dtype}. "
+                        "Convert one of them."
+                    )
         if residual is not None:
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
