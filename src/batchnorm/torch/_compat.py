@@ -79,8 +79,7 @@ def is_batch_of_autograd(tensor: Tensor) -> bool:
 def apply_of(function: type[torch.autograd.Function]) -> Any:
     """Function.apply without what it does for torch.func, which is not at work here.
 
-    That saves a third of a small call. Were it gone, `function.apply` does the same. What `forward`
-    puts on its context is found on the output's grad_fn, which is that context.
+    That saves a third of a small call. Were it gone, `function.apply` does the same.
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 

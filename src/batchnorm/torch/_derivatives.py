@@ -21,24 +21,27 @@ from ._stages import Call, Given, Stages
 
 def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """y and the batch's statistics, both of which can be differentiated."""
-    if not _is_for_autograd(call, inputs, inputs):
-        return _forward(call, inputs, None, None)
+    watched = _needs_operations(call, inputs)
+    if watched or not _requires_grad(inputs):
+        return _forward(call, inputs, watched=watched)
     y, statistics = _apply_with_statistics(call, inputs, None, *inputs, None, None)
     return y, statistics
 
 
-def training_step(call: Call, inputs: Inputs, running: Running | None) -> tuple[Tensor, Tensor]:
-    """y and the batch's statistics, which have no derivative; running statistics move, too."""
-    if not _is_for_autograd(call, inputs, inputs):
-        return _forward(call, inputs, None, running)
-    y = _apply(call, inputs, running, *inputs, None, None)
-    return y, y.grad_fn.by
+def training_step(call: Call, inputs: Inputs, running: Running | None) -> Tensor:
+    """y; and running statistics move."""
+    watched = _needs_operations(call, inputs)
+    if watched or not _requires_grad(inputs):
+        return _forward(call, inputs, running=running, watched=watched)[0]
+    y: Tensor = _apply(call, inputs, running, *inputs, None, None)
+    return y
 
 
 def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
     """y, normalized by a given mean and variance, which have derivatives, too."""
-    if not _is_for_autograd(call, inputs, (*inputs, *given)):
-        return _forward(call, inputs, given, None)[0]
+    watched = _needs_operations(call, inputs)
+    if watched or not (_requires_grad(inputs) or _requires_grad(given)):
+        return _forward(call, inputs, given, watched=watched)[0]
     y: Tensor = _apply(call, inputs, None, *inputs, *given)
     return y
 
@@ -54,10 +57,6 @@ def _needs_operations(call: Call, inputs: Inputs) -> bool:
     return call.watched or (inputs.weights is not None and inputs.weights.requires_grad)
 
 
-def _is_for_autograd(call: Call, inputs: Inputs, tensors: Any) -> bool:
-    return not _needs_operations(call, inputs) and _requires_grad(tensors)
-
-
 def _requires_grad(tensors: Any) -> bool:
     if torch.is_grad_enabled():
         for each in tensors:
@@ -67,19 +66,25 @@ def _requires_grad(tensors: Any) -> bool:
 
 
 def _forward(
-    call: Call, inputs: Inputs, given: Given | None, running: Running | None
+    call: Call,
+    inputs: Inputs,
+    given: Given | None = None,
+    running: Running | None = None,
+    *,
+    watched: bool,
 ) -> tuple[Tensor, Any]:
     """y and what it is normalized by; by plain operations where something else looks on."""
-    watched, shape = _needs_operations(call, inputs), inputs.x.shape
-    is_shared = call.processes.is_shared and given is None
-    is_padded = is_shared and watched and 0 in shape
-    stages = Stages(
-        call.problem, _one_that_does_not_count(inputs) if is_padded else inputs, watched=watched
-    )
+    if given is not None and inputs.weights is not None:
+        inputs = inputs._replace(weights=None)  # no element has a part in what is given
+    stages = Stages(call.problem, inputs, watched=watched)
     if given is not None:
         return stages.normalize(given), given
-    if not is_shared:
+    if not call.processes.is_shared:
         return stages.forward(running)
+    shape = inputs.x.shape
+    is_padded = watched and 0 in shape
+    if is_padded:
+        stages = Stages(call.problem, _one_that_does_not_count(inputs), watched=True)
     statistics = call.processes.pooled(stages.statistics())
     if running is not None:
         running.move(statistics, watched=watched)
@@ -116,7 +121,8 @@ class _Output(torch.autograd.Function):
     ) -> Any:
         # One by one as well, for autograd to see them.
         x, scale, bias, residual, weights, mean, var = tensors
-        y, ctx.by = _forward(call, inputs, None if mean is None else Given(mean, var), running)
+        given = None if mean is None else Given(mean, var)
+        y, ctx.by = _forward(call, inputs, given, running, watched=False)
         ctx.call = call
         ctx.has_residual = residual is not None
         if call.problem.activation is None:
@@ -173,7 +179,7 @@ def _differentiable_gradients(
         inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
         given = ctx.by if isinstance(ctx.by, Given) else None
         given = given if mean is None else Given(mean, var)
-        outputs = _forward(ctx.call._replace(watched=True), inputs, given, None)
+        outputs = _forward(ctx.call, inputs, given, watched=True)
     pairs = [
         (output, cotangent.to(output.dtype))
         for output, cotangent in zip(outputs, (dy, dstatistics), strict=True)

@@ -78,10 +78,13 @@ class Stages:
         x = self.inputs.x
         if self.is_native:
             y, statistics = torch.empty_like(x), self.rows(3)
-            moving = {} if running is None else running.operands()
-            if moving is not None and self.runs(
-                native.kernels.batch_norm, self.operands(statistics=statistics, y=y, **moving)
-            ):
+            operands: dict[str, Any] = {"statistics": statistics, "y": y}
+            moving = None if running is None else running.operands()
+            if moving is not None:
+                operands |= moving
+            if self.runs(native.kernels.batch_norm, operands):
+                if running is not None and moving is None:
+                    running.move(statistics, watched=True)
                 return y, statistics
             if running is not None:  # perhaps in no memory that a kernel can change
                 y, statistics = self.forward()
@@ -96,10 +99,7 @@ class Stages:
     def statistics(self) -> Tensor:
         if self.is_native:
             statistics = self.rows(3)
-            operands = self.operands(statistics=statistics)
-            for name in ("eps", "activation", "scale", "bias", "residual"):
-                del operands[name]
-            if self.runs(native.kernels.statistics, operands):
+            if self.runs(native.kernels.statistics, {"statistics": statistics}):
                 return statistics
         moments = definition.moments(self.problem, self.wide_inputs(), Tensor.detach)
         return self.statistics_of(moments)
@@ -108,14 +108,9 @@ class Stages:
         x = self.inputs.x
         if self.is_native:
             y = torch.empty_like(x)
-            operands = self.operands(**_named(by), y=y)
-            if isinstance(by, Given):
-                operands["weights"] = None
-            if self.runs(native.kernels.normalize, operands):
+            if self.runs(native.kernels.normalize, {"y": y, **_named(by)}):
                 return y
         inputs = self.wide_inputs()
-        if isinstance(by, Given):  # of which no element is a part
-            inputs = inputs._replace(weights=None)
         return definition.normalize(self.problem, inputs, self.moments_of(by)).to(x.dtype)
 
     def gradients(
@@ -128,14 +123,8 @@ class Stages:
             dbias = None if bias is None else torch.empty_like(bias)
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = self.operands(
-                **_named(by),
-                dy=dy.resolve_neg(),
-                dscale=dscale,
-                dbias=dbias,
-                dx=dx,
-                dresidual=dresidual,
-            )
+            operands = _named(by, dy)
+            operands |= {"dscale": dscale, "dbias": dbias, "dx": dx, "dresidual": dresidual}
             if self.runs(native.kernels.batch_norm_gradients, operands):
                 return dscale, dbias, dx, dresidual
         sums = self.gradient_sums(by, dy)
@@ -145,8 +134,7 @@ class Stages:
     def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
         if self.is_native:
             sums = self.rows(2)
-            operands = self.operands(**_named(by), dy=dy.resolve_neg(), sums=sums)
-            if self.runs(native.kernels.gradient_sums, operands):
+            if self.runs(native.kernels.gradient_sums, {"sums": sums, **_named(by, dy)}):
                 return sums
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         dy = dy.to(inputs.x.dtype)
@@ -160,9 +148,7 @@ class Stages:
         if self.is_native:
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = self.operands(
-                **_named(by), dy=dy.resolve_neg(), sums=sums, dx=dx, dresidual=dresidual
-            )
+            operands = {"sums": sums, "dx": dx, "dresidual": dresidual, **_named(by, dy)}
             if self.runs(native.kernels.input_gradient, operands):
                 return dx, dresidual
         inputs, moments = self.wide_inputs(), self.moments_of(by)
@@ -207,45 +193,42 @@ class Stages:
         shape = self.inputs.x.shape
         return _FLOAT64.new_empty(number, *[shape[axis] for axis in self.problem.features])
 
-    def operands(self, **others: Any) -> dict[str, Any]:
-        """What kernels take, by name; native/_cpu.pyi says what each is."""
-        features, eps, activation = self.problem
-        x, scale, bias, residual, weights = self.inputs
-        if weights is not None:
-            weights = weights.expand(weights_shape(features, weights.shape, x.shape))
-        return {
-            "x": x,
-            "features": features,
-            "eps": eps,
-            "activation": activation,
-            "scale": scale,
-            "bias": bias,
-            "residual": residual,
-            "weights": weights,
-            "team": _TEAM,
-            **others,
-        }
-
     def runs(self, kernel: Any, operands: dict[str, Any]) -> bool:
-        """Let the kernel do it, and say whether it could.
+        """Let the kernel do it, and say whether it could; native/_cpu.pyi says what each takes.
 
         An operand that it can't take as it lies in memory is copied for it.
         """
+        x, scale, bias, residual, weights = self.inputs
+        features = self.problem.features
+        if weights is not None:
+            weights = weights.expand(weights_shape(features, weights.shape, x.shape))
+        operands["x"], operands["features"], operands["weights"] = x, features, weights
+        operands["team"] = _TEAM
+        if kernel is not native.kernels.statistics:
+            operands["scale"], operands["bias"], operands["residual"] = scale, bias, residual
+            operands["eps"], operands["activation"] = self.problem.eps, self.problem.activation
         given = operands
         while (name := kernel(**operands)) is not None:
             if name not in _COPIED or operands[name] is not given[name]:
                 return False
-            if name == "x" and native.kernels.layout(given["x"].shape, given["features"]) is None:
+            if name == "x" and native.kernels.layout(x.shape, features) is None:
                 return False  # whatever copy
-            copy = _COPIED[name](operands["x"], given[name])
-            operands = {**operands, name: copy}
+            operands = {**operands, name: _COPIED[name](operands["x"], given[name])}
         return True
 
 
-def _named(by: By) -> dict[str, Tensor]:
+def _named(by: By, dy: Tensor | None = None) -> dict[str, Any]:
+    operands: dict[str, Any] = {}
+    if dy is not None:
+        operands["dy"] = dy.resolve_neg() if dy.is_neg() else dy
     if isinstance(by, Given):
-        return {"mean": by.mean.resolve_neg(), "var": by.var.resolve_neg()}
-    return {"statistics": by}
+        mean, var = by
+        if mean.is_neg() or var.is_neg():
+            mean, var = mean.resolve_neg(), var.resolve_neg()
+        operands["mean"], operands["var"] = mean, var
+    else:
+        operands["statistics"] = by
+    return operands
 
 
 def _like(x: Tensor, tensor: Tensor) -> Tensor:

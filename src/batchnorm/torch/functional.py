@@ -72,4 +72,4 @@ def batch_norm(
     rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
     check_values(values_of(call, inputs), input.shape)
     running = None if given is None else Running(*given, None, rate)
-    return _derivatives.training_step(call, inputs, running)[0]
+    return _derivatives.training_step(call, inputs, running)

@@ -119,13 +119,12 @@ class Layer(_compat.BatchNormBase):
             return y
         if not call.processes.is_shared:
             check_values(input.numel() // (self.num_features or 1), input.shape)
-        if moves and self.momentum is not None and not self.skip_nonfinite:
-            running = self._running(call, inputs, given, self._rate())
-            return _derivatives.training_step(call, inputs, running)[0]
-        y, statistics = _derivatives.training_step(call, inputs, None)
-        if moves:
+        if moves and (self.momentum is None or self.skip_nonfinite):
+            y, statistics = _derivatives.forward(call, inputs)
             self._move_running(call, inputs, given, statistics)
-        return y
+            return y
+        running = self._running(call, inputs, given, self._rate()) if moves else None
+        return _derivatives.training_step(call, inputs, running)
 
     def freeze(
         self, *, normalize_by: NormalizeBy | None = "running", update_running: bool | None = False
