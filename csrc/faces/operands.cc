@@ -9,7 +9,7 @@
 namespace batchnorm {
 namespace {
 
-bool is_floating(Element element) { return element <= Element::bfloat16; }
+bool is_floating(Element element) { return element < Element::int64; }
 
 int64_t bytes_of(Element element) {
   if (is_floating(element)) return bytes_of(static_cast<Dtype>(element));
@@ -120,7 +120,8 @@ const void* Reader::weights(const Operand& operand, int64_t* channels) {
   if (operand.is_known && !is_full && !have_same_shape(operand.axes, rows)) {
     refuse_shape(operand, text(x_.axes.sizes, x_.axes.rank) + " or " + text(rows.sizes, rows.rank));
   } else if (is_in_memory(operand, Access::read)) {
-    const Element wanted = x_.element == Element::float64 ? Element::float64 : Element::float32;
+    const bool is_wide = dtype() == Dtype::float64;
+    const Element wanted = element_of(is_wide ? Dtype::float64 : Dtype::float32);
     if (operand.element == wanted && is_dense(operand.axes, layout_.order, layout_.axes)) {
       if (is_full) *channels = layout_.shape.channels;
       note(operand, Access::read);
@@ -139,7 +140,7 @@ const double* Reader::values(const Operand& operand) {
     return nullptr;
   }
   note(operand, Access::read);
-  if (operand.element == Element::float64 && is_dense(operand.axes)) {
+  if (operand.element == element_of(Dtype::float64) && is_dense(operand.axes)) {
     return static_cast<const double*>(operand.data);
   }
   double* values = memory_for_values();
@@ -162,7 +163,7 @@ double* Reader::values_to_change(const Operand& operand, bool is_read) {
     return nullptr;
   }
   note(operand, Access::write);
-  if (operand.element == Element::float64 && is_dense(operand.axes)) {
+  if (operand.element == element_of(Dtype::float64) && is_dense(operand.axes)) {
     return static_cast<double*>(operand.data);
   }
   double* values = memory_for_values();
@@ -184,7 +185,7 @@ void Reader::store() {
 double* Reader::rows(const Operand& operand, int64_t number, Access access) {
   if (is_done() || !operand.is_present || !has_feature_shape(operand, number)) return nullptr;
   if (!is_in_memory(operand, access)) return nullptr;
-  if (operand.element != Element::float64 || !is_dense(operand.axes)) {
+  if (operand.element != element_of(Dtype::float64) || !is_dense(operand.axes)) {
     refuse(operand);
     return nullptr;
   }

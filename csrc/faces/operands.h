@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <forward_list>
+#include <iterator>
 #include <memory>
 #include <string>
 
@@ -12,15 +13,9 @@
 
 namespace batchnorm {
 
-// The dtypes of the stages, by the same codes, and others.
-enum class Element : int {
-  float32 = static_cast<int>(Dtype::float32),
-  float64 = static_cast<int>(Dtype::float64),
-  float16 = static_cast<int>(Dtype::float16),
-  bfloat16 = static_cast<int>(Dtype::bfloat16),
-  int64,
-  other
-};
+// The dtypes of the stages, by their codes, and others.
+enum class Element : int { int64 = std::size(kDtypes), other };
+constexpr Element element_of(Dtype dtype) { return static_cast<Element>(dtype); }
 
 struct Operand {
   const char* name = "";

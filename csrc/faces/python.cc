@@ -47,13 +47,13 @@ Element element_of(dlpack::DataType dtype) {
   if (dtype.lanes != 1) return Element::other;
   switch (dtype.code << 8 | dtype.bits) {
     case dlpack::kFloat << 8 | 32:
-      return Element::float32;
+      return element_of(Dtype::float32);
     case dlpack::kFloat << 8 | 64:
-      return Element::float64;
+      return element_of(Dtype::float64);
     case dlpack::kFloat << 8 | 16:
-      return Element::float16;
+      return element_of(Dtype::float16);
     case dlpack::kBfloat << 8 | 16:
-      return Element::bfloat16;
+      return element_of(Dtype::bfloat16);
     case dlpack::kInt << 8 | 64:
       return Element::int64;
     default:
@@ -80,15 +80,15 @@ void read_tensor(PyObject* object, dlpack::TensorOfObject tensor_of, Operand* op
 // number, numpy.dtype("V2").
 Element element_of(const Py_buffer& buffer) {
   if (!buffer.format) return Element::other;
-  if (std::strcmp(buffer.format, "2x") == 0) return Element::bfloat16;
+  if (std::strcmp(buffer.format, "2x") == 0) return element_of(Dtype::bfloat16);
   if (std::strlen(buffer.format) != 1) return Element::other;
   switch (*buffer.format) {
     case 'f':
-      return Element::float32;
+      return element_of(Dtype::float32);
     case 'd':
-      return Element::float64;
+      return element_of(Dtype::float64);
     case 'e':
-      return Element::float16;
+      return element_of(Dtype::float16);
     case 'l':
     case 'q':
       return buffer.itemsize == 8 ? Element::int64 : Element::other;

@@ -33,13 +33,13 @@ using Result = ffi::Result<ffi::AnyBuffer>;
 Element element_of(ffi::DataType type) {
   switch (type) {
     case ffi::DataType::F32:
-      return Element::float32;
+      return element_of(Dtype::float32);
     case ffi::DataType::F64:
-      return Element::float64;
+      return element_of(Dtype::float64);
     case ffi::DataType::F16:
-      return Element::float16;
+      return element_of(Dtype::float16);
     case ffi::DataType::BF16:
-      return Element::bfloat16;
+      return element_of(Dtype::bfloat16);
     default:
       return Element::other;
   }
