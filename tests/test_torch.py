@@ -885,11 +885,20 @@ def test_running_statistics_that_negate_what_is_in_memory():
     torch.testing.assert_close(layer.running_mean.resolve_neg(), mean)
 
 
-def test_a_mask_means_nothing_in_evaluation_whoever_looks_on():
+@pytest.mark.parametrize("padding", [torch.nan, torch.inf])
+def test_padding_takes_no_part_in_evaluation_whoever_looks_on(padding):
     layer = bt.BatchNorm1d(3).eval()
-    x = tensor(5, 3, dtype=torch.float32)
-    x[1] = torch.inf
-    mask = torch.tensor([1, 0, 1, 1, 1]).bool()[:, None]
-    eager, compiled = layer(x, mask=mask), torch.compile(layer, backend="eager")(x, mask=mask)
-    torch.testing.assert_close(compiled, eager)
-    assert torch.isinf(eager[1]).all()
+    x, mask = tensor(5, 3, dtype=torch.float32), torch.tensor([1, 0, 1, 1, 1]).bool()[:, None]
+    x[1] = padding
+    parameters = tuple(layer.parameters())
+
+    def gradients(layer, create_graph=False):
+        y = layer(x, mask=mask)
+        assert torch.isnan(y[1]).all()
+        loss = torch.where(mask, y, 0).sin().sum()
+        return torch.autograd.grad(loss, parameters, create_graph=create_graph)
+
+    wanted = gradients(layer)
+    assert all(each.isfinite().all() for each in wanted)
+    torch.testing.assert_close(gradients(layer, create_graph=True), wanted)
+    torch.testing.assert_close(gradients(torch.compile(layer, backend="aot_eager")), wanted)

@@ -225,7 +225,7 @@ template <class F, class T, Activation A>
 void normalize(const Problem& problem, const Range& range, const Coefficients* channels,
                void* output) {
   const int64_t ahead = fetched_ahead<T>(range);
-  // What is not finite is NaN: it has no weight, or its feature has no mean. So no weight is read.
+  // With weights, what is not finite gives NaN, whatever its own weight; so none is read.
   const bool weighted = problem.weights;
   Problem unweighted = problem;
   unweighted.weights = nullptr;

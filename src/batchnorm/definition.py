@@ -18,8 +18,8 @@ order, these two are gradient_sums and input_gradient.
 
 w is the weight (the mask) of an element, 1 without one; sums run over the reduced axes. Every
 function computes in the dtype that it is given. An element whose weight is 0 takes no part in the
-statistics but is normalized all the same. Where such an element is not finite, its output is NaN
-and it takes no part in any gradient.
+statistics but is normalized all the same. Where such an element is not finite, it takes no part in
+any gradient; its output is NaN, as with weights that of all elements is which are not finite.
 """
 
 import math
@@ -70,9 +70,9 @@ def normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Array:
     """act((x − mean) / √(var + eps) · scale + bias + residual)."""
     if is_empty(inputs.x):
         return inputs.x
-    x, valid = _valid(inputs)
+    x, _ = _valid(inputs)
     y = output(problem, inputs, moments, _coordinate(problem, x, moments))
-    return _where(valid, y, math.nan)
+    return _where(_finite(inputs), y, math.nan)
 
 
 def batch_norm(
@@ -81,9 +81,9 @@ def batch_norm(
     """`moments` and `normalize` in one, with a pass over x less; differentiable to any order."""
     if is_empty(inputs.x):
         return inputs.x, moments(problem, inputs)
-    x, valid = _valid(inputs)
+    x, _ = _valid(inputs)
     u, found = _centered(problem, inputs._replace(x=x), constant)
-    return _where(valid, output(problem, inputs, found, u), math.nan), found
+    return _where(_finite(inputs), output(problem, inputs, found, u), math.nan), found
 
 
 def output(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Array:
@@ -160,11 +160,17 @@ def _deviation(problem: Problem, moments: Moments) -> Array:
         return xp.sqrt(moments.var + problem.eps)
     eps = problem.eps
     root = math.sqrt(eps) if isinstance(eps, float) else xp.sqrt(eps)
-    return xp.sqrt(moments.var + xp.square(root / moments.unit))  # unit² may overflow
+    var = moments.var + xp.square(root / moments.unit)  # unit² may overflow
+    return xp.sqrt(xp.maximum(var, xp.full_like(var, xp.finfo(var.dtype).smallest_normal)))
+
+
+def _finite(inputs: Inputs) -> Array | None:
+    """Where an element has an output; None for everywhere, where there are no weights."""
+    return None if inputs.weights is None else namespace(inputs.x).isfinite(inputs.x)
 
 
 def takes_part(x: Array, weights: Array) -> Array:
-    """Where an element has an output and gradients: all but what is not finite without a weight."""
+    """Where an element has gradients: all but what is not finite and has no weight."""
     xp = namespace(x)
     return xp.logical_or(weights > 0, xp.isfinite(x))
 

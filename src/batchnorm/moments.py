@@ -101,7 +101,7 @@ class Moments(NamedTuple):
         count, pivot, unit, offset, var = self
         if unit is None:
             return Statistics(count, pivot, var)
-        return Statistics(count, pivot + unit * offset, unit * unit * var)
+        return Statistics(count, pivot + unit * offset, unit * (unit * var))
 
 
 Sum = Callable[..., Sequence[Array]]
@@ -116,8 +116,9 @@ def pooled(moments: Moments, add_up: Sum, constant: Constant = unchanged) -> Mom
     """
     count, own_pivot, own_unit, offset, var = moments
     xp = namespace(own_pivot)
-    share = count * 1e-12  # so that no product of a count and a value overflows
-    reach = xp.where(count == 0, xp.zeros_like(own_pivot), own_unit + xp.abs(own_pivot))
+    # Neither a count times a value nor a sum over a thousand devices overflows.
+    share, reach = count * 1e-12, own_unit / 1024 + xp.abs(own_pivot) / 1024
+    reach = xp.where(count == 0, xp.zeros_like(own_pivot), reach)
     share, mean, reach = add_up(*map(constant, (share, share * own_pivot, reach)))
     pivot, unit = mean / or_one(share), xp.maximum(reach, xp.ones_like(reach))
     offset = ((own_pivot - pivot) + own_unit * offset) / unit

@@ -86,7 +86,8 @@ def batch_norm(
     """
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
     values = layout.values_per_feature(call.features, call.x.shape)
-    checks.more_than_one_value(values, call.x.shape)
+    if call.x.size:
+        checks.more_than_one_value(values, call.x.shape)
 
     def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
         y, moments = definition.batch_norm(problem, inputs)

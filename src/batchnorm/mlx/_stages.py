@@ -45,9 +45,7 @@ def training_step(
 
 
 def normalize(problem: Problem, inputs: Inputs, mean: mx.array, var: mx.array) -> mx.array:
-    """As in evaluation, where weights mean nothing."""
-    if inputs.weights is not None:
-        inputs = inputs._replace(weights=None)
+    """As in evaluation, where weights say only what takes no part in a gradient."""
     dtype = _dtype(inputs.x)
     given = Moments.given(mean.astype(dtype), var.astype(dtype))
     y: mx.array = definition.normalize(problem, _cast(inputs, dtype), given)

@@ -74,8 +74,6 @@ def _forward(
     watched: bool,
 ) -> tuple[Tensor, Any]:
     """y and what it is normalized by; by plain operations where something else looks on."""
-    if given is not None and inputs.weights is not None:
-        inputs = inputs._replace(weights=None)  # no element has a part in what is given
     stages = Stages(call.problem, inputs, watched=watched)
     if given is not None:
         return stages.normalize(given), given
