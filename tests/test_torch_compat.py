@@ -138,6 +138,7 @@ def test_apply_of():
 
     x = torch.ones(3, requires_grad=True)
     y = _compat.apply_of(Double)(x)
+    assert y.grad_fn.name() == "DoubleBackward"
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
 
 
