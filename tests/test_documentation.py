@@ -7,6 +7,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
 import textwrap
@@ -54,12 +55,15 @@ def test_all_that_a_door_offers_has_an_example(package):
         assert has_an_example(getattr(module, name)), name
 
 
-@pytest.mark.parametrize("name", COMMON)
-@pytest.mark.parametrize("door", ["numpy", "mlx", "jax", "torch"])
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [
+        *itertools.product(["mlx", "jax", "torch"], sorted(set(COMMON) - {"batch_norm_gradients"})),
+        *itertools.product(["numpy"], COMMON),  # which does not differentiate by itself
+    ],
+)
 def test_help_is_whole(door, name):
-    function = getattr(importlib.import_module(f"batchnorm.{door}"), name, None)
-    if function is None:
-        pytest.skip("a framework that differentiates")
+    function = getattr(importlib.import_module(f"batchnorm.{door}"), name)
     docstring = inspect.getdoc(function)
     order = ["Parameters", "Returns", "Raises", "Notes", "References", "Examples"]
     titles = re.findall(r"^(\w+)\n-+$", docstring, re.MULTILINE)
