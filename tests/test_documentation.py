@@ -56,14 +56,14 @@ def test_all_that_a_door_offers_has_an_example(package):
 
 
 @pytest.mark.parametrize(
-    ("door", "name"),
+    ("framework", "name"),
     [
         *itertools.product(["mlx", "jax", "torch"], sorted(set(COMMON) - {"batch_norm_gradients"})),
         *itertools.product(["numpy"], COMMON),  # which does not differentiate by itself
     ],
 )
-def test_help_is_whole(door, name):
-    function = getattr(importlib.import_module(f"batchnorm.{door}"), name)
+def test_help_is_whole(framework, name):
+    function = getattr(importlib.import_module(f"batchnorm.{framework}"), name)
     docstring = inspect.getdoc(function)
     order = ["Parameters", "Returns", "Raises", "Notes", "References", "Examples"]
     titles = re.findall(r"^(\w+)\n-+$", docstring, re.MULTILINE)
