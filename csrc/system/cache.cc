@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <fstream>
+#include <cstdlib>
 #include <initializer_list>
 #include <string>
 
@@ -11,6 +11,8 @@
 #elif !defined(_WIN32)
 #include <unistd.h>
 #endif
+
+#include "system/file.h"
 
 namespace batchnorm {
 namespace {
@@ -30,10 +32,9 @@ int64_t ask_system() {
   // "32768K". The C library, where it knows, can mean all caches of that level of a processor of
   // several dies together, of which a core has but one.
   for (int index = 0; bytes <= 0 && index < 8; ++index) {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(7 - index) +
-                       "/size");
-    int64_t kilobytes = 0;
-    if (file >> kilobytes) bytes = kilobytes << 10;
+    const std::string level =
+        "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(7 - index);
+    bytes = std::atoll(contents_of(level + "/size").c_str()) << 10;
   }
 #ifdef _SC_LEVEL3_CACHE_SIZE
   if (bytes <= 0) {
@@ -44,15 +45,19 @@ int64_t ask_system() {
   return bytes > 0 ? bytes : kSmallCache;
 }
 
-std::atomic<int64_t>& cache_bytes() {
-  static std::atomic<int64_t> bytes{ask_system()};
-  return bytes;
-}
+// 0 until the system has been asked. (No static variable of a function: see parallel.h, fork().)
+std::atomic<int64_t> cache_bytes{0};
 
 }  // namespace
 
-int64_t last_level_cache_bytes() { return cache_bytes(); }
+int64_t last_level_cache_bytes() {
+  const int64_t bytes = cache_bytes;
+  if (bytes > 0) return bytes;
+  int64_t unknown = 0;
+  cache_bytes.compare_exchange_strong(unknown, ask_system());
+  return cache_bytes;
+}
 
-void set_last_level_cache_bytes(int64_t bytes) { cache_bytes() = bytes; }
+void set_last_level_cache_bytes(int64_t bytes) { cache_bytes = std::max<int64_t>(bytes, 1); }
 
 }  // namespace batchnorm

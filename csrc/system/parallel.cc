@@ -7,8 +7,8 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <exception>
-#include <fstream>
 #include <mutex>
 #include <new>
 #include <string>
@@ -24,6 +24,8 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
+
+#include "system/file.h"
 
 namespace batchnorm {
 namespace {
@@ -58,7 +60,7 @@ bool spin(const Ready& ready) {
 
 // One call of parallel_for, on the stack of its caller.
 struct Job {
-  void (*run)(const void* body, int task);
+  detail::Run run;
   const void* body;
   int tasks;
   std::fenv_t environment;
@@ -73,9 +75,9 @@ struct Job {
   // Every thread overshoots once: with 64 bits it cannot wrap.
   alignas(64) std::atomic<std::int64_t> next_task{0};
 
-  void work() {
+  void work(int seat) {
     for (std::int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      run(body, static_cast<int>(task));
+      run(body, static_cast<int>(task), seat);
     }
   }
 
@@ -142,9 +144,10 @@ class Pool {
   [[noreturn]] void serve() {
     ++spinning;
     for (;;) {
-      Job& job = next_job();
+      const Seat taken = next_seat();
+      Job& job = *taken.job;
       std::fesetenv(&job.environment);
-      job.work();
+      job.work(taken.number);
       // Before leaving, so that the caller's next offer counts on this worker and wakes no other.
       ++spinning;
       const bool last = --job.helpers == 0;  // from here on the job may be gone
@@ -156,34 +159,41 @@ class Pool {
     }
   }
 
-  Job& next_job() {
-    Job* job = nullptr;
+  struct Seat {
+    Job* job;  // null where there is none
+    int number;
+  };
+
+  Seat next_seat() {
+    Seat seat = {};
     spin([&] {
       if (free_seats == 0) return false;
       // A crowd of workers must not queue up here, in the way of the callers.
       std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-      if (lock) job = take_seat();
-      return job != nullptr;
+      if (lock) seat = take_seat();
+      return seat.job != nullptr;
     });
     --spinning;
-    if (job) return *job;
+    if (seat.job) return seat;
     std::unique_lock<std::mutex> lock(mutex);
-    while (!(job = take_seat())) {
+    while (!(seat = take_seat()).job) {
       ++sleeping;
       work_offered.wait(lock);
       --sleeping;
     }
-    return *job;
+    return seat;
   }
 
-  Job* take_seat() {
+  // The caller's is 0.
+  Seat take_seat() {
     while (jobs && jobs->exhausted()) unlist(*jobs);
     Job* job = jobs;
-    if (!job) return nullptr;
+    if (!job) return {};
     ++job->helpers;
     --free_seats;
-    if (--job->free_seats == 0) jobs = job->next_job;
-    return job;
+    const int number = job->free_seats--;
+    if (job->free_seats == 0) jobs = job->next_job;
+    return {job, number};
   }
 
   void unlist(Job& job) {
@@ -234,11 +244,12 @@ class TeamJob {
 
  private:
   void join() {
-    if (seats_.fetch_sub(1, std::memory_order_relaxed) <= 0) return;
+    const int seat = seats_.fetch_sub(1, std::memory_order_relaxed) - 1;
+    if (seat < 0) return;
     std::fenv_t own;  // the thread is not ours
     std::fegetenv(&own);
     std::fesetenv(&job_.environment);
-    job_.work();
+    job_.work(seat);
     std::fesetenv(&own);
   }
 
@@ -263,25 +274,29 @@ int affinity_cpus() {
   return static_cast<int>(std::thread::hardware_concurrency());
 }
 
-// The quota that one cgroup sets, in CPUs; infinity where it sets none.
+// The quota that one cgroup sets, in CPUs; infinity where it sets none: without one, version 2 says
+// "max" and version 1 says -1.
 double quota_cpus(const std::string& directory, bool version2) {
-  double quota = -1;  // without one, version 2 says "max" and version 1 says -1
-  double period = -1;
+  std::string quota, period;
   if (version2) {
-    std::ifstream(directory + "/cpu.max") >> quota >> period;
+    quota = contents_of(directory + "/cpu.max");
+    period = quota.substr(std::min(quota.find(' '), quota.size()));
   } else {
-    std::ifstream(directory + "/cpu.cfs_quota_us") >> quota;
-    std::ifstream(directory + "/cpu.cfs_period_us") >> period;
+    quota = contents_of(directory + "/cpu.cfs_quota_us");
+    period = contents_of(directory + "/cpu.cfs_period_us");
   }
-  return quota > 0 && period > 0 ? quota / period : HUGE_VAL;
+  const double cpus = std::atof(quota.c_str()) / std::atof(period.c_str());
+  return cpus > 0 ? cpus : HUGE_VAL;
 }
 
 // The smallest quota among this process's cgroup and those above it. In a container the path is
 // often the host's and not there; the walk up then ends at the container's own root, which is.
 double cgroup_cpus() {
   double cpus = HUGE_VAL;
-  std::ifstream cgroups("/proc/self/cgroup");
-  for (std::string line; std::getline(cgroups, line);) {  // number:controllers:/path
+  const std::string cgroups = contents_of("/proc/self/cgroup");
+  for (std::size_t start = 0, end; start < cgroups.size(); start = end + 1) {
+    end = std::min(cgroups.find('\n', start), cgroups.size());
+    const std::string line = cgroups.substr(start, end - start);  // number:controllers:/path
     const std::size_t first = line.find(':'), second = line.find(":/", first + 1);
     if (first == std::string::npos || second == std::string::npos) continue;
     const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
@@ -302,18 +317,17 @@ double cgroup_cpus() {
 
 }  // namespace
 
-void detail::parallel_for(int tasks, void (*run)(const void* body, int task), const void* body,
-                          Team team) {
-  const int threads = std::min(tasks, num_threads());
+void detail::parallel_for(int tasks, int threads, Run run, const void* body, Team team) {
+  threads = std::min(tasks, threads);
   if (threads <= 1) {
-    for (int task = 0; task < tasks; ++task) run(body, task);
+    for (int task = 0; task < tasks; ++task) run(body, task, 0);
     return;
   }
   Job job{run, body, tasks, {}};
   std::fegetenv(&job.environment);
   if (team && !forked) return TeamJob(job, threads).run(team);
   pool.offer(job, threads - 1);
-  job.work();
+  job.work(0);
   pool.withdraw(job);
 }
 

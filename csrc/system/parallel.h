@@ -2,7 +2,9 @@
 //
 //     batchnorm::parallel_for(blocks, [&](int block) { add_up(block, sums + block * channels); });
 //
-// Each task is run exactly once, by the calling thread or by a worker, in no particular order.
+// Each task is run exactly once, by the calling thread or by a worker, in no particular order. A
+// task may ask for its thread's seat, below the number of threads and no other thread's in this
+// call: memory that the caller has allocated for each thread is found by it.
 // Everything the tasks wrote is visible to the caller when parallel_for returns. Tasks are handed
 // out one at a time, so a few more tasks than threads even out unequal ones. Handing work to a
 // worker that is awake costs about a microsecond, to one that sleeps some tens: a loop shorter than
@@ -26,7 +28,8 @@
 //
 // fork(). The child has none of its parent's workers and perhaps a locked mutex, so it starts with
 // a new, empty pool; the parent's goes on undisturbed. The one thing that cannot work is a task
-// that forks and lets the child return.
+// that forks and lets the child return. Nothing else here, or in the stages, holds a lock that a
+// child could inherit: there are no static variables of functions, whose guards are locks.
 //
 // Exit. Workers are detached and the pool is never destroyed: a process may end while they sleep,
 // look or work.
@@ -34,9 +37,9 @@
 // Teams. A program around us may have threads of its own for its loops, in an OpenMP runtime, that
 // go on looking for work for milliseconds after each loop, on the CPUs that a second pool would
 // need. A call that is given the way into that runtime runs its tasks on those threads: on as many
-// as are its setting, up to num_threads(). OpenMP's threads are not there in the child of a fork,
-// whose loops would wait for them for ever; there the pool serves. Such a call, unlike the pool's,
-// waits for all threads of the team, which has a barrier at its end.
+// as are its setting, up to those that the call may use. OpenMP's threads are not there in the
+// child of a fork, whose loops would wait for them for ever; there the pool serves. Such a call,
+// unlike the pool's, waits for all threads of the team, which has a barrier at its end.
 //
 // Workers handle no signals, except those that report a fault of their own. A task computes in the
 // caller's floating-point environment (rounding, flushing of denormals) whichever thread runs it.
@@ -51,19 +54,28 @@ namespace batchnorm {
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 namespace detail {
-void parallel_for(int tasks, void (*run)(const void* body, int task), const void* body, Team team);
-}
-
-// Runs body(task) for every task in [0, tasks), on the threads of `team` or, where it is null, of
-// the pool; returns when all are done. It must not throw.
-template <typename Body>
-void parallel_for(int tasks, const Body& body, Team team = nullptr) {
-  const auto run = [](const void* object, int task) { (*static_cast<const Body*>(object))(task); };
-  detail::parallel_for(tasks, run, &body, team);
-}
+using Run = void (*)(const void* body, int task, int seat);
+void parallel_for(int tasks, int threads, Run run, const void* body, Team team);
+}  // namespace detail
 
 // How many threads one call may use, the caller included; available_cpus() until it is set.
 int num_threads();
+
+// Runs body(task, seat) for every task in [0, tasks), on up to `threads` threads of `team` or,
+// where it is null, of the pool; returns when all are done. It must not throw.
+template <typename Body>
+void parallel_for(int tasks, int threads, const Body& body, Team team = nullptr) {
+  const auto run = [](const void* object, int task, int seat) {
+    (*static_cast<const Body*>(object))(task, seat);
+  };
+  detail::parallel_for(tasks, threads, run, &body, team);
+}
+
+// The same with body(task), on up to num_threads() threads.
+template <typename Body>
+void parallel_for(int tasks, const Body& body, Team team = nullptr) {
+  parallel_for(tasks, num_threads(), [&](int task, int) { body(task); }, team);
+}
 
 // For later calls, in all threads; n >= 1. Workers that are no longer wanted stay asleep.
 void set_num_threads(int n);
