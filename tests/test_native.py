@@ -823,27 +823,144 @@ def test_only_types_that_say_where_they_lie_are_registered():
     assert not native.kernels.register_tensor(np.ndarray)
 
 
-def test_a_want_of_memory_is_a_memory_error():
-    program = """
+def in_process_of_its_own(program, timeout=120):
+    """What it prints; it might end the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LIMIT_MEMORY = """
 import resource
 import numpy as np
 import batchnorm.numpy as bn
-x = np.zeros((2, 1), np.float16)
-x = np.lib.stride_tricks.as_strided(np.zeros(3 << 24, np.float16), (2, 3 << 23), (3 << 24, 2))
-mean = np.zeros(x.shape[1])
-y = np.empty_like(x)
-bn.normalize(x[:, :9], mean[:9], mean[:9])  # what Python imports late is there
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 26), -1))
+from batchnorm import native
+
+def leave(bytes_left):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + bytes_left, -1))
+"""
+
+
+def test_a_want_of_memory_is_a_memory_error_and_changes_nothing():
+    program = """
+x = np.random.default_rng(0).normal(size=(4, 1 << 16)).astype(np.float16)
+channels = x.shape[1]
+arrays = {
+    "y": np.full_like(x, 7),
+    "statistics": np.full((3, channels), 7.0),
+    "running_mean": np.full(channels, 7.0),
+    "running_var": np.full(channels, 7.0, np.float32),
+    "batches": np.array(7),
+}
+common = {"x": x, "features": (1,), "eps": 1e-5}
+native.kernels.batch_norm(**common, statistics=np.empty((3, channels)), y=np.empty_like(x))
+leave(1 << 21)
 try:
-    bn.normalize(x, mean, mean, out=y)
+    native.kernels.batch_norm(**common, **arrays, rate=0.5)
 except MemoryError:
     print("refused")
+try:
+    bn.batch_norm(x, out=arrays["y"])
+except MemoryError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert all((array == 7).all() for array in arrays.values())
+assert native.kernels.batch_norm(**common, **arrays, rate=0.5) is None
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "refused\n", done.stderr
+    assert in_process_of_its_own(LIMIT_MEMORY + program) == "refused\nrefused\n"
+
+
+@pytest.mark.parametrize("shape", [(4, 1 << 21), (1, 1 << 18, 64), (64, 1 << 17)])
+def test_many_channels_need_little_memory(shape):
+    """Less than the parameters themselves."""
+    program = f"""
+shape = {shape}
+x = np.ones(shape, np.float16)
+channels = shape[1]
+count, mean, var = statistics = np.zeros((3, channels))
+sums, y = np.empty((2, channels)), np.empty_like(x)
+common = {{"x": x, "features": (1,), "eps": 1e-5}}
+leave(24 << 20)
+kernels = native.kernels
+assert kernels.batch_norm(**common, statistics=statistics, y=y) is None
+assert kernels.normalize(**common, mean=mean, var=var, y=y) is None
+assert kernels.batch_norm_gradients(
+    **common, statistics=statistics, dy=x, dx=y, dscale=sums[0], dbias=sums[1]) is None
+"""
+    in_process_of_its_own(LIMIT_MEMORY + program)
+
+
+def test_a_small_stack_is_enough():
+    program = """
+import threading
+import numpy as np
+import batchnorm
+from batchnorm import native
+
+batchnorm.set_num_threads(1)
+random = np.random.default_rng(0)
+kernels = native.kernels
+
+def work():
+    for shape in ((70, 3000), (9, 70, 7), (3, 5, 700)):
+        for dtype in (np.float16, np.float32, np.float64):
+            x = random.normal(size=shape).astype(dtype)
+            weights = np.ones((shape[0], 1, *shape[2:]), np.promote_types(dtype, np.float32))
+            rows, sums, y = np.empty((3, shape[1])), np.empty((2, shape[1])), np.empty_like(x)
+            for activation in (None, "relu", "silu"):
+                common = {"x": x, "features": (1,), "weights": weights, "residual": x, "eps": 1e-5}
+                common["activation"] = activation
+                assert kernels.batch_norm(**common, statistics=rows, y=y) is None
+                assert kernels.batch_norm_gradients(
+                    **common, statistics=rows, dy=x, dx=y, dscale=sums[0], dbias=sums[1]) is None
+
+work()
+threading.stack_size(64 << 10)
+for instruction_set in kernels.instruction_sets():
+    kernels.set_instruction_set(instruction_set)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+"""
+    in_process_of_its_own(program)
+
+
+def test_a_fork_during_the_first_call():
+    """The child must not wait for what a thread of its parent was about to do."""
+    program = """
+import os, threading, time
+import numpy as np
+import batchnorm.numpy as bn
+
+x = np.ones((600, 600), np.float32)
+
+def fork(body):
+    child = os.fork()
+    if child == 0:
+        body()
+        os._exit(0)
+    return child
+
+def ends(child):
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if os.waitpid(child, os.WNOHANG) != (0, 0):
+            return True
+        time.sleep(0.001)
+    os.kill(child, 9)
+    return False
+
+def first_call_and_fork():
+    threading.Thread(target=bn.batch_norm, args=(x,)).start()
+    os._exit(not ends(fork(lambda: bn.batch_norm(x))))
+
+for _ in range(100):
+    assert os.waitpid(fork(first_call_and_fork), 0)[1] == 0, "a child hangs"
+"""
+    in_process_of_its_own(program, timeout=300)
 
 
 def test_a_daemon_thread_may_die_in_a_kernel():

@@ -24,7 +24,7 @@ struct Operand {
   bool is_writable = false;  // all that is known of a DLTensor, say, is writable
   Element element = Element::other;
   void* data = nullptr;  // the first element
-  Axes axes = {};
+  Axes axes;
 };
 
 // in_place: written, and may be x itself; of all others, what is written is apart from all else.
@@ -99,11 +99,11 @@ class Reader {
   Layout layout_ = {{0, 0, 1}, 0, {}};
   const char* unusable_ = nullptr;
   std::string error_;
-  static constexpr int kMostOperands = 24, kMostPending = 8;
+  static constexpr int kMostOperands = 20, kMostPending = 6;
   Memory memory_[kMostOperands];
   int memories_ = 0;
   // Those of few channels need no memory of their own.
-  static constexpr int64_t kFewValues = 256;
+  static constexpr int64_t kFewValues = 192;
   double few_values_[kFewValues];
   int64_t few_used_ = 0;
   std::forward_list<std::unique_ptr<double[]>> values_;

@@ -37,11 +37,10 @@ struct TensorType {
   dlpack::TensorOfObject tensor_of;
 };
 
-// Those that are registered, for good.
-std::vector<TensorType>& tensor_types() {
-  static std::vector<TensorType> types;
-  return types;
-}
+// Those that are registered, for good: a framework's tensor, and its parameter.
+constexpr int kMostTensorTypes = 8;
+TensorType tensor_types[kMostTensorTypes];
+int number_of_tensor_types = 0;
 
 Element element_of(dlpack::DataType dtype) {
   if (dtype.lanes != 1) return Element::other;
@@ -114,11 +113,9 @@ void read_buffer(const Py_buffer& buffer, Operand* operand) {
 
 // ---- the arguments of a call
 
+// The arrays first.
 enum Argument {
   kX,
-  kFeatures,
-  kEps,
-  kActivation,
   kScale,
   kBias,
   kResidual,
@@ -136,6 +133,10 @@ enum Argument {
   kRunningMean,
   kRunningVar,
   kBatches,
+  kArrays,
+  kFeatures = kArrays,
+  kEps,
+  kActivation,
   kRate,
   kCorrection,
   kTeam,
@@ -143,10 +144,10 @@ enum Argument {
 };
 
 constexpr const char* kNames[] = {
-    "x",       "features",   "eps",   "activation", "scale",        "bias",        "residual",
-    "weights", "statistics", "mean",  "var",        "sums",         "dy",          "y",
-    "dx",      "dscale",     "dbias", "dresidual",  "running_mean", "running_var", "batches",
-    "rate",    "correction", "team"};
+    "x",        "scale", "bias",       "residual",     "weights",     "statistics",
+    "mean",     "var",   "sums",       "dy",           "y",           "dx",
+    "dscale",   "dbias", "dresidual",  "running_mean", "running_var", "batches",
+    "features", "eps",   "activation", "rate",         "correction",  "team"};
 static_assert(sizeof kNames / sizeof *kNames == kArguments);
 static_assert(kArguments <= 32, "a set of arguments has 32 bits");
 
@@ -239,9 +240,9 @@ class Call {
     if (!value) return operand;
     operand.is_present = true;
     PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
-    for (const TensorType& each : tensor_types()) {
-      if (each.type != type) continue;
-      read_tensor(value, each.tensor_of, &operand);
+    for (int i = 0; i < number_of_tensor_types; ++i) {
+      if (tensor_types[i].type != type) continue;
+      read_tensor(value, tensor_types[i].tensor_of, &operand);
       return without_error(operand);
     }
     if (PyObject_GetBuffer(value, &buffers_[held_], PyBUF_STRIDES | PyBUF_FORMAT) == 0) {
@@ -331,8 +332,8 @@ class Call {
   }
 
   PyObject* values_[kArguments] = {};  // null where there is none, or None
-  Operand operands_[kArguments];
-  Py_buffer buffers_[kArguments];
+  Operand operands_[kArrays];
+  Py_buffer buffers_[kArrays];
   int held_ = 0;
 };
 
@@ -369,20 +370,28 @@ PyObject* called(PyObject*, PyObject* const* values, Py_ssize_t positional, PyOb
 
 // ---- the stages
 
-// The rows of statistics; or a mean and a variance that do not depend on x, and no count.
-struct Given {
-  const double *count = nullptr, *mean = nullptr, *var = nullptr;
+// The rows of statistics: count, mean and var; or these, mean_low and unit.
+template <class Double>
+StatisticsOf<Double> statistics_of(Call& call, Reader& reader, Access access) {
+  const Operand& operand = call.array(kStatistics);
+  const bool is_whole = operand.is_known && operand.axes.rank > 0 && operand.axes.sizes[0] == 5;
+  Double* rows = reader.rows(operand, is_whole ? 5 : 3, access);
+  const int64_t channels = reader.shape().channels;
+  StatisticsOf<Double> of;
+  if (!rows) return of;
+  of.count = rows, of.mean = rows + channels, of.var = rows + 2 * channels;
+  if (is_whole) of.mean_low = rows + 3 * channels, of.unit = rows + 4 * channels;
+  return of;
+}
 
-  Given(Call& call, Reader& reader) {
-    if (!call.has(kStatistics)) {
-      mean = reader.values(call.array(kMean));
-      var = reader.values(call.array(kVar));
-    } else if (const double* rows = reader.rows(call.array(kStatistics), 3, Access::read)) {
-      const int64_t channels = reader.shape().channels;
-      count = rows, mean = rows + channels, var = rows + 2 * channels;
-    }
-  }
-};
+// Those, or a mean and a variance that do not depend on x.
+Statistics given_statistics(Call& call, Reader& reader) {
+  if (call.has(kStatistics)) return statistics_of<const double>(call, reader, Access::read);
+  Statistics of;
+  of.mean = reader.values(call.array(kMean));
+  of.var = reader.values(call.array(kVar));
+  return of;
+}
 
 constexpr uint32_t kInputs = set_of(kActivation, kScale, kBias, kResidual, kTeam);
 
@@ -392,17 +401,16 @@ constexpr Signature kBatchNorm = {
 PyObject* py_batch_norm(Call& call) {
   Reader reader(call.array(kX), call.features);
   const Problem problem = call.problem(reader);
-  double* count = reader.rows(call.array(kStatistics), 3, Access::write);
+  const auto found = statistics_of<double>(call, reader, Access::write);
   void* y = reader.like_x(call.array(kY), Access::in_place);
   double* running_mean = reader.changed_values(call.array(kRunningMean));
   double* running_var = reader.changed_values(call.array(kRunningVar));
   int64_t* batches = reader.counter(call.array(kBatches));
   if (!reader.is_usable()) return call.refusal(reader);
-  const int64_t channels = problem.shape.channels;
-  double *mean = count + channels, *var = mean + channels;
-  without_gil([&] { batch_norm(problem, count, mean, var, y); });
+  without_gil([&] { batch_norm(problem, found, y); });
   reader.reload();  // another thread may have moved them meanwhile
-  update_running(channels, count, mean, var, call.rate, 1, running_mean, running_var, batches);
+  const Statistics by = {found.count, found.mean, found.var, found.mean_low, found.unit};
+  update_running(problem.shape.channels, by, call.rate, 1, running_mean, running_var, batches);
   reader.store();
   Py_RETURN_NONE;
 }
@@ -412,10 +420,9 @@ constexpr Signature kStatisticsOf = {"statistics", set_of(kX, kFeatures, kStatis
 PyObject* py_statistics(Call& call) {
   Reader reader(call.array(kX), call.features);
   const Problem problem = call.problem(reader);
-  double* count = reader.rows(call.array(kStatistics), 3, Access::write);
+  const auto found = statistics_of<double>(call, reader, Access::write);
   if (!reader.is_usable()) return call.refusal(reader);
-  double *mean = count + problem.shape.channels, *var = mean + problem.shape.channels;
-  without_gil([&] { statistics(problem, count, mean, var); });
+  without_gil([&] { statistics(problem, found); });
   Py_RETURN_NONE;
 }
 
@@ -424,10 +431,10 @@ constexpr Signature kNormalize = {"normalize", set_of(kX, kFeatures, kEps, kY),
 PyObject* py_normalize(Call& call) {
   Reader reader(call.array(kX), call.features);
   const Problem problem = call.problem(reader);
-  const Given given(call, reader);
+  const Statistics by = given_statistics(call, reader);
   void* y = reader.like_x(call.array(kY), Access::in_place);
   if (!reader.is_usable()) return call.refusal(reader);
-  without_gil([&] { normalize(problem, given.mean, given.var, y); });
+  without_gil([&] { normalize(problem, by, y); });
   Py_RETURN_NONE;
 }
 
@@ -437,17 +444,14 @@ constexpr Signature kBatchNormGradients = {
 PyObject* py_batch_norm_gradients(Call& call) {
   Reader reader(call.array(kX), call.features);
   const Problem problem = call.problem(reader);
-  const Given given(call, reader);
+  const Statistics by = given_statistics(call, reader);
   const void* dy = reader.like_x(call.array(kDy), Access::read);
   void* dx = reader.like_x(call.array(kDx), Access::write);
   double* dscale = reader.new_values(call.array(kDscale));
   double* dbias = reader.new_values(call.array(kDbias));
   void* dresidual = reader.like_x(call.array(kDresidual), Access::write);
   if (!reader.is_usable()) return call.refusal(reader);
-  without_gil([&] {
-    batch_norm_gradients(problem, given.count, given.mean, given.var, dy, dbias, dscale, dx,
-                         dresidual);
-  });
+  without_gil([&] { batch_norm_gradients(problem, by, dy, dbias, dscale, dx, dresidual); });
   reader.store();
   Py_RETURN_NONE;
 }
@@ -457,12 +461,12 @@ constexpr Signature kGradientSums = {"gradient_sums", set_of(kX, kFeatures, kEps
 PyObject* py_gradient_sums(Call& call) {
   Reader reader(call.array(kX), call.features);
   const Problem problem = call.problem(reader);
-  const Given given(call, reader);
+  const Statistics by = given_statistics(call, reader);
   const void* dy = reader.like_x(call.array(kDy), Access::read);
   double* sum_g = reader.rows(call.array(kSums), 2, Access::write);
   if (!reader.is_usable()) return call.refusal(reader);
   double* sum_g_xhat = sum_g + problem.shape.channels;
-  without_gil([&] { gradient_sums(problem, given.mean, given.var, dy, sum_g, sum_g_xhat); });
+  without_gil([&] { gradient_sums(problem, by, dy, sum_g, sum_g_xhat); });
   Py_RETURN_NONE;
 }
 
@@ -472,17 +476,14 @@ constexpr Signature kInputGradient = {"input_gradient",
 PyObject* py_input_gradient(Call& call) {
   Reader reader(call.array(kX), call.features);
   const Problem problem = call.problem(reader);
-  const Given given(call, reader);
+  const Statistics by = given_statistics(call, reader);
   const double* sum_g = reader.rows(call.array(kSums), 2, Access::read);
   const void* dy = reader.like_x(call.array(kDy), Access::read);
   void* dx = reader.like_x(call.array(kDx), Access::write);
   void* dresidual = reader.like_x(call.array(kDresidual), Access::write);
   if (!reader.is_usable()) return call.refusal(reader);
   const double* sum_g_xhat = sum_g + problem.shape.channels;
-  without_gil([&] {
-    input_gradient(problem, given.count, given.mean, given.var, sum_g, sum_g_xhat, dy, dx,
-                   dresidual);
-  });
+  without_gil([&] { input_gradient(problem, by, sum_g, sum_g_xhat, dy, dx, dresidual); });
   Py_RETURN_NONE;
 }
 
@@ -502,15 +503,14 @@ PyObject* py_update_running(Call& call) {
     features = (Features{1} << row.axes.rank) - 1;
   }
   Reader reader(row, features);
-  const double* count = reader.rows(statistics, 3, Access::read);
+  const auto by = statistics_of<const double>(call, reader, Access::read);
   double* running_mean = reader.changed_values(call.array(kRunningMean));
   double* running_var = reader.changed_values(call.array(kRunningVar));
   int64_t* batches = reader.counter(call.array(kBatches));
   if (!reader.is_usable()) return call.refusal(reader);
   const int64_t channels = reader.shape().channels;
   reader.reload();
-  update_running(channels, count, count + channels, count + 2 * channels, call.rate,
-                 call.correction, running_mean, running_var, batches);
+  update_running(channels, by, call.rate, call.correction, running_mean, running_var, batches);
   reader.store();
   Py_RETURN_NONE;
 }
@@ -570,10 +570,13 @@ PyObject* py_register_tensor(PyObject*, PyObject* type) {
   if (!api) PyErr_Clear();
   while (api && api->version.major != dlpack::kMajorVersion) api = api->previous;
   if (!api || !api->tensor_of_object_no_sync) Py_RETURN_FALSE;
-  for (const TensorType& each : tensor_types()) {
-    if (each.type == type) Py_RETURN_TRUE;
+  int i = 0;
+  while (i < number_of_tensor_types && tensor_types[i].type != type) ++i;
+  if (i == kMostTensorTypes) Py_RETURN_FALSE;
+  if (i == number_of_tensor_types) {
+    tensor_types[i] = {Py_NewRef(type), api->tensor_of_object_no_sync};
+    ++number_of_tensor_types;
   }
-  tensor_types().push_back({Py_NewRef(type), api->tensor_of_object_no_sync});
   Py_RETURN_TRUE;
 }
 

@@ -12,11 +12,11 @@
 #include <cmath>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <new>
 #include <string>
 #include <string_view>
 #include <utility>
-#include <vector>
 
 #include "faces/operands.h"
 #include "stages/batch_norm.h"
@@ -117,32 +117,28 @@ struct Inputs {
 // What the moments among the inputs say, of which count, unit (1) and offset (0) may be absent.
 class Given {
  public:
-  explicit Given(Inputs& inputs)
-      : count_(inputs.reader.values(inputs.count)),
-        pivot_(inputs.reader.values(inputs.pivot)),
-        unit_(inputs.reader.values(inputs.unit)),
-        offset_(inputs.reader.values(inputs.offset)),
-        var_(inputs.reader.values(inputs.var)) {
-    if (!inputs.reader.is_usable()) return;
-    const int64_t channels = inputs.problem.shape.channels;
-    mean_.resize(channels);
-    scaled_var_.resize(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double unit = unit_ ? unit_[c] : 1;
-      mean_[c] = pivot_[c] + unit * (offset_ ? offset_[c] : 0);
-      scaled_var_[c] = unit * unit * var_[c];
+  explicit Given(Inputs& inputs) {
+    Reader& reader = inputs.reader;
+    by_.count = reader.values(inputs.count);
+    by_.mean = reader.values(inputs.pivot);
+    by_.unit = reader.values(inputs.unit);
+    const double* offset = reader.values(inputs.offset);
+    by_.var = reader.values(inputs.var);
+    if (!reader.is_usable() || !offset) return;
+    mean_low_.reset(new double[inputs.problem.shape.channels]);
+    for (int64_t c = 0; c < inputs.problem.shape.channels; ++c) {
+      mean_low_[c] = (by_.unit ? by_.unit[c] : 1) * offset[c];
     }
+    by_.mean_low = mean_low_.get();
   }
-  const double* count() const { return count_; }
-  const double* mean() const { return mean_.data(); }
-  const double* var() const { return scaled_var_.data(); }
+  operator const Statistics&() const { return by_; }
 
  private:
-  const double *count_, *pivot_, *unit_, *offset_, *var_;
-  std::vector<double> mean_, scaled_var_;
+  Statistics by_;
+  std::unique_ptr<double[]> mean_low_;
 };
 
-// Moments that a handler finds, as its results.
+// Moments that a handler finds, as its results: first the statistics, in the same memory.
 class Found {
  public:
   Found(Inputs& inputs, Result count, Result pivot, Result unit, Result offset, Result var)
@@ -150,37 +146,34 @@ class Found {
         pivot_(operand_of("the result pivot", pivot)),
         unit_(operand_of("the result unit", unit)),
         offset_(operand_of("the result offset", offset)),
-        var_(operand_of("the result var", var)),
-        mean_(inputs.problem.shape.channels),
-        wide_var_(inputs.problem.shape.channels) {
-    counts = inputs.reader.new_values(count_);
-    pivots_ = inputs.reader.new_values(pivot_);
-    units_ = inputs.reader.new_values(unit_);
-    offsets_ = inputs.reader.new_values(offset_);
-    vars_ = inputs.reader.new_values(var_);
+        var_(operand_of("the result var", var)) {
+    found_.count = inputs.reader.new_values(count_);
+    found_.mean = inputs.reader.new_values(pivot_);
+    found_.unit = inputs.reader.new_values(unit_);
+    found_.mean_low = inputs.reader.new_values(offset_);
+    found_.var = inputs.reader.new_values(var_);
   }
-  double* mean() { return mean_.data(); }
-  double* var() { return wide_var_.data(); }
+  operator const NewStatistics&() const { return found_; }
 
   void store(Inputs& inputs) {
     const Problem& problem = inputs.problem;
     for (int64_t c = 0; c < problem.shape.channels; ++c) {
-      const double mean = mean_[c], var = wide_var_[c], std = std::sqrt(var);
-      const double unit = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
-      units_[c] = unit;
-      pivots_[c] = problem.dtype == Dtype::float64 ? mean : static_cast<float>(mean);
-      offsets_[c] = (mean - pivots_[c]) / unit;
-      vars_[c] = var / (unit * unit);
+      double &mean = found_.mean[c], &var = found_.var[c];
+      double &unit = found_.unit[c], &low = found_.mean_low[c];
+      const double pivot = problem.dtype == Dtype::float64 ? mean : static_cast<float>(mean);
+      const double std = unit * std::sqrt(var);
+      const double new_unit = std > 1 && std::isfinite(std) ? std::exp2(std::ilogb(std)) : 1;
+      low = ((mean - pivot) + low) / new_unit;
+      mean = pivot;
+      var *= unit / new_unit * (unit / new_unit);
+      unit = new_unit;
     }
     inputs.reader.store();
   }
 
-  double* counts;
-
  private:
   Operand count_, pivot_, unit_, offset_, var_;
-  double *pivots_, *units_, *offsets_, *vars_;
-  std::vector<double> mean_, wide_var_;
+  NewStatistics found_;
 };
 
 ffi::Error refusal(const Reader& reader) {
@@ -197,7 +190,7 @@ ffi::Error xla_statistics(Inputs& inputs, Result count, Result pivot, Result uni
                           Result var) {
   Found found(inputs, count, pivot, unit, offset, var);
   if (!inputs.reader.is_usable()) return refusal(inputs.reader);
-  statistics(inputs.problem, found.counts, found.mean(), found.var());
+  statistics(inputs.problem, found);
   found.store(inputs);
   return ffi::Error::Success();
 }
@@ -209,7 +202,7 @@ ffi::Error xla_batch_norm(Inputs& inputs, Result count, Result pivot, Result uni
   const Operand output = operand_of("y", y);
   void* to = inputs.reader.like_x(output, Access::in_place);
   if (!inputs.reader.is_usable()) return refusal(inputs.reader);
-  batch_norm(inputs.problem, found.counts, found.mean(), found.var(), to);
+  batch_norm(inputs.problem, found, to);
   found.store(inputs);
   return ffi::Error::Success();
 }
@@ -220,7 +213,7 @@ ffi::Error xla_normalize(Inputs& inputs, Result y) {
   const Operand output = operand_of("y", y);
   void* to = inputs.reader.like_x(output, Access::in_place);
   if (!inputs.reader.is_usable()) return refusal(inputs.reader);
-  normalize(inputs.problem, given.mean(), given.var(), to);
+  normalize(inputs.problem, given, to);
   return ffi::Error::Success();
 }
 
@@ -233,7 +226,7 @@ ffi::Error xla_gradient_sums(Inputs& inputs, Buffer dy, Result sum_g, Result sum
   const void* from = reader.like_x(cotangent, Access::read);
   double *g = reader.new_values(first), *g_xhat = reader.new_values(second);
   if (!reader.is_usable()) return refusal(reader);
-  gradient_sums(inputs.problem, given.mean(), given.var(), from, g, g_xhat);
+  gradient_sums(inputs.problem, given, from, g, g_xhat);
   reader.store();
   return ffi::Error::Success();
 }
@@ -251,8 +244,7 @@ ffi::Error xla_input_gradient(Inputs& inputs, Buffer dy, Buffer sum_g, Buffer su
   void* to = reader.like_x(output, Access::write);
   void* to_other = reader.like_x(other, Access::write);
   if (!reader.is_usable()) return refusal(reader);
-  input_gradient(inputs.problem, given.count(), given.mean(), given.var(), g, g_xhat, from, to,
-                 to_other);
+  input_gradient(inputs.problem, given, g, g_xhat, from, to, to_other);
   return ffi::Error::Success();
 }
 
@@ -269,8 +261,7 @@ ffi::Error xla_gradients(Inputs& inputs, Buffer dy, Result sum_g, Result sum_g_x
   void* to = reader.like_x(output, Access::write);
   void* to_other = reader.like_x(other, Access::write);
   if (!reader.is_usable()) return refusal(reader);
-  batch_norm_gradients(inputs.problem, given.count(), given.mean(), given.var(), from, g, g_xhat,
-                       to, to_other);
+  batch_norm_gradients(inputs.problem, given, from, g, g_xhat, to, to_other);
   reader.store();
   return ffi::Error::Success();
 }

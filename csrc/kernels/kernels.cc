@@ -23,7 +23,7 @@ namespace {
 // Of a block: its sums of w, w*t and w*t^2, t = x - pivot, as deviations of x.
 inline Deviations about(double pivot, double weight, double first, double second) {
   const double offset = weight == 0 ? 0 : first / weight;
-  return {weight, pivot + offset, second - first * offset};
+  return {weight, pivot, offset, second - first * offset, 0};
 }
 
 // Where w is 0, t may be anything.
@@ -34,41 +34,62 @@ inline void add_weighted(Pack<F> t, Pack<F> w, Pack<F>& first, Pack<F>& second) 
   second += w * inside * inside;
 }
 
+// How x is read for statistics: as it is, or multiplied by kWideScale.
+template <class F, class T, bool kWide>
+struct Values {
+  static constexpr bool kScaled = kWide && std::is_same_v<T, double>;
+  static constexpr F kScale = kScaled ? kWideScale : 1;
+
+  static BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
+    const Pack<F> values = batchnorm::load<F>(from, count);
+    return kScaled ? values * kScale : values;
+  }
+  // The other lanes as those of `rest`.
+  static BATCHNORM_INLINE Pack<F> load(const T* from, int count, Pack<F> rest) {
+    if constexpr (kScaled) return batchnorm::load<F>(from, count, rest / kScale) * kScale;
+    return batchnorm::load<F>(from, count, rest);
+  }
+};
+
 // An element that counts is one of those near their mean, so that a pivot may start there.
-template <class F, class T>
+template <class F, class T, bool kWide>
 F first_pivot(const Problem& problem, const Runs<T>& runs) {
   for (int64_t run = 0; run < runs.number; ++run) {
     const T* x = static_cast<const T*>(problem.x) + runs.first + run * runs.stride;
     for (int64_t i = 0; i < runs.length; ++i) {
       if (!runs.weights || runs.weights[run * runs.weights_stride + i] > 0) {
-        return load<F>(x + i, 1)[0];
+        return Values<F, T, kWide>::load(x + i, 1)[0];
       }
     }
   }
   return 0;
 }
 
-template <class F, class T>
-void deviations_by_runs(const Problem& problem, const Range& range, Deviations* channels) {
+template <class F, class T, bool kWide>
+void deviations_by_runs(const Problem& problem, const Range& range, const bool* only,
+                        Deviations* channels) {
+  using X = Values<F, T, kWide>;
   const bool weighted = problem.weights;
   const int64_t ahead = range.ahead;
   for (int64_t c = range.channel0; c < range.channel1; ++c) {
+    if (only && !range.at(only, c)) continue;
     const Runs<T> all_runs = runs_of<T>(problem, range, c);
-    Pack<F> pivot = all(first_pivot<F, T>(problem, all_runs));
+    Pack<F> pivot = all(first_pivot<F, T, kWide>(problem, all_runs));
     Pack<F> weights = {};
     Chains<F> sums;
+    Deviations own;
     const auto add = [&](int64_t first, int64_t length, const Weight<T>* w) BATCHNORM_INLINE {
       const T* x = static_cast<const T*>(problem.x) + first;
       if (w) {
         add_run<F>(length, sums, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
           const Pack<F> weight = load<F>(w + i, n);
           weights += weight;
-          add_weighted<F>(load<F>(x + i, n) - pivot, weight, a, b);
+          add_weighted<F>(X::load(x + i, n) - pivot, weight, a, b);
         });
       } else {
         add_run<F>(length, sums, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
           if (ahead) fetch(x + i + ahead);
-          const Pack<F> t = load<F>(x + i, n, pivot) - pivot;
+          const Pack<F> t = X::load(x + i, n, pivot) - pivot;
           a += t;
           b += t * t;
         });
@@ -77,36 +98,49 @@ void deviations_by_runs(const Problem& problem, const Range& range, Deviations* 
     const auto finish = [&](int64_t elements) BATCHNORM_INLINE {
       const double weight = weighted ? horizontal_sum<F>(weights) : static_cast<double>(elements);
       const Deviations found = about(pivot[0], weight, sums.sum_of_first(), sums.sum_of_second());
-      channels[c].merge(found);
-      if (found.count > 0) pivot = all(static_cast<F>(found.mean));
+      own.merge(found);
+      pivot = all(static_cast<F>(found.mean + found.mean_low));
       weights = Pack<F>{};
       sums = Chains<F>();
     };
     for_blocks_of_channel<F>(all_runs, kLanes<F>, weighted ? 4 : 16, add, finish);
+    range.at(channels, c).merge(own);
   }
 }
 
 template <class F, class T>
 struct StripSums {
-  alignas(64) F pivot[kStripLanes], weight[kStripLanes], first[kStripLanes], second[kStripLanes];
-  alignas(64) double count[kStripLanes], mean[kStripLanes], squares[kStripLanes];
-  WeightBuffer<Weight<T>> weights;
+  F *pivot, *weight, *first, *second;
+  double *count, *mean, *mean_low, *squares, *squares_low;
+  bool* started;
+  Weight<T>* weights;
+
+  StripSums(const Problem& problem, Scratch scratch) {
+    const int64_t lanes = most_lanes(problem.shape);
+    for (F** each : {&pivot, &weight, &first, &second}) *each = scratch.take<F>(lanes);
+    for (double** each : {&count, &mean, &mean_low, &squares, &squares_low}) {
+      *each = scratch.take<double>(lanes);
+    }
+    weights = buffer_of_weights<Weight<T>>(problem, scratch);
+    started = weights ? scratch.take<bool>(lanes) : nullptr;
+  }
 };
 
-template <class F, class T>
+template <class F, class T, bool kWide>
 void start_pivots(const Problem& problem, const Strip& strip, StripSums<F, T>& sums) {
+  using X = Values<F, T, kWide>;
   const T* x = static_cast<const T*>(problem.x) + strip.first;
   for_packs<F>(strip.lanes, [&](int64_t i, int n)
-                                BATCHNORM_INLINE { store(sums.pivot + i, load<F>(x + i, n)); });
+                                BATCHNORM_INLINE { store(sums.pivot + i, X::load(x + i, n)); });
   if (!problem.weights) return;
-  bool started[kStripLanes] = {};
+  std::fill_n(sums.started, strip.lanes, false);
   int waiting = strip.lanes;
   for (int64_t row = 0; row < strip.rows && waiting > 0; ++row) {
     const Weights<Weight<T>> w = weights_of_rows(problem, strip, row, row + 1, sums.weights).first;
     for (int lane = 0; lane < strip.lanes; ++lane) {
-      if (started[lane] || !(w.first[lane & w.mask] > 0)) continue;
-      sums.pivot[lane] = load<F>(x + row * strip.stride + lane, 1)[0];
-      started[lane] = true;
+      if (sums.started[lane] || !(w.first[lane & w.mask] > 0)) continue;
+      sums.pivot[lane] = X::load(x + row * strip.stride + lane, 1)[0];
+      sums.started[lane] = true;
       --waiting;
     }
   }
@@ -124,32 +158,41 @@ void add_weights(int lanes, int64_t rows, const RowsOfWeights<W>& weights, F* su
   });
 }
 
-// Deviations::merge for every lane, without branches, so that the compiler makes vectors of it.
+// Deviations::merge for every lane, without branches, so that the compiler makes vectors of it. Of
+// float elements, what rounding leaves out of doubles is nothing.
 template <class F, class T>
 void merge_blocks(int lanes, StripSums<F, T>& sums) {
   for (int i = 0; i < lanes; ++i) {
     const double weight = sums.weight[i], first = sums.first[i], second = sums.second[i];
     const double offset = first / (weight == 0 ? 1 : weight);
-    const double mean = sums.pivot[i] + offset;
     const double total = sums.count[i] + weight;
     const double fraction = weight / (total == 0 ? 1 : total);
-    const double shift = mean - sums.mean[i];
-    sums.squares[i] += second - first * offset + shift * shift * sums.count[i] * fraction;
-    sums.mean[i] += shift * fraction;
+    double shift = sums.pivot[i] - sums.mean[i] + offset;
+    if constexpr (std::is_same_v<F, double>) shift -= sums.mean_low[i];
+    const double squares = second - first * offset + shift * shift * sums.count[i] * fraction;
+    if constexpr (std::is_same_v<F, double>) {
+      add(squares, sums.squares[i], sums.squares_low[i]);
+      add(shift * fraction, sums.mean[i], sums.mean_low[i]);
+    } else {
+      sums.squares[i] += squares;
+      sums.mean[i] += shift * fraction;
+    }
     sums.count[i] = total;
-    sums.pivot[i] = static_cast<F>(mean);
+    sums.pivot[i] = static_cast<F>(sums.pivot[i] + offset);
   }
 }
 
-template <class F, class T>
-void deviations_of_strip(const Problem& problem, const Strip& strip, StripSums<F, T>& sums,
-                         Deviations* channels) {
+template <class F, class T, bool kWide>
+void deviations_of_strip(const Problem& problem, const Range& range, const Strip& strip,
+                         const bool* only, StripSums<F, T>& sums, Deviations* channels) {
+  using X = Values<F, T, kWide>;
   const T* x = static_cast<const T*>(problem.x) + strip.first;
   const int64_t stride = strip.stride;
-  std::fill_n(sums.count, strip.lanes, 0.0);
-  std::fill_n(sums.mean, strip.lanes, 0.0);
-  std::fill_n(sums.squares, strip.lanes, 0.0);
-  start_pivots<F, T>(problem, strip, sums);
+  start_pivots<F, T, kWide>(problem, strip, sums);
+  std::copy_n(sums.pivot, strip.lanes, sums.mean);
+  for (double* each : {sums.count, sums.mean_low, sums.squares, sums.squares_low}) {
+    std::fill_n(each, strip.lanes, 0.0);
+  }
   int64_t end, block = kFirstBlock;
   for (int64_t start = 0; start < strip.rows;
        start = end, block = std::min<int64_t>(kBlock, 4 * block)) {
@@ -159,13 +202,13 @@ void deviations_of_strip(const Problem& problem, const Strip& strip, StripSums<F
     if (problem.weights) {
       clear(sums.weight, strip.lanes);
       for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
-        row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(strip));
+        row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(problem, strip));
         const RowsOfWeights<Weight<T>> weights =
             weights_of_rows(problem, strip, row0, row1, sums.weights);
         add_weights<F>(strip.lanes, row1 - row0, weights, sums.weight);
         add_rows<F>(strip.lanes, row0, row1, sums.first, sums.second,
                     [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                      const Pack<F> t = load<F>(x + row * stride + i, n) - load<F>(sums.pivot + i);
+                      const Pack<F> t = X::load(x + row * stride + i, n) - load<F>(sums.pivot + i);
                       add_weighted<F>(t, weights.row(row - row0).template at<F>(i, n), a, b);
                     });
       }
@@ -174,30 +217,37 @@ void deviations_of_strip(const Problem& problem, const Strip& strip, StripSums<F
       add_rows<F>(strip.lanes, start, end, sums.first, sums.second,
                   [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
                     const T* from = x + row * stride + i;
-                    const Pack<F> t = load<F>(from, n) - load<F>(sums.pivot + i);
+                    const Pack<F> t = X::load(from, n) - load<F>(sums.pivot + i);
                     a += t;
                     b += t * t;
                   });
     }
     merge_blocks(strip.lanes, sums);
   }
-  for_lanes(problem.shape, strip, [&](int lane, int64_t channel) {
-    channels[channel].merge({sums.count[lane], sums.mean[lane], sums.squares[lane]});
+  for_lanes(problem.shape, strip, [&](int i, int64_t channel) {
+    if (only && !range.at(only, channel)) return;
+    range.at(channels, channel)
+        .merge(
+            {sums.count[i], sums.mean[i], sums.mean_low[i], sums.squares[i], sums.squares_low[i]});
   });
 }
 
-template <class F, class T>
-void deviations(const Problem& problem, const Range& range, Deviations* channels) {
-  if (!by_rows(problem.shape)) return deviations_by_runs<F, T>(problem, range, channels);
-  StripSums<F, T> sums;
+template <class F, class T, bool kWide>
+void deviations(const Problem& problem, const Range& range, const bool* only, Scratch scratch,
+                Deviations* channels) {
+  if (!by_rows(problem.shape)) {
+    return deviations_by_runs<F, T, kWide>(problem, range, only, channels);
+  }
+  StripSums<F, T> sums(problem, scratch);
   for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
-    deviations_of_strip<F, T>(problem, strip, sums, channels);
+    if (!has_any(only, problem.shape, range, strip)) return;
+    deviations_of_strip<F, T, kWide>(problem, range, strip, only, sums, channels);
   });
 }
 
-// ---- normalize
+// ---- the activation, and whether there are scales
 
-template <class F, Activation A>
+template <Activation A, class F>
 inline Pack<F> activate(Pack<F> z) {
   if constexpr (A == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, z);
   if constexpr (A == Activation::silu) {
@@ -209,7 +259,7 @@ inline Pack<F> activate(Pack<F> z) {
 }
 
 // dy * act'(z)
-template <class F, Activation A>
+template <Activation A, class F>
 inline Pack<F> through_activation(Pack<F> dy, Pack<F> z) {
   if constexpr (A == Activation::relu) return select<F>(Bits<F>(z <= 0), Pack<F>{}, dy);
   if constexpr (A == Activation::silu) {
@@ -221,16 +271,83 @@ inline Pack<F> through_activation(Pack<F> dy, Pack<F> z) {
   return dy;
 }
 
-template <class F, class T, Activation A>
+// body(activation), as a type.
+template <class Body>
+inline BATCHNORM_INLINE auto with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::none:
+      break;
+    case Activation::relu:
+      return body(std::integral_constant<Activation, Activation::relu>());
+    case Activation::silu:
+      return body(std::integral_constant<Activation, Activation::silu>());
+  }
+  return body(std::integral_constant<Activation, Activation::none>());
+}
+
+// What is known when a loop is compiled. Where some channel has scales, which is rare, the
+// activation is not: one loop for all of them.
+template <Activation A>
+struct Plain {
+  static constexpr bool kScaled = false, kActive = A != Activation::none;
+  explicit Plain(Activation) {}
+  template <class F>
+  Pack<F> activate(Pack<F> z) const {
+    return batchnorm::activate<A, F>(z);
+  }
+  template <class F>
+  Pack<F> through(Pack<F> dy, Pack<F> z) const {
+    return through_activation<A, F>(dy, z);
+  }
+};
+
+struct Scaled {
+  static constexpr bool kScaled = true, kActive = true;
+  Activation activation;
+  explicit Scaled(Activation activation) : activation(activation) {}
+  template <class F>
+  Pack<F> activate(Pack<F> z) const {
+    return with_activation(activation, [&](auto a) { return batchnorm::activate<a.value, F>(z); });
+  }
+  template <class F>
+  Pack<F> through(Pack<F> dy, Pack<F> z) const {
+    return with_activation(activation,
+                           [&](auto a) { return through_activation<a.value, F>(dy, z); });
+  }
+};
+
+template <class Kind>
+struct ForOutput {
+  static constexpr Reads kReads = {true, false, false, Kind::kScaled};
+};
+template <class Kind>
+struct ForSums {
+  static constexpr Reads kReads = {Kind::kActive, true, false, Kind::kScaled};
+};
+template <class Kind>
+struct ForInputGradient {
+  static constexpr Reads kReads = {Kind::kActive, false, true, Kind::kScaled};
+};
+
+template <class Kind, class F, class Of>
+inline BATCHNORM_INLINE Pack<F> coordinate(Pack<F> x, int64_t i, const Of& of) {
+  if constexpr (Kind::kScaled) x *= of.x_scale.at(i);
+  return x - of.center.at(i);
+}
+
+// ---- normalize
+
+template <class F, class T, class Kind>
 void normalize(const Problem& problem, const Range& range, const Coefficients* channels,
-               void* output) {
+               Scratch scratch, void* output) {
   const int64_t ahead = fetched_ahead<T>(range);
+  const Kind kind(problem.activation);
   // With weights, what is not finite gives NaN, whatever its own weight; so none is read.
   const bool weighted = problem.weights;
   Problem unweighted = problem;
   unweighted.weights = nullptr;
-  for_stretches<F, T>(
-      unweighted, range, channels,
+  for_stretches<ForOutput<Kind>, F, T>(
+      unweighted, range, channels, scratch,
       [&](int64_t first, int64_t length, const Weights<Weight<T>>&,
           const auto& of) BATCHNORM_INLINE {
         const T* x = static_cast<const T*>(problem.x) + first;
@@ -241,10 +358,10 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
         for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
           if (ahead) fetch(x + i + ahead);
           const Pack<F> value = load<F>(x + i, n);
-          Pack<F> z = (value - of.center.at(i)) * of.slope.at(i) + of.shift.at(i);
+          Pack<F> z = coordinate<Kind, F>(value, i, of) * of.slope.at(i) + of.shift.at(i);
           if (weighted) z += value - value;
           if (residual) z += load<F>(residual + i, n);
-          y.put(i, activate<F, A>(z), n);
+          y.put(i, kind.template activate<F>(z), n);
         });
       });
   order_stores();
@@ -253,14 +370,16 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
 // ---- gradients
 
 // What both gradients read of a stretch of elements.
-template <class F, class T, Activation A>
+template <class F, class T, class Kind>
 struct GradientInputs {
+  Kind kind;
   const T *x, *residual, *dy;
   Weights<Weight<T>> weights;
 
   GradientInputs(const Problem& problem, const void* dy, int64_t first,
                  const Weights<Weight<T>>& weights)
-      : x(static_cast<const T*>(problem.x) + first),
+      : kind(problem.activation),
+        x(static_cast<const T*>(problem.x) + first),
         residual(problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr),
         dy(static_cast<const T*>(dy) + first),
         weights(weights) {}
@@ -270,21 +389,22 @@ struct GradientInputs {
     GradientInputs other = *this;
     other.x += distance;
     other.dy += distance;
-    if (A != Activation::none && residual) other.residual += distance;
+    if (Kind::kActive && residual) other.residual += distance;
     if (weights) other.weights = weights.further(distance_of_weights);
     return other;
   }
 
-  // t = x - center and g = dy * act'(z) of the pack at i; both 0 where an element takes no part.
+  // t, and g = dy * act'(z) * g_scale of the pack at i; both 0 where an element takes no part.
   template <class Of>
   BATCHNORM_INLINE void get(int64_t i, int n, const Of& of, Pack<F>& t, Pack<F>& g) const {
-    const Pack<F> value = load<F>(x + i, n, of.center.at(i));
-    t = value - of.center.at(i);
+    const Pack<F> value = load<F>(x + i, n);
+    t = coordinate<Kind, F>(value, i, of);
     g = load<F>(dy + i, n);
-    if constexpr (A != Activation::none) {
+    if constexpr (Kind::kScaled) g *= of.g_scale.at(i);
+    if constexpr (Kind::kActive) {
       Pack<F> z = t * of.slope.at(i) + of.shift.at(i);
       if (residual) z += load<F>(residual + i, n);
-      g = through_activation<F, A>(g, z);
+      g = kind.template through<F>(g, z);
     }
     if (weights) {
       const Bits<F> finite = Bits<F>(value - value == 0);
@@ -295,17 +415,16 @@ struct GradientInputs {
   }
 };
 
-// Sums g and g * t * rstd, which is g * xhat but for the remainder of the mean: batch_norm.cc takes
-// that into account once a channel.
-template <class F, class T, Activation A>
+template <class F, class T, class Kind>
 void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coefficients* channels,
-                           const void* dy, GradientSums* sums) {
+                           const void* dy, const bool* again, GradientSums* sums) {
   const int64_t ahead = range.ahead;
   for (int64_t c = range.channel0; c < range.channel1; ++c) {
-    const Spreads<One, F> of = spread<F>(channels[c]);
+    if (again && !range.at(again, c)) continue;
+    const Spreads<One, F> of = spread<ForSums<Kind>, F>(range, channels, c);
     Chains<F> chains;
     const auto add = [&](int64_t first, int64_t length, const Weight<T>* weights) BATCHNORM_INLINE {
-      const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
+      const GradientInputs<F, T, Kind> inputs(problem, dy, first, weights);
       add_run<F>(length, chains, [&](int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
         if (ahead) fetch(inputs.x + i + ahead);
         if (ahead) fetch(inputs.dy + i + ahead);
@@ -316,40 +435,41 @@ void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coe
       });
     };
     const auto finish = [&](int64_t) BATCHNORM_INLINE {
-      sums[c].g += chains.sum_of_first();
-      sums[c].g_xhat += chains.sum_of_second();
+      range.at(sums, c).merge({chains.sum_of_first(), 0, chains.sum_of_second(), 0});
       chains = Chains<F>();
     };
     for_blocks_of_channel<F>(runs_of<T>(problem, range, c), kBlockElements<F>, 1, add, finish);
   }
 }
 
-template <class F, class T, Activation A>
+template <class F, class T, class Kind>
 void gradient_sums(const Problem& problem, const Range& range, const Coefficients* channels,
-                   const void* dy, GradientSums* sums) {
+                   const void* dy, const bool* again, Scratch scratch, GradientSums* sums) {
   if (!by_rows(problem.shape)) {
-    return gradient_sums_by_runs<F, T, A>(problem, range, channels, dy, sums);
+    return gradient_sums_by_runs<F, T, Kind>(problem, range, channels, dy, again, sums);
   }
   // Computing more with each element, a processor asks for memory less far ahead.
-  const bool fetching = range.beyond_cache && (A != Activation::none || problem.weights);
+  const bool fetching = range.beyond_cache && (Kind::kActive || problem.weights);
   const int64_t ahead = 4 * kFetchedBytes / sizeof(T);
-  Spreads<PerLane, F> of;
-  WeightBuffer<Weight<T>> buffer;
-  alignas(64) F first[kStripLanes], second[kStripLanes];
-  alignas(64) double g[kStripLanes], g_xhat[kStripLanes];
+  const int64_t lanes = most_lanes(problem.shape);
+  Spreads<PerLane, F> of = lanes_of<ForSums<Kind>, F>(problem, scratch);
+  F *first = scratch.take<F>(lanes), *second = scratch.take<F>(lanes);
+  double *g = scratch.take<double>(lanes), *g_low = scratch.take<double>(lanes);
+  double *g_xhat = scratch.take<double>(lanes), *g_xhat_low = scratch.take<double>(lanes);
+  Weight<T>* const buffer = buffer_of_weights<Weight<T>>(problem, scratch);
   for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
-    spread(problem.shape, strip, channels, of);
-    std::fill_n(g, strip.lanes, 0.0);
-    std::fill_n(g_xhat, strip.lanes, 0.0);
+    if (!has_any(again, problem.shape, range, strip)) return;
+    spread<ForSums<Kind>>(problem, range, strip, channels, of);
+    for (double* each : {g, g_low, g_xhat, g_xhat_low}) std::fill_n(each, strip.lanes, 0.0);
     const int64_t stride = strip.stride;
     for (int64_t start = 0; start < strip.rows; start += kBlock) {
       const int64_t end = std::min(strip.rows, start + kBlock);
       clear(first, strip.lanes);
       clear(second, strip.lanes);
-      const auto add = [&](int64_t row0, int64_t row1,
-                           const RowsOfWeights<Weight<T>>& weights) BATCHNORM_INLINE {
-        const GradientInputs<F, T, A> inputs(problem, dy, strip.first + row0 * stride,
-                                             weights.first);
+      const auto add_part = [&](int64_t row0, int64_t row1,
+                                const RowsOfWeights<Weight<T>>& weights) BATCHNORM_INLINE {
+        const GradientInputs<F, T, Kind> inputs(problem, dy, strip.first + row0 * stride,
+                                                weights.first);
         add_rows<F>(strip.lanes, 0, row1 - row0, first, second,
                     [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
                       Pack<F> t, gradient;
@@ -362,31 +482,39 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
       };
       if (problem.weights) {
         for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
-          row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(strip));
-          add(row0, row1, weights_of_rows(problem, strip, row0, row1, buffer));
+          row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(problem, strip));
+          add_part(row0, row1, weights_of_rows(problem, strip, row0, row1, buffer));
         }
       } else {
-        add(start, end, RowsOfWeights<Weight<T>>{nullptr, 0});
+        add_part(start, end, RowsOfWeights<Weight<T>>{nullptr, 0});
       }
       for (int i = 0; i < strip.lanes; ++i) {
-        g[i] += first[i];
-        g_xhat[i] += second[i];
+        if constexpr (std::is_same_v<F, double>) {
+          add(first[i], g[i], g_low[i]);
+          add(second[i], g_xhat[i], g_xhat_low[i]);
+        } else {
+          g[i] += first[i];
+          g_xhat[i] += second[i];
+        }
       }
     }
-    for_lanes(problem.shape, strip,
-              [&](int lane, int64_t channel) { sums[channel].merge({g[lane], g_xhat[lane]}); });
+    for_lanes(problem.shape, strip, [&](int i, int64_t channel) {
+      if (again && !range.at(again, channel)) return;
+      range.at(sums, channel).merge({g[i], g_low[i], g_xhat[i], g_xhat_low[i]});
+    });
   });
 }
 
-template <class F, class T, Activation A>
+template <class F, class T, class Kind>
 void input_gradient(const Problem& problem, const Range& range, const Coefficients* channels,
-                    const void* dy, void* output, void* residual_output) {
+                    const void* dy, bool through_statistics, Scratch scratch, void* output,
+                    void* residual_output) {
   const int64_t ahead = fetched_ahead<T>(range);
-  for_stretches<F, T>(
-      problem, range, channels,
+  for_stretches<ForInputGradient<Kind>, F, T>(
+      problem, range, channels, scratch,
       [&](int64_t first, int64_t length, const Weights<Weight<T>>& weights,
           const auto& of) BATCHNORM_INLINE {
-        const GradientInputs<F, T, A> inputs(problem, dy, first, weights);
+        const GradientInputs<F, T, Kind> inputs(problem, dy, first, weights);
         const Writer<F, T> dx(static_cast<T*>(output) + first,
                               range.beyond_cache && is_long<T>(length));
         const Writer<F, T> dresidual(
@@ -396,9 +524,23 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
           if (ahead) fetch(inputs.dy + i + ahead);
           Pack<F> t, g;
           inputs.get(i, n, of, t, g);
-          Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
-          if (weights) share *= weights.template at<F>(i, n);
-          dx.put(i, of.slope.at(i) * (g - share), n);
+          Pack<F> own = g;
+          if (through_statistics) {
+            Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
+            if (weights) {
+              Pack<F> w = weights.template at<F>(i, n);
+              if constexpr (Kind::kScaled) w *= of.w_scale.at(i);
+              share = select<F>(Bits<F>(w > 0), share * w, Pack<F>{});
+            }
+            own -= share;
+          }
+          if constexpr (Kind::kScaled) {
+            own = own * of.dx_slope.at(i) * of.dx_scale.at(i);
+            g *= of.g_unscale.at(i);
+          } else {
+            own *= of.slope.at(i);
+          }
+          dx.put(i, own, n);
           if (residual_output) dresidual.put(i, g, n);
         });
       });
@@ -407,17 +549,14 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
 
 // ---- the table of this instruction set
 
-// body(activation), as a type.
+// body(arithmetic type, element type, kind), all as values.
 template <class Body>
-void with_activation(Activation activation, const Body& body) {
-  switch (activation) {
-    case Activation::none:
-      return body(std::integral_constant<Activation, Activation::none>());
-    case Activation::relu:
-      return body(std::integral_constant<Activation, Activation::relu>());
-    case Activation::silu:
-      return body(std::integral_constant<Activation, Activation::silu>());
-  }
+void with_kind(const Problem& problem, const Range& range, const Body& body) {
+  with_types(problem.dtype, [&](auto f, auto t) {
+    if (range.scales) return body(f, t, Scaled(problem.activation));
+    with_activation(problem.activation,
+                    [&](auto a) { body(f, t, Plain<a.value>(problem.activation)); });
+  });
 }
 
 }  // namespace
@@ -428,37 +567,33 @@ void with_activation(Activation activation, const Body& body) {
 extern const Kernels BATCHNORM_TABLE(BATCHNORM_LEVEL);
 const Kernels BATCHNORM_TABLE(BATCHNORM_LEVEL) = {
     BATCHNORM_INSTRUCTION_SET,
-    [](const Problem& problem, const Range& range, bool wide, Deviations* channels) {
+    [](const Problem& problem, const Range& range, const bool* wide, Scratch scratch,
+       Deviations* channels) {
       with_types(problem.dtype, [&](auto f, auto t) {
         using F = decltype(f);
         using T = decltype(t);
-        if (wide) return deviations<double, T>(problem, range, channels);
-        deviations<F, T>(problem, range, channels);
+        if (wide) return deviations<double, T, true>(problem, range, wide, scratch, channels);
+        deviations<F, T, false>(problem, range, nullptr, scratch, channels);
       });
     },
-    [](const Problem& problem, const Range& range, const Coefficients* channels, void* y) {
-      with_types(problem.dtype, [&](auto f, auto t) {
-        with_activation(problem.activation, [&](auto activation) {
-          normalize<decltype(f), decltype(t), activation.value>(problem, range, channels, y);
-        });
-      });
-    },
-    [](const Problem& problem, const Range& range, const Coefficients* channels, const void* dy,
-       GradientSums* sums) {
-      with_types(problem.dtype, [&](auto f, auto t) {
-        with_activation(problem.activation, [&](auto activation) {
-          gradient_sums<decltype(f), decltype(t), activation.value>(problem, range, channels, dy,
-                                                                    sums);
-        });
+    [](const Problem& problem, const Range& range, const Coefficients* channels, Scratch scratch,
+       void* y) {
+      with_kind(problem, range, [&](auto f, auto t, auto kind) {
+        normalize<decltype(f), decltype(t), decltype(kind)>(problem, range, channels, scratch, y);
       });
     },
     [](const Problem& problem, const Range& range, const Coefficients* channels, const void* dy,
-       void* dx, void* dresidual) {
-      with_types(problem.dtype, [&](auto f, auto t) {
-        with_activation(problem.activation, [&](auto activation) {
-          input_gradient<decltype(f), decltype(t), activation.value>(problem, range, channels, dy,
-                                                                     dx, dresidual);
-        });
+       const bool* again, Scratch scratch, GradientSums* sums) {
+      with_kind(problem, range, [&](auto f, auto t, auto kind) {
+        gradient_sums<decltype(f), decltype(t), decltype(kind)>(problem, range, channels, dy, again,
+                                                                scratch, sums);
+      });
+    },
+    [](const Problem& problem, const Range& range, const Coefficients* channels, const void* dy,
+       bool through_statistics, Scratch scratch, void* dx, void* dresidual) {
+      with_kind(problem, range, [&](auto f, auto t, auto kind) {
+        input_gradient<decltype(f), decltype(t), decltype(kind)>(
+            problem, range, channels, dy, through_statistics, scratch, dx, dresidual);
       });
     },
 };

@@ -1,8 +1,12 @@
 // The loops over memory, compiled once for each instruction set.
 //
 // A loop works on a Range of the tensor and on one thread. What it needs to know of a channel comes
-// as doubles, computed by stages/batch_norm.cc.
+// as doubles, computed by stages/batch_norm.cc; what it keeps of each lane is in memory that comes
+// with the call, as a loop may run on a thread with a small stack, where nothing may throw.
 #pragma once
+
+#include <algorithm>
+#include <cassert>
 
 #include "stages/batch_norm.h"
 
@@ -12,63 +16,139 @@ namespace batchnorm {
 // would break up.
 inline bool by_rows(const Shape& shape) { return shape.inner < 32; }
 
+// Of a row, up to so many lanes are worked on at a time, whose sums and coefficients stay in the
+// caches; and rows of few lanes are folded to about so many.
+constexpr int64_t kStripLanes = 2048;
+constexpr int64_t kFolded = 256;
+
+inline int64_t most_lanes(const Shape& shape) {
+  if (!by_rows(shape)) return 0;
+  return std::min(kStripLanes, std::max(kFolded, shape.channels * shape.inner));
+}
+
+// The memory that a loop keeps its lanes in.
+class Scratch {
+ public:
+  static constexpr int64_t kAlignment = 64;
+
+  // What any of the loops takes: 17 arrays at most.
+  static int64_t bytes(const Shape& shape, Dtype dtype) {
+    const int64_t lanes = most_lanes(shape), of_a_lane = dtype == Dtype::float64 ? 17 * 8 : 13 * 8;
+    return lanes == 0 ? 0 : of_a_lane * (lanes + kMoreLanes) + 17 * kAlignment;
+  }
+
+  Scratch(char* memory, int64_t bytes) : next_(memory), end_(memory + bytes) {}
+
+  template <class E>
+  E* take(int64_t elements) {
+    E* const taken = reinterpret_cast<E*>(next_);
+    const int64_t bytes = (elements + kMoreLanes) * static_cast<int64_t>(sizeof(E));
+    next_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    assert(next_ <= end_);
+    return taken;
+  }
+
+ private:
+  static constexpr int64_t kMoreLanes = 32;  // a pack at the end of a strip is written whole
+  char *next_, *end_;
+};
+
+// Of one channel, in the coordinate t = x * scales.x - center, in which the mean is center, of the
+// arithmetic type, and what rounding to that left out.
+//
+//   z    = t * slope + shift, before residual and activation
+//   xhat = t * rstd - remainder
+//   dx   = slope * (g - w * (share + t * share_xhat))
+struct Coefficients {
+  double center, rstd, remainder;
+  double slope, shift;
+  double share, share_xhat;
+};
+
+// Powers of two, 1 unless numbers would leave the range of the arithmetic type, and so exact:
+//
+//   dx = dx_slope * (g * scales.g - w * scales.w * (share + t * share_xhat)) * scales.dx
+struct Scales {
+  double x = 1, g = 1, w = 1, dx = 1;
+  double dx_slope = 1;
+};
+
 // The elements [outer0, outer1) x [channel0, channel1) x [inner0, inner1).
 struct Range {
   int64_t outer0, outer1, channel0, channel1, inner0, inner1;
-  bool beyond_cache;  // what the call reads and writes is more than the caches hold
-  int64_t ahead;      // elements from each to the one to fetch for the next block; 0 for none
+  int64_t first_channel;  // that arrays of channels begin with
+  bool beyond_cache;      // what the call reads and writes is more than the caches hold
+  int64_t ahead;          // elements from each to the one to fetch for the next block; 0 for none
   bool on_one_thread;
+  const Scales* scales;  // of channels, or null where all are 1
+
+  template <class Of>
+  Of& at(Of* channels, int64_t channel) const {
+    return channels[channel - first_channel];
+  }
 };
 
-// Of a set of elements: sum w, mean, and sum w*(x - mean)^2.
+// A sum of doubles, and what rounding has left out of it: Knuth, "The Art of Computer Programming",
+// volume 2, 4.2.2, theorem B.
+inline void add(double addend, double& sum, double& error) {
+  const double total = sum + addend, added = total - sum;
+  error += (sum - (total - added)) + (addend - added);
+  sum = total;
+}
+
+// Of a set of elements: sum w, mean, and sum w*(x - mean)^2, the last two in two parts.
 struct Deviations {
-  double count = 0, mean = 0, squares = 0;
+  double count = 0, mean = 0, mean_low = 0, squares = 0, squares_low = 0;
 
   // The union with a disjoint set: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise
   // Algorithm for Computing Sample Variances" (1979).
   void merge(const Deviations& other) {
     if (!(other.count > 0) && other.count == other.count) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
     const double total = count + other.count;
-    const double shift = other.mean - mean;
+    const double shift = (other.mean - mean) + (other.mean_low - mean_low);
     const double fraction = other.count / total;
-    squares += other.squares + shift * shift * count * fraction;
-    mean += shift * fraction;
+    squares_low += other.squares_low;
+    add(other.squares + shift * shift * count * fraction, squares, squares_low);
+    add(shift * fraction, mean, mean_low);
     count = total;
   }
 };
 
 struct GradientSums {
-  double g = 0, g_xhat = 0;
+  double g = 0, g_low = 0, g_xhat = 0, g_xhat_low = 0;
 
   void merge(const GradientSums& other) {
-    g += other.g;
-    g_xhat += other.g_xhat;
+    g_low += other.g_low;
+    g_xhat_low += other.g_xhat_low;
+    add(other.g, g, g_low);
+    add(other.g_xhat, g_xhat, g_xhat_low);
   }
-};
-
-// Of one channel. The mean is center + remainder / rstd: rounded to the arithmetic type, and what
-// that rounding left out. xhat = (x - center) * rstd - remainder.
-struct Coefficients {
-  double center, rstd, remainder;
-  double slope, shift;       // z = (x - center) * slope + shift, before residual and activation
-  double share, share_xhat;  // dx = slope * (g - w * (share + (x - center) * share_xhat))
 };
 
 struct Kernels {
   const char* instruction_set;
 
-  // Merges the deviations of the range into channels[c]. `wide`: in double even where x is
-  // narrower.
-  void (*deviations)(const Problem&, const Range&, bool wide, Deviations* channels);
+  // Merges the deviations of the range into the channels. With `wide`, only for the channels where
+  // that is true, in double even where x is narrower, and where it is not, of x * kWideScale.
+  void (*deviations)(const Problem&, const Range&, const bool* wide, Scratch, Deviations* channels);
 
-  void (*normalize)(const Problem&, const Range&, const Coefficients* channels, void* y);
+  void (*normalize)(const Problem&, const Range&, const Coefficients* channels, Scratch, void* y);
 
-  // Adds the sums over the range to sums[c], as if the remainder were 0.
+  // Adds the sums over the range, of g * scales.g and of that times t * min(rstd, 1), which is
+  // finite; with `again`, only for the channels where that is true.
   void (*gradient_sums)(const Problem&, const Range&, const Coefficients* channels, const void* dy,
-                        GradientSums* sums);
+                        const bool* again, Scratch, GradientSums* sums);
 
+  // through_statistics: whether these depend on x, so that the shares are not 0.
   void (*input_gradient)(const Problem&, const Range&, const Coefficients* channels, const void* dy,
-                         void* dx, void* dresidual);
+                         bool through_statistics, Scratch, void* dx, void* dresidual);
 };
+
+// The square of any double times this is finite.
+constexpr double kWideScale = 0x1p-600;
 
 }  // namespace batchnorm

@@ -88,11 +88,15 @@ inline Vector<float, N> widen_half(Vector<uint16_t, N> half) {
   using U = Vector<uint32_t, N>;
   const U h = __builtin_convertvector(half, U);
   const U magnitude = (h & 0x7fffu) << 13;
-  // Read as a float, the exponent is 112 too small; the product also normalizes subnormals.
-  const U finite = as<U>(as<Vector<float, N>>(magnitude) * 0x1p112f);
-  const U special = U((h & 0x7c00u) == 0x7c00u);
-  const U bits = (special & (magnitude | 0x7f800000u)) | (~special & finite);
-  return as<Vector<float, N>>(bits | (h & 0x8000u) << 16);
+  const U normal = magnitude + (112u << 23);  // the exponents' biases differ by 112
+  // Of a subnormal, an integer: a caller that flushes subnormal floats does not mean halves.
+  using V = Vector<float, N>;
+  const U subnormal =
+      as<U>(__builtin_convertvector(as<Vector<int32_t, N>>(h & 0x3ffu), V) * 0x1p-24f);
+  const U is_subnormal = U((h & 0x7c00u) == 0), is_special = U((h & 0x7c00u) == 0x7c00u);
+  U bits = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  bits = (is_special & (magnitude | 0x7f800000u)) | (~is_special & bits);
+  return as<V>(bits | (h & 0x8000u) << 16);
 }
 
 template <int N>
@@ -441,7 +445,8 @@ inline Pack<float> exponential(Pack<float> x) {
   e = e * r + 1.0f;
   return e * as<Pack<float>>(as<Bits<float>>(shifted) << 23);
 }
-inline Pack<double> exponential(Pack<double> x) {
+// (Not inlined: the loops around it would keep its lanes apart, and need much of the stack.)
+__attribute__((noinline)) inline Pack<double> exponential(Pack<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "kernels/kernels.h"
 #include "kernels/simd.h"
@@ -16,18 +18,16 @@ namespace {
 
 constexpr int kBlock = 64;                // elements added in float before they go into a double,
 constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot may be an outlier
-constexpr int kStripLanes = 2048;         // lanes whose sums and coefficients stay in the caches
 constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
 constexpr int64_t kLongBytes = 1 << 9;    // of a stretch that is written past the cache
 constexpr int kRowsAtOnce = 4;
 constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk that writes; 4 times that of one that
                                             // computes much
 
-// Rows of few lanes are folded to about this many: with AVX-512 and float, to as many as have their
-// sums in registers; and to more where there are no sums.
+// Rows of few lanes are folded to about kFolded, and to this many for sums: with AVX-512 and float,
+// as many as have their sums in registers.
 constexpr int kPacksOfSums = kRegisterBytes == 64 ? 8 : 4;
 constexpr int64_t kFoldedForSums = 128;
-constexpr int64_t kFolded = 256;
 
 template <class F>
 constexpr int64_t kBlockElements = 4 * kBlock * kLanes<F>;  // of a run, in four sums
@@ -132,14 +132,16 @@ struct RowsOfWeights {
 
   Weights<W> row(int64_t k) const { return first.further(k * stride); }
 };
+// Room for kRowsAtOnce rows of the longest strip; null where there are no weights.
 template <class W>
-struct WeightBuffer {
-  W lanes[kRowsAtOnce * kStripLanes + kLanes<W>];
-};
+W* buffer_of_weights(const Problem& problem, Scratch& scratch) {
+  if (!problem.weights) return nullptr;
+  return scratch.take<W>(kRowsAtOnce * most_lanes(problem.shape));
+}
 // How many rows it has room for: one takes as many as its lanes, or a pack.
 template <class W>
-int64_t rows_in_buffer(const Strip& strip) {
-  return std::max<int64_t>(kRowsAtOnce, kStripLanes / std::max(strip.lanes, kLanes<W>));
+int64_t rows_in_buffer(const Problem& problem, const Strip& strip) {
+  return kRowsAtOnce * most_lanes(problem.shape) / std::max(strip.lanes, kLanes<W>);
 }
 
 bool has_one_weight_a_row(const Problem& problem) {
@@ -157,7 +159,7 @@ int64_t lanes_for_sums(const Problem& problem) {
 // rows_in_buffer(strip) rows.
 template <class W>
 RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int64_t start,
-                                 int64_t end, WeightBuffer<W>& buffer) {
+                                 int64_t end, W* buffer) {
   const Shape& shape = problem.shape;
   const W* weights = static_cast<const W*>(problem.weights);
   if (!weights) return {nullptr, 0};
@@ -165,7 +167,7 @@ RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int
     return {weights + strip.first + start * strip.stride, strip.stride};
   }
   weights += (strip.outer0 + start * strip.fold) * shape.inner;
-  W* lanes = buffer.lanes;
+  W* lanes = buffer;
   if (has_one_weight_a_row(problem)) {
     // Writes whole packs, the last of them beyond the lanes that they are for.
     const bool folded = strip.fold > 1;
@@ -174,7 +176,7 @@ RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int
       const Pack<W> weight = all(*weights++);
       for (int64_t i = 0; i < width; i += kLanes<W>) store(lanes + i, weight);
     }
-    return {{buffer.lanes, !folded}, folded ? strip.lanes : width};
+    return {{buffer, !folded}, folded ? strip.lanes : width};
   }
   for (int64_t row = start; row < end; ++row, weights += strip.fold * shape.inner) {
     const W* of_fold = weights;
@@ -189,7 +191,7 @@ RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int
       of_fold += shape.inner;
     }
   }
-  return {buffer.lanes, strip.lanes};
+  return {buffer, strip.lanes};
 }
 
 // By how many elements a walk that writes fetches ahead; 0 where it need not.
@@ -214,20 +216,53 @@ struct One {
 };
 template <class F>
 struct PerLane {
-  alignas(64) F value[kStripLanes + kLanes<F>];  // the last pack may begin anywhere
+  F* value;  // the last pack may begin anywhere
   Pack<F> at(int64_t i) const { return load<F>(value + i); }
 };
 
 template <template <class> class Spread, class F>
 struct Spreads {
   Spread<F> center, rstd, slope, shift, share, share_xhat;
+  Spread<F> x_scale, g_scale, g_unscale, w_scale, dx_slope, dx_scale;
 };
 
-template <class F>
-Spreads<One, F> spread(const Coefficients& of) {
-  const auto same = [](double value) { return One<F>{all(static_cast<F>(value))}; };
-  return {same(of.center), same(of.rstd),  same(of.slope),
-          same(of.shift),  same(of.share), same(of.share_xhat)};
+// Which of them a loop reads.
+struct Reads {
+  bool z, sums, dx, scales;
+};
+
+// put(spread, value) for each that is read of those of a channel.
+template <class Loop, class Spreads, class Put>
+inline BATCHNORM_INLINE void put_coefficients(const Coefficients& of, const Scales* scales,
+                                              Spreads& to, const Put& put) {
+  constexpr Reads kReads = Loop::kReads;
+  put(to.center, of.center);
+  if constexpr (kReads.z || (kReads.dx && !kReads.scales)) put(to.slope, of.slope);
+  if constexpr (kReads.z) put(to.shift, of.shift);
+  if constexpr (kReads.sums) put(to.rstd, std::min(1.0, of.rstd));
+  if constexpr (kReads.dx) {
+    put(to.share, of.share);
+    put(to.share_xhat, of.share_xhat);
+  }
+  if constexpr (kReads.scales) put(to.x_scale, scales->x);
+  if constexpr (kReads.scales && (kReads.sums || kReads.dx)) put(to.g_scale, scales->g);
+  if constexpr (kReads.scales && kReads.dx) {
+    put(to.g_unscale, 1 / scales->g);
+    put(to.w_scale, scales->w);
+    put(to.dx_slope, scales->dx_slope);
+    put(to.dx_scale, scales->dx);
+  }
+}
+
+// Of channel c.
+template <class Loop, class F>
+inline BATCHNORM_INLINE Spreads<One, F> spread(const Range& range, const Coefficients* channels,
+                                               int64_t c) {
+  Spreads<One, F> spreads;
+  const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
+  put_coefficients<Loop>(range.at(channels, c), scales, spreads,
+                         [](One<F>& one, double value) { one.value = all(static_cast<F>(value)); });
+  return spreads;
 }
 
 // body(lane, channel) for the lanes of a strip.
@@ -244,25 +279,42 @@ void for_lanes(const Shape& shape, const Strip& strip, const Body& body) {
   }
 }
 
-template <class F>
-void spread(const Shape& shape, const Strip& strip, const Coefficients* channels,
-            Spreads<PerLane, F>& lanes) {
-  for_lanes(shape, strip, [&](int lane, int64_t channel) {
-    const Coefficients& of = channels[channel];
-    lanes.center.value[lane] = static_cast<F>(of.center);
-    lanes.rstd.value[lane] = static_cast<F>(of.rstd);
-    lanes.slope.value[lane] = static_cast<F>(of.slope);
-    lanes.shift.value[lane] = static_cast<F>(of.shift);
-    lanes.share.value[lane] = static_cast<F>(of.share);
-    lanes.share_xhat.value[lane] = static_cast<F>(of.share_xhat);
+// Whether any of the channels of a strip is chosen; all of them are where `chosen` is null.
+inline bool has_any(const bool* chosen, const Shape& shape, const Range& range,
+                    const Strip& strip) {
+  bool any = !chosen;
+  if (chosen) for_lanes(shape, strip, [&](int, int64_t c) { any |= range.at(chosen, c); });
+  return any;
+}
+
+// Of the longest strip of a problem.
+template <class Loop, class F>
+Spreads<PerLane, F> lanes_of(const Problem& problem, Scratch& scratch) {
+  Spreads<PerLane, F> spreads = {};
+  const Scales scales;
+  put_coefficients<Loop>(Coefficients{}, &scales, spreads, [&](PerLane<F>& lanes, double) {
+    lanes.value = scratch.take<F>(most_lanes(problem.shape));
+  });
+  return spreads;
+}
+
+template <class Loop, class F>
+void spread(const Problem& problem, const Range& range, const Strip& strip,
+            const Coefficients* channels, Spreads<PerLane, F>& lanes) {
+  for_lanes(problem.shape, strip, [&](int lane, int64_t c) {
+    const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
+    put_coefficients<Loop>(range.at(channels, c), scales, lanes, [&](PerLane<F>& of, double value) {
+      of.value[lane] = static_cast<F>(value);
+    });
   });
 }
 
 // each(first element, length, weights, coefficients) for stretches of consecutive elements that
 // cover the range, its rows downwards.
-template <class F, class T, class Each>
+template <class Loop, class F, class T, class Each>
 inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& range,
-                                           const Coefficients* channels, const Each& each) {
+                                           const Coefficients* channels, Scratch scratch,
+                                           const Each& each) {
   if (!by_rows(problem.shape)) {
     const Runs<T> of_first = runs_of<T>(problem, range, range.channel0);
     const int64_t inner = problem.shape.inner;  // from a run to that of the next channel
@@ -274,16 +326,17 @@ inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& 
       Weights<Weight<T>> weights(of_first.weights);
       if (weights) weights = weights.further(row * of_first.weights_stride);
       for (int64_t c = range.channel0; c < range.channel1; ++c, first += inner) {
-        each(first, of_first.length, weights, spread<F>(channels[c]));
+        const Spreads<One, F> of = spread<Loop, F>(range, channels, c);
+        each(first, of_first.length, weights, of);
         if (weights) weights = weights.further(weights_step);
       }
     });
     return;
   }
-  Spreads<PerLane, F> lanes;
-  WeightBuffer<Weight<T>> buffer;
+  Spreads<PerLane, F> lanes = lanes_of<Loop, F>(problem, scratch);
+  Weight<T>* const buffer = buffer_of_weights<Weight<T>>(problem, scratch);
   for_strips(problem.shape, range, kFolded, [&](const Strip& strip) BATCHNORM_INLINE {
-    spread(problem.shape, strip, channels, lanes);
+    spread<Loop>(problem, range, strip, channels, lanes);
     const int64_t bytes = strip.stride * static_cast<int64_t>(sizeof(T));
     for_chunks_downwards(strip.rows, bytes, [&](int64_t row) BATCHNORM_INLINE {
       Weights<Weight<T>> weights(nullptr);

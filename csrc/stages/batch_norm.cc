@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -22,30 +24,38 @@ extern const Kernels kernels_avx512;
 
 namespace {
 
-// The tables that this processor can run, the widest first.
-std::vector<const Kernels*> runnable_kernels() {
-  std::vector<const Kernels*> tables;
+// Those of this build, the widest first, and whether this processor runs them.
+struct Level {
+  const Kernels* table;
+  bool (*runs)();
+};
+constexpr Level kLevels[] = {
 #ifdef BATCHNORM_X86_LEVELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    tables.push_back(&kernels_avx512);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    tables.push_back(&kernels_avx2);
-  }
+    {&kernels_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {&kernels_avx2,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
 #endif
-  tables.push_back(&kernels_baseline);
-  return tables;
-}
+    {&kernels_baseline, [] { return true; }},
+};
 
-std::atomic<const Kernels*>& chosen_kernels() {
-  static std::atomic<const Kernels*> chosen{runnable_kernels().front()};
-  return chosen;
-}
+// Null until the first call. (No static variable of a function: a thread that made it while another
+// one forks would hold its guard in the child for ever.)
+std::atomic<const Kernels*> chosen_kernels{nullptr};
 
-const Kernels& kernels() { return *chosen_kernels().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  const Kernels* chosen = chosen_kernels.load(std::memory_order_relaxed);
+  for (const Level* level = kLevels; !chosen; ++level) {
+    if (level->runs()) chosen_kernels = chosen = level->table;
+  }
+  return *chosen;
+}
 
 // Below about 50 microseconds of work, waking a thread costs more than it brings.
 constexpr int64_t kElementsPerThread = 1 << 16;
@@ -63,13 +73,17 @@ constexpr int64_t kBlockBytes = 1 << 18;
 // more in jumps than the cache saves.
 constexpr int64_t kStretchBytes = 1 << 16;
 
+// Of a tensor of more channels, so many at a time, which bounds the memory for what is known of a
+// channel.
+constexpr int64_t kMostChannels = 1 << 16;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The part of [0, n) that belongs to `task` of `tasks`.
 struct Part {
   int64_t begin, end;
 };
-Part part(int64_t n, int task, int tasks) {
+Part part(int64_t n, int64_t task, int64_t tasks) {
   const auto bound = [&](int64_t t) { return n / tasks * t + std::min<int64_t>(t, n % tasks); };
   return {bound(task), bound(task + 1)};
 }
@@ -78,8 +92,9 @@ int64_t bytes_of(const Problem& problem) { return problem.shape.size() * bytes_o
 
 Range whole(const Problem& problem) {
   const Shape& shape = problem.shape;
-  const bool beyond_cache = bytes_of(problem) > last_level_cache_bytes() / 4;
-  return {0, shape.outer, 0, shape.channels, 0, shape.inner, beyond_cache, 0, false};
+  Range range = {0, shape.outer, 0, shape.channels, 0, shape.inner, 0, false, 0, false, nullptr};
+  range.beyond_cache = bytes_of(problem) > last_level_cache_bytes() / 4;
+  return range;
 }
 
 int64_t size_of(const Range& range) {
@@ -87,48 +102,53 @@ int64_t size_of(const Range& range) {
          (range.inner1 - range.inner0);
 }
 
-int threads_for(int64_t size) {
-  return static_cast<int>(std::clamp<int64_t>(size / kElementsPerThread, 1, num_threads()));
+int threads_for(int64_t size, int most) {
+  return static_cast<int>(std::clamp<int64_t>(size / kElementsPerThread, 1, most));
 }
 
-int tasks_of(const Range& range) {
-  if (range.on_one_thread) return 1;
-  const int64_t size = size_of(range);
-  const int threads = threads_for(size);
-  return threads * static_cast<int>(
-                       std::clamp<int64_t>(size / threads / kElementsPerTask, 1, kTasksPerThread));
-}
+// How a range is cut into tasks: along the axis that gives each task the longest stretches of
+// memory and enough to do. Along others than that of the channels, the tasks find partial sums.
+struct Cut {
+  int64_t outers = 1, channels = 1, inners = 1;
 
-// Cuts along the axis that gives each task the longest stretches of memory and enough to do.
-Range part_of(Range range, int task, int tasks) {
+  int tasks() const { return static_cast<int>(outers * channels * inners); }
+  int64_t partial_sums() const { return outers * inners; }
+  int64_t partial_sum_of(int64_t task) const { return task / channels; }
+};
+
+Cut cut_of(const Problem& problem, const Range& range, int most_threads) {
+  Cut cut;
+  if (range.on_one_thread) return cut;
+  const int64_t size = size_of(range), threads = threads_for(size, most_threads);
+  const int64_t tasks =
+      threads * std::clamp<int64_t>(size / threads / kElementsPerTask, 1, kTasksPerThread);
   const int64_t outers = range.outer1 - range.outer0, channels = range.channel1 - range.channel0;
-  const auto cut = [&](int64_t& begin, int64_t& end) {
-    const Part piece = part(end - begin, task, tasks);
+  if (outers >= 4 * tasks || (outers >= tasks && channels < tasks)) {
+    // Rows of so many lanes are gone through in strips anyway.
+    const int64_t strips =
+        by_rows(problem.shape) ? channels * problem.shape.inner / kStripLanes : 1;
+    for (cut.channels = std::clamp<int64_t>(strips, 1, tasks); tasks % cut.channels != 0;) {
+      --cut.channels;
+    }
+    cut.outers = tasks / cut.channels;
+  } else if (channels >= tasks) {
+    cut.channels = tasks;
+  } else {
+    cut.inners = tasks;
+  }
+  return cut;
+}
+
+Range part_of(Range range, const Cut& cut, int64_t task) {
+  const auto take = [](int64_t& begin, int64_t& end, int64_t which, int64_t parts) {
+    const Part piece = part(end - begin, which, parts);
     end = begin + piece.end;
     begin += piece.begin;
   };
-  if (outers >= 4 * tasks || (outers >= tasks && channels < tasks)) {
-    cut(range.outer0, range.outer1);
-  } else if (channels >= tasks) {
-    cut(range.channel0, range.channel1);
-  } else {
-    cut(range.inner0, range.inner1);
-  }
+  take(range.channel0, range.channel1, task % cut.channels, cut.channels);
+  take(range.outer0, range.outer1, task / cut.channels % cut.outers, cut.outers);
+  take(range.inner0, range.inner1, task / cut.channels / cut.outers, cut.inners);
   return range;
-}
-
-// body(task, part of the range) on several threads, the first part of memory first or last. The
-// caller has the number of tasks from tasks_of, which may say another one the next time: another
-// thread may change num_threads().
-enum class Order { upwards, downwards };
-template <class Body>
-void for_parts(const Range& range, int tasks, Order order, Team team, const Body& body) {
-  if (size_of(range) == 0) return;
-  const auto run = [&](int task) {
-    const int place = order == Order::upwards ? task : tasks - 1 - task;
-    body(task, part_of(range, place, tasks));
-  };
-  parallel_for(tasks, run, team);
 }
 
 // How many channels a thread takes through all stages at a time, in as many rounds for every
@@ -138,6 +158,9 @@ int64_t channels_of_own_block(const Problem& problem, int64_t channel_bytes, int
   const int64_t most = std::clamp<int64_t>(kBlockBytes / channel_bytes, 1, all);
   const int64_t rounds = divide_up(all, most * threads);
   const int64_t channels = divide_up(all, rounds * threads);
+  if (by_rows(problem.shape) && channels < all && channels * problem.shape.inner < kStripLanes) {
+    return 0;
+  }
   // No thread has more than a quarter above its share to do.
   const bool even = threads == 1 || 4 * rounds * channels * threads <= 5 * all;
   const bool fits = 2 * channels * channel_bytes * threads <= last_level_cache_bytes() / 2;
@@ -146,142 +169,424 @@ int64_t channels_of_own_block(const Problem& problem, int64_t channel_bytes, int
 
 // How many of which all threads do one stage before the next.
 int64_t channels_of_shared_block(const Problem& problem, int64_t channel_bytes, int tensors) {
-  const int64_t all = problem.shape.channels;
+  const int64_t all = std::min(problem.shape.channels, kMostChannels);
+  if (by_rows(problem.shape)) return all;
   const int64_t channels =
       std::clamp<int64_t>(last_level_cache_bytes() / 4 / channel_bytes, 1, all);
   const int64_t stretch = channels * channel_bytes / tensors / problem.shape.outer;
   return whole(problem).beyond_cache && stretch >= kStretchBytes ? channels : all;
 }
 
-// body(block) for blocks of channels that cover the problem, each of which the body takes through
-// all stages of a call. `tensors`: how many like x these read.
+// At once, unless there are very many channels.
+enum class Way { at_once, by_blocks };
+
+// How a call goes through its channels: in blocks, each of which is taken through all stages.
 //
 // What one stage has read is in the cache for the next. A thread that has blocks of its own keeps
 // them in its core's cache, and fetches the next one while it works on this one: so some read while
 // others write.
-template <class Body>
-void for_blocks(const Problem& problem, int tensors, const Body& body) {
-  const int64_t channels = problem.shape.channels;
-  const Range all = whole(problem);
-  if (size_of(all) == 0 || by_rows(problem.shape)) return body(all);
-  const int64_t channel_bytes = tensors * bytes_of(problem) / channels;
-  const int threads = threads_for(size_of(all));
-  const int64_t own = channels_of_own_block(problem, channel_bytes, threads);
-  const int64_t step = own ? own : channels_of_shared_block(problem, channel_bytes, tensors);
-  const auto block_at = [&](int64_t channel) {
+struct Plan {
+  Range all;
+  int threads;  // asked once, as another thread may change it
+  int64_t step;
+  bool own;              // whether each thread takes blocks of its own
+  int64_t partial_sums;  // of a block, at most
+
+  // `tensors`: how many like x a stage reads.
+  Plan(const Problem& problem, int tensors, Way way) : all(whole(problem)) {
+    const int64_t channels = problem.shape.channels;
+    threads = threads_for(size_of(all), num_threads());
+    step = std::min(channels, kMostChannels);
+    own = false;
+    if (size_of(all) > 0 && (way == Way::by_blocks || channels > kMostChannels)) {
+      const int64_t channel_bytes = tensors * bytes_of(problem) / channels;
+      const int64_t own_step = channels_of_own_block(problem, channel_bytes, threads);
+      own = own_step > 0;
+      step = own_step > 0 ? own_step : channels_of_shared_block(problem, channel_bytes, tensors);
+    }
+    partial_sums = 1;
+    // The last block may be cut in another way than the others.
+    for (const int64_t in_block : {int64_t{0}, channels - 1}) {
+      if (size_of(all) == 0) break;
+      const Cut cut = cut_of(problem, block_at(in_block / step * step), threads);
+      partial_sums = std::max(partial_sums, cut.partial_sums());
+    }
+  }
+
+  Range block_at(int64_t channel) const {
     Range block = all;
-    block.channel0 = channel;
-    block.channel1 = std::min(channels, channel + step);
+    block.channel0 = block.first_channel = channel;
+    block.channel1 = std::min(all.channel1, channel + step);
+    block.on_one_thread = own;
     return block;
-  };
-  if (!own) {
-    for (int64_t c = 0; c < channels; c += step) body(block_at(c));
+  }
+};
+
+enum class Order { upwards, downwards };
+
+// Where a stage finds no sums.
+struct NoSums {};
+
+// A block of channels, and the memory for what is found of them.
+template <class Sums>
+class Block {
+ public:
+  Coefficients* coefficients;
+  Sums* sums;   // the partial sums of all channels, one after the other; in the end, the first
+  bool* again;  // of which channels sums were taken again
+  Range range = {};
+
+  static int64_t bytes(const Problem& problem, const Plan& plan) {
+    return padded<Coefficients>(plan.step) + padded<Scales>(plan.step) +
+           padded<Sums>(plan.step * plan.partial_sums) + padded<bool>(plan.step) +
+           seats(plan) * Scratch::bytes(problem.shape, problem.dtype);
+  }
+
+  Block(const Problem& problem, const Plan& plan, char* memory)
+      : problem_(problem),
+        threads_(plan.threads),
+        bytes_of_lanes_(Scratch::bytes(problem.shape, problem.dtype)) {
+    coefficients = take<Coefficients>(memory, plan.step);
+    scales_ = take<Scales>(memory, plan.step);
+    sums = take<Sums>(memory, plan.step * plan.partial_sums);
+    again = take<bool>(memory, plan.step);
+    lanes_ = memory;
+  }
+
+  int64_t channels() const { return range.channel1 - range.channel0; }
+
+  // The scales of a channel: 1 until they are set.
+  Scales& scales_of(int64_t channel) {
+    if (!range.scales) {
+      std::fill_n(scales_, channels(), Scales());
+      for (int64_t i = 0; i < channels(); ++i) scales_[i].dx_slope = coefficients[i].slope;
+      range.scales = scales_;
+    }
+    return range.at(scales_, channel);
+  }
+
+  // Of a stage that is not the last: the next block would drive out what the last one reads again.
+  template <class Stage>
+  void without_fetching(const Stage& stage) {
+    const int64_t ahead = range.ahead;
+    range.ahead = 0;
+    stage();
+    range.ahead = ahead;
+  }
+
+  // body(part, partial sums, scratch) on several threads, the first part of memory first or last.
+  template <class Body>
+  void for_parts(Order order, const Body& body) const {
+    if (size_of(range) == 0) return;
+    const Cut cut = cut_of(problem_, range, threads_);
+    const int tasks = cut.tasks();
+    const auto run = [&](int task, int seat) {
+      const int place = order == Order::upwards ? task : tasks - 1 - task;
+      body(part_of(range, cut, place), sums + cut.partial_sum_of(place) * channels(),
+           Scratch(lanes_ + seat * bytes_of_lanes_, bytes_of_lanes_));
+    };
+    parallel_for(tasks, threads_, run, problem_.team);
+  }
+
+  // The sums of all channels or, with `again`, of those where that is true: add(part, sums,
+  // scratch) adds those of a part.
+  template <class Add>
+  void add_up(const bool* only, const Add& add) {
+    const auto for_channels = [&](int64_t begin, int64_t end, const auto& body) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (!only || only[i]) body(i);
+      }
+    };
+    if (size_of(range) == 0) std::fill_n(sums, channels(), Sums());
+    for_parts(Order::upwards, [&](const Range& part, Sums* own, Scratch scratch) {
+      for_channels(part.channel0 - range.channel0, part.channel1 - range.channel0,
+                   [&](int64_t i) { own[i] = Sums(); });
+      add(part, own, scratch);
+    });
+    const int64_t partial_sums = cut_of(problem_, range, threads_).partial_sums();
+    for (int64_t k = 1; k < partial_sums && size_of(range) > 0; ++k) {
+      for_channels(0, channels(), [&](int64_t i) { sums[i].merge(sums[k * channels() + i]); });
+    }
+  }
+
+  // Marks those channels whose sums are to be taken again, and says whether there are any.
+  template <class IsOff>
+  bool mark(const IsOff& is_off) {
+    bool any = false;
+    for (int64_t i = 0; i < channels(); ++i) any |= again[i] = is_off(sums[i]);
+    return any;
+  }
+
+ private:
+  static int64_t seats(const Plan& plan) { return plan.own ? 1 : plan.threads; }
+
+  template <class E>
+  static int64_t padded(int64_t elements) {
+    const int64_t bytes = elements * static_cast<int64_t>(sizeof(E));
+    return divide_up(bytes, Scratch::kAlignment) * Scratch::kAlignment;
+  }
+  template <class E>
+  static E* take(char*& memory, int64_t elements) {
+    E* const taken = reinterpret_cast<E*>(memory);
+    memory += padded<E>(elements);
+    return taken;
+  }
+
+  const Problem& problem_;
+  int threads_;
+  int64_t bytes_of_lanes_;
+  Scales* scales_;
+  char* lanes_;
+};
+
+// body(block) for blocks of channels that cover the problem. All memory is allocated before, by the
+// calling thread, and is not written before the thread does that works with it.
+template <class Sums, class Body>
+void for_blocks(const Problem& problem, int tensors, Way way, const Body& body) {
+  const Plan plan(problem, tensors, way);
+  const int64_t channels = problem.shape.channels;
+  const int64_t bytes = Block<Sums>::bytes(problem, plan), alignment = Scratch::kAlignment;
+  const std::unique_ptr<char[]> owner(new char[(plan.own ? plan.threads : 1) * bytes + alignment]);
+  const int64_t offset = -reinterpret_cast<uintptr_t>(owner.get()) % alignment;
+  char* const memory = owner.get() + offset;
+  if (!plan.own) {
+    Block<Sums> block(problem, plan, memory);
+    for (int64_t c = 0; c < channels; c += plan.step) {
+      block.range = plan.block_at(c);
+      body(block);
+    }
     return;
   }
   std::atomic<int64_t> free{0};
-  const auto take_blocks = [&](int) {
-    for (int64_t c = free.fetch_add(step), next; c < channels; c = next) {
-      next = free.fetch_add(step);
-      Range block = block_at(c);
-      block.on_one_thread = true;
-      if (next < channels) block.ahead = (next - c) * problem.shape.inner;
+  const auto take_blocks = [&](int, int seat) {
+    Block<Sums> block(problem, plan, memory + seat * bytes);
+    for (int64_t c = free.fetch_add(plan.step), next; c < channels; c = next) {
+      next = free.fetch_add(plan.step);
+      block.range = plan.block_at(c);
+      if (next < channels) block.range.ahead = (next - c) * problem.shape.inner;
       body(block);
     }
   };
-  parallel_for(threads, take_blocks, problem.team);
+  parallel_for(plan.threads, plan.threads, take_blocks, problem.team);
 }
 
-// For all stages of a block but the last.
-Range without_fetching(Range block) {
-  block.ahead = 0;
-  return block;
+// ---- what is computed once a channel
+
+// The statistics of a channel, as in StatisticsOf.
+struct ChannelStatistics {
+  double count, mean, var, mean_low, unit;
+};
+
+template <class Double>
+ChannelStatistics channel_of(const StatisticsOf<Double>& of, int64_t c) {
+  return {of.count ? of.count[c] : 0, of.mean[c], of.var[c], of.mean_low ? of.mean_low[c] : 0,
+          of.unit ? of.unit[c] : 1};
 }
 
-// Sums (or deviations) of the channels of a block, by all threads: find(part, sums) adds those of a
-// part.
-template <class Sums, class Find>
-void add_up(const Problem& problem, const Range& block, Sums* channels, const Find& find) {
-  const int64_t row = problem.shape.channels;
-  const int tasks = tasks_of(block);
-  std::fill(channels + block.channel0, channels + block.channel1, Sums());
-  std::vector<Sums> others((tasks - 1) * row);
-  for_parts(block, tasks, Order::upwards, problem.team, [&](int task, const Range& part) {
-    find(part, task == 0 ? channels : others.data() + (task - 1) * row);
-  });
-  for (int task = 1; task < tasks; ++task) {
-    const Sums* sums = others.data() + (task - 1) * row;
-    for (int64_t c = block.channel0; c < block.channel1; ++c) channels[c].merge(sums[c]);
+void set(const NewStatistics& to, int64_t c, const ChannelStatistics& of) {
+  to.count[c] = of.count;
+  to.mean[c] = of.mean;
+  to.var[c] = to.unit ? of.var : of.var * of.unit * of.unit;
+  if (to.mean_low) to.mean_low[c] = of.mean_low;
+  if (to.unit) to.unit[c] = of.unit;
+}
+
+// `unit`: that the deviations are in.
+ChannelStatistics channel_of(const Deviations& of, double unit) {
+  double mean = of.mean + of.mean_low, low = (of.mean - mean) + of.mean_low;
+  if (!std::isfinite(of.mean)) mean = of.mean, low = 0;
+  double var = of.squares;
+  if (std::isfinite(var)) {
+    var = of.count > 0 ? std::max(0.0, (var + of.squares_low) / of.count) : 0;
   }
+  return {of.count, mean * unit, var, low * unit, unit};
 }
 
-// ---- the stages for the channels of a block
+// Within these, no product of two coefficients and an element leaves the range of the arithmetic
+// type, unless the result does. Beyond, elements are scaled by `step`, a power of two.
+struct Limits {
+  double low, high, step;
+};
+Limits limits_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? Limits{0x1p-900, 0x1p900, 0x1p500}
+                                 : Limits{0x1p-100, 0x1p100, 0x1p60};
+}
+bool are_within(const Limits& limits, double value) {
+  return value == 0 || (std::fabs(value) > limits.low && std::fabs(value) < limits.high);
+}
 
-void statistics(const Problem& problem, const Range& block, Deviations* channels, double* count,
-                double* mean, double* var) {
-  const auto find = [&](bool wide) {
-    add_up(problem, block, channels, [&](const Range& part, Deviations* deviations) {
-      kernels().deviations(problem, part, wide, deviations);
-    });
-  };
-  find(false);
-  // A square can overflow a float where the variance of float data does not overflow a double.
-  const bool overflow =
-      problem.dtype != Dtype::float64 &&
-      std::any_of(channels + block.channel0, channels + block.channel1,
-                  [](const Deviations& of) { return !std::isfinite(of.squares); });
-  if (overflow) find(true);
-  for (int64_t c = block.channel0; c < block.channel1; ++c) {
-    const Deviations& deviations = channels[c];
-    count[c] = deviations.count;
-    mean[c] = deviations.mean;
-    var[c] = deviations.count > 0 ? std::max(0.0, deviations.squares / deviations.count) : 0;
-    if (deviations.squares != deviations.squares) var[c] = deviations.squares;
+// What is finite in a double stays so in the arithmetic type.
+double narrowed(Dtype dtype, double value) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  if (dtype == Dtype::float64 || !std::isfinite(value)) return value;
+  return std::clamp(value, -kMost, kMost);
+}
+
+// A power of two by which the value comes near 1; 1 where it is within the limits.
+double scale_for(const Limits& limits, double value) {
+  if (are_within(limits, value) || !std::isfinite(value)) return 1;
+  const int most = limits.step > 0x1p60 ? 1000 : 120;
+  return std::exp2(-std::clamp(std::ilogb(value), -most, most));
+}
+
+// 1 / sqrt(variance + eps)
+double rstd_of(const Problem& problem, const ChannelStatistics& of) {
+  if (of.unit == 1) return 1 / std::sqrt(of.var + problem.eps);
+  return 1 / (of.unit * std::sqrt(of.var + problem.eps / (of.unit * of.unit)));
+}
+
+bool are_extreme(const Problem& problem, const Limits& limits, const ChannelStatistics& of,
+                 double rstd, double slope) {
+  return !are_within(limits, rstd) || !are_within(limits, slope) ||
+         std::fabs(of.mean) > limits.high || (problem.weights && !are_within(limits, of.count));
+}
+
+Scales scales_of(const Problem& problem, const Limits& limits, const ChannelStatistics& of,
+                 double rstd, double slope) {
+  Scales scales;
+  scales.dx_slope = slope;
+  if (!are_extreme(problem, limits, of, rstd, slope)) return scales;
+  const double steepest = std::max(rstd, std::fabs(slope));
+  const double flattest = slope == 0 ? rstd : std::min(rstd, std::fabs(slope));
+  if (flattest < limits.low) {
+    scales.x = 1 / limits.step;
+  } else if (steepest > limits.high && std::fabs(of.mean) < limits.step) {
+    scales.x = limits.step;
+  } else if (std::fabs(of.mean) > limits.high) {
+    scales.x = 0.25;  // for x - mean
   }
+  if (problem.weights) scales.w = scale_for(limits, of.count);
+  scales.dx = 1 / scale_for(limits, slope);
+  scales.dx_slope = slope / scales.dx;
+  return scales;
 }
 
-Coefficients coefficients_of(const Problem& problem, int64_t c, double mean, double var) {
-  const double rstd = 1 / std::sqrt(var + problem.eps);
+Coefficients coefficients_of(const Problem& problem, int64_t c, const ChannelStatistics& of,
+                             double rstd, double slope, double x_scale) {
+  const double mean = of.mean * x_scale;
   const double center =
       problem.dtype == Dtype::float64 ? mean : static_cast<double>(static_cast<float>(mean));
-  const double slope = problem.scale ? rstd * problem.scale[c] : rstd;
+  const double rest = (mean - center) + of.mean_low * x_scale;
   const double bias = problem.bias ? problem.bias[c] : 0;
-  return {center, rstd, (mean - center) * rstd, slope, bias - (mean - center) * slope, 0, 0};
+  return {center, rstd, rest * rstd, slope, bias - rest * slope, 0, 0};
 }
 
-void find_coefficients(const Problem& problem, const Range& block, const double* mean,
-                       const double* var, Coefficients* channels) {
-  for (int64_t c = block.channel0; c < block.channel1; ++c) {
-    channels[c] = coefficients_of(problem, c, mean[c], var[c]);
+// The coefficients of a channel, and its scales if they are not all 1.
+template <class Sums>
+void set_coefficients(const Problem& problem, Block<Sums>& block, int64_t c,
+                      const ChannelStatistics& of) {
+  const Limits limits = limits_of(problem.dtype);
+  const double rstd = rstd_of(problem, of);
+  const double slope = problem.scale ? rstd * problem.scale[c] : rstd;
+  Coefficients& to = block.range.at(block.coefficients, c);
+  if (!block.range.scales && !are_extreme(problem, limits, of, rstd, slope)) {
+    to = coefficients_of(problem, c, of, rstd, slope, 1);
+    return;
   }
+  Scales& scales = block.scales_of(c);
+  scales = scales_of(problem, limits, of, rstd, slope);
+  to = coefficients_of(problem, c, of, rstd / scales.x, slope / scales.x, scales.x);
+  for (double* each : {&to.center, &to.slope, &to.shift}) *each = narrowed(problem.dtype, *each);
 }
 
-void normalize(const Problem& problem, const Range& block, const Coefficients* channels, void* y) {
-  for_parts(block, tasks_of(block), Order::downwards, problem.team,
-            [&](int, const Range& part) { kernels().normalize(problem, part, channels, y); });
-}
+// ---- the stages for the channels of a block; take(c, statistics) gets those of each channel
 
-void gradient_sums(const Problem& problem, const Range& block, const Coefficients* channels,
-                   const void* dy, GradientSums* sums, double* sum_g, double* sum_g_xhat) {
-  add_up(problem, block, sums, [&](const Range& part, GradientSums* own) {
-    kernels().gradient_sums(problem, part, channels, dy, own);
+template <class Take>
+void find_statistics(const Problem& problem, Block<Deviations>& block, const Take& take) {
+  const bool is_wide = problem.dtype == Dtype::float64;
+  block.add_up(nullptr, [&](const Range& part, Deviations* own, Scratch scratch) {
+    kernels().deviations(problem, part, nullptr, scratch, own);
   });
-  for (int64_t c = block.channel0; c < block.channel1; ++c) {
-    sum_g[c] = sums[c].g;
-    sum_g_xhat[c] = sums[c].g_xhat - channels[c].remainder * sums[c].g;
+  // A square can overflow where the variance of float data does not overflow a double; and weights
+  // can be so small that their products with a square are not precise.
+  const double least_count = limits_of(problem.dtype).low;
+  const auto is_off = [&](const Deviations& of) {
+    return !std::isfinite(of.squares) || (of.count > 0 && of.count < least_count);
+  };
+  if (block.mark(is_off)) {
+    block.add_up(block.again, [&](const Range& part, Deviations* own, Scratch scratch) {
+      kernels().deviations(problem, part, block.again, scratch, own);
+    });
+  }
+  for (int64_t i = 0; i < block.channels(); ++i) {
+    const double unit = is_wide && block.again[i] ? 1 / kWideScale : 1;
+    take(block.range.channel0 + i, channel_of(block.sums[i], unit));
   }
 }
 
-void input_gradient(const Problem& problem, const Range& block, Coefficients* channels,
-                    const double* count, const double* sum_g, const double* sum_g_xhat,
-                    const void* dy, void* dx, void* dresidual) {
-  for (int64_t c = block.channel0; c < block.channel1; ++c) {
-    if (!count || !(count[c] > 0)) continue;
-    // (sum g + xhat * sum g*xhat) / m as a line in x - center
-    channels[c].share = (sum_g[c] - channels[c].remainder * sum_g_xhat[c]) / count[c];
-    channels[c].share_xhat = channels[c].rstd * sum_g_xhat[c] / count[c];
+template <class Sums>
+void find_coefficients(const Problem& problem, Block<Sums>& block, const Statistics& by) {
+  for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
+    set_coefficients(problem, block, c, channel_of(by, c));
   }
-  for_parts(block, tasks_of(block), Order::downwards, problem.team, [&](int, const Range& part) {
-    kernels().input_gradient(problem, part, channels, dy, dx, dresidual);
+}
+
+template <class Sums>
+void normalize(const Problem& problem, const Block<Sums>& block, void* y) {
+  block.for_parts(Order::downwards, [&](const Range& part, Sums*, Scratch scratch) {
+    kernels().normalize(problem, part, block.coefficients, scratch, y);
+  });
+}
+
+void gradient_sums(const Problem& problem, Block<GradientSums>& block, const void* dy,
+                   double* sum_g, double* sum_g_xhat) {
+  const auto add = [&](const bool* again) {
+    block.add_up(again, [&](const Range& part, GradientSums* own, Scratch scratch) {
+      kernels().gradient_sums(problem, part, block.coefficients, dy, again, scratch, own);
+    });
+  };
+  add(nullptr);
+  const auto is_off = [](const GradientSums& of) {
+    return !std::isfinite(of.g) || !std::isfinite(of.g_xhat);
+  };
+  if (block.mark(is_off)) {
+    for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
+      if (!block.range.at(block.again, c)) continue;
+      block.scales_of(c).g = 1 / limits_of(problem.dtype).step;
+    }
+    add(block.again);
+  }
+  for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
+    const Coefficients& of = block.range.at(block.coefficients, c);
+    const GradientSums& sums = block.range.at(block.sums, c);
+    double g = sums.g + sums.g_low, g_xhat = sums.g_xhat + sums.g_xhat_low;
+    if (block.range.scales) {
+      g /= block.scales_of(c).g;
+      g_xhat /= block.scales_of(c).g;
+    }
+    sum_g[c] = g;
+    sum_g_xhat[c] = g_xhat * std::max(1.0, of.rstd) - of.remainder * g;
+  }
+}
+
+template <class Sums>
+void input_gradient(const Problem& problem, Block<Sums>& block, const double* count,
+                    const double* sum_g, const double* sum_g_xhat, const void* dy, void* dx,
+                    void* dresidual) {
+  const Limits limits = limits_of(problem.dtype);
+  for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
+    if (!count || !(count[c] > 0)) continue;
+    Coefficients& of = block.range.at(block.coefficients, c);
+    // (sum g + xhat * sum g*xhat) / m as a line in t
+    const double of_g = sum_g[c] / count[c], of_g_xhat = sum_g_xhat[c] / count[c];
+    of.share = of_g - of.remainder * of_g_xhat;
+    of.share_xhat = of.rstd * of_g_xhat;
+    const bool are_large = std::max(std::fabs(of_g), std::fabs(of_g_xhat)) > limits.high;
+    if (are_large) block.scales_of(c).g = 1 / limits.step;  // for g - share
+  }
+  for (int64_t c = block.range.channel0; block.range.scales && c < block.range.channel1; ++c) {
+    Coefficients& of = block.range.at(block.coefficients, c);
+    Scales& scales = block.scales_of(c);
+    scales.dx /= scales.g;
+    of.share *= scales.g / scales.w;
+    of.share_xhat *= scales.g / scales.w;
+    for (double* each : {&of.share, &of.share_xhat, &scales.dx}) {
+      *each = narrowed(problem.dtype, *each);
+    }
+  }
+  block.for_parts(Order::downwards, [&](const Range& part, Sums*, Scratch scratch) {
+    kernels().input_gradient(problem, part, block.coefficients, dy, count != nullptr, scratch, dx,
+                             dresidual);
   });
 }
 
@@ -298,88 +603,84 @@ const char* instruction_set() { return kernels().instruction_set; }
 
 std::vector<const char*> instruction_sets() {
   std::vector<const char*> names;
-  for (const Kernels* table : runnable_kernels()) names.push_back(table->instruction_set);
+  for (const Level& level : kLevels) {
+    if (level.runs()) names.push_back(level.table->instruction_set);
+  }
   return names;
 }
 
 bool set_instruction_set(const char* name) {
-  for (const Kernels* table : runnable_kernels()) {
-    if (std::strcmp(table->instruction_set, name) != 0) continue;
-    chosen_kernels() = table;
+  for (const Level& level : kLevels) {
+    if (std::strcmp(level.table->instruction_set, name) != 0 || !level.runs()) continue;
+    chosen_kernels = level.table;
     return true;
   }
   return false;
 }
 
-void statistics(const Problem& problem, double* count, double* mean, double* var) {
-  std::vector<Deviations> deviations(problem.shape.channels);
-  for_blocks(problem, 1, [&](const Range& block) {
-    statistics(problem, block, deviations.data(), count, mean, var);
+void statistics(const Problem& problem, const NewStatistics& found) {
+  for_blocks<Deviations>(problem, 1, Way::by_blocks, [&](Block<Deviations>& block) {
+    find_statistics(problem, block,
+                    [&](int64_t c, const ChannelStatistics& of) { set(found, c, of); });
   });
 }
 
-void normalize(const Problem& problem, const double* mean, const double* var, void* y) {
-  std::vector<Coefficients> channels(problem.shape.channels);
-  find_coefficients(problem, whole(problem), mean, var, channels.data());
-  normalize(problem, whole(problem), channels.data(), y);
-}
-
-void batch_norm(const Problem& problem, double* count, double* mean, double* var, void* y) {
-  std::vector<Deviations> deviations(problem.shape.channels);
-  std::vector<Coefficients> channels(problem.shape.channels);
-  for_blocks(problem, 1, [&](const Range& block) {
-    statistics(problem, without_fetching(block), deviations.data(), count, mean, var);
-    find_coefficients(problem, block, mean, var, channels.data());
-    normalize(problem, block, channels.data(), y);
+void normalize(const Problem& problem, const Statistics& by, void* y) {
+  for_blocks<NoSums>(problem, 1, Way::at_once, [&](Block<NoSums>& block) {
+    find_coefficients(problem, block, by);
+    normalize(problem, block, y);
   });
 }
 
-void gradient_sums(const Problem& problem, const double* mean, const double* var, const void* dy,
-                   double* sum_g, double* sum_g_xhat) {
-  std::vector<GradientSums> sums(problem.shape.channels);
-  std::vector<Coefficients> channels(problem.shape.channels);
-  for_blocks(problem, 2, [&](const Range& block) {
-    find_coefficients(problem, block, mean, var, channels.data());
-    gradient_sums(problem, block, channels.data(), dy, sums.data(), sum_g, sum_g_xhat);
+void batch_norm(const Problem& problem, const NewStatistics& found, void* y) {
+  for_blocks<Deviations>(problem, 1, Way::by_blocks, [&](Block<Deviations>& block) {
+    const auto take = [&](int64_t c, const ChannelStatistics& of) {
+      set(found, c, of);
+      set_coefficients(problem, block, c, of);
+    };
+    block.without_fetching([&] { find_statistics(problem, block, take); });
+    normalize(problem, block, y);
   });
 }
 
-void input_gradient(const Problem& problem, const double* count, const double* mean,
-                    const double* var, const double* sum_g, const double* sum_g_xhat,
-                    const void* dy, void* dx, void* dresidual) {
-  std::vector<Coefficients> channels(problem.shape.channels);
-  find_coefficients(problem, whole(problem), mean, var, channels.data());
-  input_gradient(problem, whole(problem), channels.data(), count, sum_g, sum_g_xhat, dy, dx,
-                 dresidual);
-}
-
-void batch_norm_gradients(const Problem& problem, const double* count, const double* mean,
-                          const double* var, const void* dy, double* sum_g, double* sum_g_xhat,
-                          void* dx, void* dresidual) {
-  std::vector<GradientSums> sums(problem.shape.channels);
-  std::vector<Coefficients> channels(problem.shape.channels);
-  for_blocks(problem, 2, [&](const Range& block) {
-    find_coefficients(problem, block, mean, var, channels.data());
-    gradient_sums(problem, without_fetching(block), channels.data(), dy, sums.data(), sum_g,
-                  sum_g_xhat);
-    input_gradient(problem, block, channels.data(), count, sum_g, sum_g_xhat, dy, dx, dresidual);
+void gradient_sums(const Problem& problem, const Statistics& by, const void* dy, double* sum_g,
+                   double* sum_g_xhat) {
+  for_blocks<GradientSums>(problem, 2, Way::by_blocks, [&](Block<GradientSums>& block) {
+    find_coefficients(problem, block, by);
+    gradient_sums(problem, block, dy, sum_g, sum_g_xhat);
   });
 }
 
-void update_running(int64_t channels, const double* count, const double* mean, const double* var,
-                    double rate, double correction, double* running_mean, double* running_var,
-                    int64_t* batches) {
-  if (batches && std::any_of(count, count + channels, [](double each) { return each > 0; })) {
-    ++*batches;
-  }
+void input_gradient(const Problem& problem, const Statistics& by, const double* sum_g,
+                    const double* sum_g_xhat, const void* dy, void* dx, void* dresidual) {
+  for_blocks<NoSums>(problem, 2, Way::at_once, [&](Block<NoSums>& block) {
+    find_coefficients(problem, block, by);
+    input_gradient(problem, block, by.count, sum_g, sum_g_xhat, dy, dx, dresidual);
+  });
+}
+
+void batch_norm_gradients(const Problem& problem, const Statistics& by, const void* dy,
+                          double* sum_g, double* sum_g_xhat, void* dx, void* dresidual) {
+  for_blocks<GradientSums>(problem, 2, Way::by_blocks, [&](Block<GradientSums>& block) {
+    find_coefficients(problem, block, by);
+    block.without_fetching([&] { gradient_sums(problem, block, dy, sum_g, sum_g_xhat); });
+    input_gradient(problem, block, by.count, sum_g, sum_g_xhat, dy, dx, dresidual);
+  });
+}
+
+void update_running(int64_t channels, const Statistics& by, double rate, double correction,
+                    double* running_mean, double* running_var, int64_t* batches) {
+  const auto is_there = [](double count) { return count > 0; };
+  if (batches && std::any_of(by.count, by.count + channels, is_there)) ++*batches;
   if (!running_mean) return;
   const auto move = [&](double value, double* running) {
     *running = (1 - rate) * *running + rate * value;
   };
   for (int64_t c = 0; c < channels; ++c) {
-    if (!(count[c] > correction)) continue;
-    move(mean[c], running_mean + c);
-    move(var[c] * (count[c] / (count[c] - correction)), running_var + c);
+    const auto [count, mean, var, mean_low, unit] = channel_of(by, c);
+    if (!(count > correction)) continue;
+    move(mean + mean_low, running_mean + c);
+    move(var * unit * unit * (count / (count - correction)), running_var + c);
   }
 }
 

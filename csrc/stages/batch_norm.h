@@ -13,6 +13,8 @@
 //
 // An element whose weight is 0 is left out of the statistics and normalized all the same; where it
 // is not finite, it takes no part in any gradient.
+//
+// Each allocates all its memory before it starts, or throws std::bad_alloc and has changed nothing.
 #pragma once
 
 #include <cstdint>
@@ -71,38 +73,46 @@ struct Problem {
   Team team;                // whose threads do the work, or null (the pool's)
 };
 
-// count, mean, var: out, [channels]. All 0 for a channel without elements.
-void statistics(const Problem& problem, double* count, double* mean, double* var);
+// The statistics of every channel, [channels] each; all 0 for a channel without elements.
+//
+// The mean is mean + mean_low, and the variance var * unit^2, where both can be more than a double
+// holds: without mean_low, null, the mean is rounded; without unit, the variance may be infinite.
+template <class Double>
+struct StatisticsOf {
+  Double *count = nullptr, *mean = nullptr, *var = nullptr;
+  Double *mean_low = nullptr, *unit = nullptr;
+};
+using NewStatistics = StatisticsOf<double>;
+// Without a count, mean and variance do not depend on x: running statistics.
+using Statistics = StatisticsOf<const double>;
 
-// mean, var: in, [channels].  y: out, like x, and may be x itself.
-void normalize(const Problem& problem, const double* mean, const double* var, void* y);
+void statistics(const Problem& problem, const NewStatistics& found);
+
+// y: out, like x, and may be x itself.
+void normalize(const Problem& problem, const Statistics& by, void* y);
 
 // Both in one call: what the first read is in the cache for the second where that is possible.
-void batch_norm(const Problem& problem, double* count, double* mean, double* var, void* y);
+void batch_norm(const Problem& problem, const NewStatistics& found, void* y);
 
 // dy: in, like x.  sum_g, sum_g_xhat: out, [channels]: the gradients of bias and of scale.
-void gradient_sums(const Problem& problem, const double* mean, const double* var, const void* dy,
-                   double* sum_g, double* sum_g_xhat);
+void gradient_sums(const Problem& problem, const Statistics& by, const void* dy, double* sum_g,
+                   double* sum_g_xhat);
 
-// count, mean, var, sum_g, sum_g_xhat: in, [channels].  dy: in, like x.  A null count stands for a
-// mean and a variance that do not depend on x: running statistics.
+// sum_g, sum_g_xhat: in, [channels].  dy: in, like x.
 // dx: out, like x.  dresidual: out, like x, receives g; or null.
-void input_gradient(const Problem& problem, const double* count, const double* mean,
-                    const double* var, const double* sum_g, const double* sum_g_xhat,
-                    const void* dy, void* dx, void* dresidual);
+void input_gradient(const Problem& problem, const Statistics& by, const double* sum_g,
+                    const double* sum_g_xhat, const void* dy, void* dx, void* dresidual);
 
 // Both in one call.
-void batch_norm_gradients(const Problem& problem, const double* count, const double* mean,
-                          const double* var, const void* dy, double* sum_g, double* sum_g_xhat,
-                          void* dx, void* dresidual);
+void batch_norm_gradients(const Problem& problem, const Statistics& by, const void* dy,
+                          double* sum_g, double* sum_g_xhat, void* dx, void* dresidual);
 
 // The step that follows, of a running mean and variance, or null: running = (1 - rate) * running +
 // rate * new, the new variance multiplied by count / (count - correction). A channel of no more
 // than `correction` elements stays as it was. batches, or null, is one more after a batch with any
 // element.
-void update_running(int64_t channels, const double* count, const double* mean, const double* var,
-                    double rate, double correction, double* running_mean, double* running_var,
-                    int64_t* batches);
+void update_running(int64_t channels, const Statistics& by, double rate, double correction,
+                    double* running_mean, double* running_var, int64_t* batches);
 
 // The instruction set in use: the widest of instruction_sets() until another is set.
 const char* instruction_set();

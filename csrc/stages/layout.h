@@ -16,7 +16,7 @@ constexpr int kMaxRank = 16;
 
 // Of each axis of a tensor, the size and the stride, in elements.
 struct Axes {
-  int rank;
+  int rank = 0;
   int64_t sizes[kMaxRank];
   int64_t strides[kMaxRank];
 

@@ -143,16 +143,17 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
                            weight_channels ? weights.bytes : nullptr,
                            weight_channels,
                            nullptr};
+  const NewStatistics found = {count.data(), mean.data(), var.data()};
+  const Statistics by = {count.data(), mean.data(), var.data()};
   if (one_call) {
-    batch_norm(problem, count.data(), mean.data(), var.data(), y.bytes);
-    batch_norm_gradients(problem, count.data(), mean.data(), var.data(), dy.bytes, sum_g.data(),
-                         sum_g_xhat.data(), dx.bytes, dr.bytes);
+    batch_norm(problem, found, y.bytes);
+    batch_norm_gradients(problem, by, dy.bytes, sum_g.data(), sum_g_xhat.data(), dx.bytes,
+                         dr.bytes);
   } else {
-    statistics(problem, count.data(), mean.data(), var.data());
-    normalize(problem, mean.data(), var.data(), y.bytes);
-    gradient_sums(problem, mean.data(), var.data(), dy.bytes, sum_g.data(), sum_g_xhat.data());
-    input_gradient(problem, count.data(), mean.data(), var.data(), sum_g.data(), sum_g_xhat.data(),
-                   dy.bytes, dx.bytes, dr.bytes);
+    statistics(problem, found);
+    normalize(problem, by, y.bytes);
+    gradient_sums(problem, by, dy.bytes, sum_g.data(), sum_g_xhat.data());
+    input_gradient(problem, by, sum_g.data(), sum_g_xhat.data(), dy.bytes, dx.bytes, dr.bytes);
   }
 
   const std::string name =
