@@ -1033,3 +1033,44 @@ def test_running_statistics_need_a_rate():
 def test_layout_of_no_shape(shape):
     with pytest.raises(ValueError, match="must go with each other"):
         native.kernels.layout(shape, (1,))
+
+
+DOUBLES = {
+    "noise": lambda rows, noise: noise,
+    "ramp": lambda rows, noise: 1e8 + rows / len(rows),
+    "trend": lambda rows, noise: rows + noise,
+    "large mean": lambda rows, noise: 1e12 + 0.01 * noise,
+    "two units of the mean": lambda rows, noise: 1e8 + 2 * np.spacing(1e8) * np.round(noise),
+    "outlier first": lambda rows, noise: np.where(rows == 0, 1e6, noise),
+    "beyond squares": lambda rows, noise: 1e200 * noise,
+    "to the end of the range": lambda rows, noise: np.copysign(1.7e308, noise),
+}
+
+
+@pytest.mark.parametrize("layout", ["rows", "runs"])
+@pytest.mark.parametrize("name", DOUBLES)
+def test_doubles_are_as_exact_as_the_definition(name, layout, monkeypatch):
+    """Within a few times; the truth is in long double."""
+    rows = np.arange(60_000.0)[:, None] * np.ones(3)
+    x = DOUBLES[name](rows, np.random.default_rng(0).normal(size=rows.shape))
+    eps = 1e-20 if name.startswith("two") else 1e-5
+    long = x.astype(np.longdouble)
+    centered = long - long.mean(0)
+    centered = centered - centered.mean(0)
+    variance = np.square(centered).mean(0)
+    wanted = centered / np.sqrt(variance + np.longdouble(eps))
+
+    def errors():
+        if layout == "rows":
+            y, statistics = bn.batch_norm(x, eps=eps)
+        else:
+            by_runs = np.ascontiguousarray(x.reshape(20, 3000, 3).transpose(0, 2, 1))
+            y, statistics = bn.batch_norm(by_runs, axis=1, eps=eps)
+            y = y.transpose(0, 2, 1).reshape(x.shape)
+        of_variance = np.where(variance < 1e308, np.abs(statistics.var - variance) / variance, 0)
+        return np.abs(y - wanted).max(), of_variance.max()
+
+    of_kernels = errors()
+    monkeypatch.setattr(native, "kernels", None)
+    for kernel, definition in zip(of_kernels, errors(), strict=True):
+        assert kernel <= 10 * definition + 1e-15

@@ -422,6 +422,13 @@ double narrowed(Dtype dtype, double value) {
   return std::clamp(value, -kMost, kMost);
 }
 
+// A product of finite numbers stays finite.
+double product(double a, double b) {
+  constexpr double kMost = std::numeric_limits<double>::max();
+  const double ab = a * b;
+  return std::isinf(ab) && std::isfinite(a) && std::isfinite(b) ? std::copysign(kMost, ab) : ab;
+}
+
 // A power of two by which the value comes near 1; 1 where it is within the limits.
 double scale_for(const Limits& limits, double value) {
   if (are_within(limits, value) || !std::isfinite(value)) return 1;
@@ -477,7 +484,7 @@ void set_coefficients(const Problem& problem, Block<Sums>& block, int64_t c,
                       const ChannelStatistics& of) {
   const Limits limits = limits_of(problem.dtype);
   const double rstd = rstd_of(problem, of);
-  const double slope = problem.scale ? rstd * problem.scale[c] : rstd;
+  const double slope = problem.scale ? product(rstd, problem.scale[c]) : rstd;
   Coefficients& to = block.range.at(block.coefficients, c);
   if (!block.range.scales && !are_extreme(problem, limits, of, rstd, slope)) {
     to = coefficients_of(problem, c, of, rstd, slope, 1);
@@ -497,11 +504,12 @@ void find_statistics(const Problem& problem, Block<Deviations>& block, const Tak
   block.add_up(nullptr, [&](const Range& part, Deviations* own, Scratch scratch) {
     kernels().deviations(problem, part, nullptr, scratch, own);
   });
-  // A square can overflow where the variance of float data does not overflow a double; and weights
-  // can be so small that their products with a square are not precise.
-  const double least_count = limits_of(problem.dtype).low;
+  // A square of float data can be more than a float holds, or so little that it is not precise,
+  // which matters where eps is as small; and weights can be as small.
+  const double least = limits_of(problem.dtype).low;
   const auto is_off = [&](const Deviations& of) {
-    return !std::isfinite(of.squares) || (of.count > 0 && of.count < least_count);
+    return !std::isfinite(of.squares) || (of.count > 0 && of.count < least) ||
+           (of.squares < least * of.count && problem.eps < least && !is_wide);
   };
   if (block.mark(is_off)) {
     block.add_up(block.again, [&](const Range& part, Deviations* own, Scratch scratch) {
@@ -528,8 +536,28 @@ void normalize(const Problem& problem, const Block<Sums>& block, void* y) {
   });
 }
 
-void gradient_sums(const Problem& problem, Block<GradientSums>& block, const void* dy,
-                   double* sum_g, double* sum_g_xhat) {
+// (sum g + xhat * sum g*xhat) / m as a line in t; the sums are given as multiplied by scales.g.
+template <class Sums>
+void set_shares(const Problem& problem, Block<Sums>& block, int64_t c, double count, double sum_g,
+                double sum_g_xhat) {
+  if (!(count > 0)) return;
+  const Limits limits = limits_of(problem.dtype);
+  Coefficients& of = block.range.at(block.coefficients, c);
+  double of_g = sum_g / count, of_g_xhat = sum_g_xhat / count;
+  if (std::max(std::fabs(of_g), std::fabs(of_g_xhat)) > limits.high) {  // for g - share
+    Scales& scales = block.scales_of(c);
+    const double scale = scales.g == 1 ? 1 / limits.step : 1;
+    scales.g *= scale;
+    of_g *= scale;
+    of_g_xhat *= scale;
+  }
+  of.share = of_g - of.remainder * of_g_xhat;
+  of.share_xhat = of.rstd * of_g_xhat;
+}
+
+// With a count, also the shares.
+void gradient_sums(const Problem& problem, Block<GradientSums>& block, const double* count,
+                   const void* dy, double* sum_g, double* sum_g_xhat) {
   const auto add = [&](const bool* again) {
     block.add_up(again, [&](const Range& part, GradientSums* own, Scratch scratch) {
       kernels().gradient_sums(problem, part, block.coefficients, dy, again, scratch, own);
@@ -547,45 +575,33 @@ void gradient_sums(const Problem& problem, Block<GradientSums>& block, const voi
     add(block.again);
   }
   for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
-    const Coefficients& of = block.range.at(block.coefficients, c);
+    const double rstd = block.range.at(block.coefficients, c).rstd;
+    const double remainder = block.range.at(block.coefficients, c).remainder;
     const GradientSums& sums = block.range.at(block.sums, c);
-    double g = sums.g + sums.g_low, g_xhat = sums.g_xhat + sums.g_xhat_low;
-    if (block.range.scales) {
-      g /= block.scales_of(c).g;
-      g_xhat /= block.scales_of(c).g;
-    }
-    sum_g[c] = g;
-    sum_g_xhat[c] = g_xhat * std::max(1.0, of.rstd) - of.remainder * g;
+    const double g = sums.g + sums.g_low;
+    const double g_xhat = (sums.g_xhat + sums.g_xhat_low) * std::max(1.0, rstd) - remainder * g;
+    const double scale = block.range.scales ? block.scales_of(c).g : 1;
+    sum_g[c] = g / scale;
+    sum_g_xhat[c] = g_xhat / scale;
+    if (count) set_shares(problem, block, c, count[c], g, g_xhat);
   }
 }
 
 template <class Sums>
-void input_gradient(const Problem& problem, Block<Sums>& block, const double* count,
-                    const double* sum_g, const double* sum_g_xhat, const void* dy, void* dx,
-                    void* dresidual) {
-  const Limits limits = limits_of(problem.dtype);
-  for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
-    if (!count || !(count[c] > 0)) continue;
-    Coefficients& of = block.range.at(block.coefficients, c);
-    // (sum g + xhat * sum g*xhat) / m as a line in t
-    const double of_g = sum_g[c] / count[c], of_g_xhat = sum_g_xhat[c] / count[c];
-    of.share = of_g - of.remainder * of_g_xhat;
-    of.share_xhat = of.rstd * of_g_xhat;
-    const bool are_large = std::max(std::fabs(of_g), std::fabs(of_g_xhat)) > limits.high;
-    if (are_large) block.scales_of(c).g = 1 / limits.step;  // for g - share
-  }
+void input_gradient(const Problem& problem, Block<Sums>& block, bool through_statistics,
+                    const void* dy, void* dx, void* dresidual) {
   for (int64_t c = block.range.channel0; block.range.scales && c < block.range.channel1; ++c) {
     Coefficients& of = block.range.at(block.coefficients, c);
     Scales& scales = block.scales_of(c);
+    of.share /= scales.w;
+    of.share_xhat /= scales.w;
     scales.dx /= scales.g;
-    of.share *= scales.g / scales.w;
-    of.share_xhat *= scales.g / scales.w;
     for (double* each : {&of.share, &of.share_xhat, &scales.dx}) {
       *each = narrowed(problem.dtype, *each);
     }
   }
   block.for_parts(Order::downwards, [&](const Range& part, Sums*, Scratch scratch) {
-    kernels().input_gradient(problem, part, block.coefficients, dy, count != nullptr, scratch, dx,
+    kernels().input_gradient(problem, part, block.coefficients, dy, through_statistics, scratch, dx,
                              dresidual);
   });
 }
@@ -647,7 +663,7 @@ void gradient_sums(const Problem& problem, const Statistics& by, const void* dy,
                    double* sum_g_xhat) {
   for_blocks<GradientSums>(problem, 2, Way::by_blocks, [&](Block<GradientSums>& block) {
     find_coefficients(problem, block, by);
-    gradient_sums(problem, block, dy, sum_g, sum_g_xhat);
+    gradient_sums(problem, block, nullptr, dy, sum_g, sum_g_xhat);
   });
 }
 
@@ -655,7 +671,10 @@ void input_gradient(const Problem& problem, const Statistics& by, const double* 
                     const double* sum_g_xhat, const void* dy, void* dx, void* dresidual) {
   for_blocks<NoSums>(problem, 2, Way::at_once, [&](Block<NoSums>& block) {
     find_coefficients(problem, block, by);
-    input_gradient(problem, block, by.count, sum_g, sum_g_xhat, dy, dx, dresidual);
+    for (int64_t c = block.range.channel0; by.count && c < block.range.channel1; ++c) {
+      set_shares(problem, block, c, by.count[c], sum_g[c], sum_g_xhat[c]);
+    }
+    input_gradient(problem, block, by.count, dy, dx, dresidual);
   });
 }
 
@@ -663,8 +682,8 @@ void batch_norm_gradients(const Problem& problem, const Statistics& by, const vo
                           double* sum_g, double* sum_g_xhat, void* dx, void* dresidual) {
   for_blocks<GradientSums>(problem, 2, Way::by_blocks, [&](Block<GradientSums>& block) {
     find_coefficients(problem, block, by);
-    block.without_fetching([&] { gradient_sums(problem, block, dy, sum_g, sum_g_xhat); });
-    input_gradient(problem, block, by.count, sum_g, sum_g_xhat, dy, dx, dresidual);
+    block.without_fetching([&] { gradient_sums(problem, block, by.count, dy, sum_g, sum_g_xhat); });
+    input_gradient(problem, block, by.count, dy, dx, dresidual);
   });
 }
 
