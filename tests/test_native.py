@@ -1074,3 +1074,34 @@ def test_doubles_are_as_exact_as_the_definition(name, layout, monkeypatch):
     monkeypatch.setattr(native, "kernels", None)
     for kernel, definition in zip(of_kernels, errors(), strict=True):
         assert kernel <= 10 * definition + 1e-15
+
+
+@pytest.mark.parametrize("other", ["nan", "infinity", "overflow", "gradient", "scale"])
+@pytest.mark.parametrize("shape", [(300, 7), (70, 3000), (9, 6, 7), (3, 5, 700)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_bits_of_a_feature_do_not_depend_on_others(dtype, shape, other):
+    random = np.random.default_rng(0)
+    x, dy = (random.normal(size=shape).astype(dtype) for _ in range(2))
+    scale, mask = np.ones(shape[1], dtype), random.random((shape[0], 1, *shape[2:])) < 0.8
+
+    def results(x, dy, scale):
+        options = {"axis": 1, "activation": "silu", "mask": mask}
+        with np.errstate(all="ignore"):
+            y, statistics = bn.batch_norm(x, scale, **options)
+            gradients = bn.batch_norm_gradients(dy, x, statistics, scale, **options)
+        return y, statistics.mean, statistics.var, gradients.x, gradients.scale
+
+    before = results(x, dy, scale)
+    most = 0.9 * float(np.finfo(dtype).max)
+    match other:
+        case "nan" | "infinity":
+            x[2, 3] = float(other)
+        case "overflow":
+            x[:, 3] = np.copysign(most, x[:, 3])
+        case "gradient":
+            dy[:, 3] = most
+        case "scale":
+            scale[3] = most
+    for one, another in zip(before, results(x, dy, scale), strict=True):
+        axis = min(1, one.ndim - 1)
+        np.testing.assert_array_equal(np.delete(one, 3, axis), np.delete(another, 3, axis))
