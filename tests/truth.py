@@ -1,4 +1,4 @@
-"""The truth that tests compare with: batch normalization by plain formulas in float64.
+"""The truth that tests compare with: batch normalization by plain formulas, in float64 or wider.
 
 Nothing here comes from the package. Gradients are by the chain rule, written out in another order
 than in the package: through x̂, var and mean one after the other, as in Ioffe & Szegedy (2015).
@@ -16,28 +16,61 @@ class Truth(NamedTuple):
     var: np.ndarray
 
 
-def _forward(x, scale, bias, axis, eps, mask, residual):
-    x = np.asarray(x, np.float64)
+class _Forward(NamedTuple):
+    """What both directions are made of, along x; `reduced` are the axes to be summed over."""
+
+    reduced: tuple[int, ...]
+    weights: np.ndarray
+    takes_part: np.ndarray
+    count: np.ndarray
+    divisor: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    scale: np.ndarray
+    centered: np.ndarray
+    x_hat: np.ndarray
+    z: np.ndarray
+
+    def sum(self, values):
+        return np.squeeze(values.sum(self.reduced, keepdims=True), self.reduced)
+
+
+def _forward(x, scale, bias, axis, eps, mask, residual, given, dtype) -> _Forward:
+    x = np.asarray(x, dtype)
     axes = axis if isinstance(axis, (tuple, list)) else (axis,)
     features = sorted(each % x.ndim for each in axes)
     reduced = tuple(each for each in range(x.ndim) if each not in features)
-    weights = np.ones(x.shape)
+    shape = [x.shape[each] if each in features else 1 for each in range(x.ndim)]
+    weights = np.ones(x.shape, dtype)
     if mask is not None:
-        weights = np.broadcast_to(np.asarray(mask, np.float64), x.shape)
-    inside = np.where(weights > 0, x, 0.0)
+        weights = np.broadcast_to(np.asarray(mask, dtype), x.shape)
+    takes_part = np.ones(x.shape, bool) if mask is None else (weights > 0) | np.isfinite(x)
+    x = np.where(takes_part, x, 0)
     count = weights.sum(reduced, keepdims=True)
     divisor = np.where(count > 0, count, 1)
-    mean = (weights * inside).sum(reduced, keepdims=True) / divisor
-    centered = np.where(weights > 0, x - mean, 0.0)
-    mean = mean + (weights * centered).sum(reduced, keepdims=True) / divisor
-    centered = np.where(weights > 0, x - mean, 0.0)
-    var = (weights * centered**2).sum(reduced, keepdims=True) / divisor
-    shape = [x.shape[each] if each in features else 1 for each in range(x.ndim)]
-    scale = np.ones(shape) if scale is None else np.asarray(scale, np.float64).reshape(shape)
-    bias = np.zeros(shape) if bias is None else np.asarray(bias, np.float64).reshape(shape)
-    x_hat = (x - mean) / np.sqrt(var + eps)
-    z = x_hat * scale + bias + (0 if residual is None else np.asarray(residual, np.float64))
-    return x, reduced, weights, count, divisor, mean, var, scale, x_hat, z
+
+    def average(values):
+        return (weights * values).sum(reduced, keepdims=True) / divisor
+
+    def inside(values):
+        return np.where(weights > 0, values, 0)
+
+    if given is None:
+        mean = average(inside(x))
+        # What rounding the mean has left out is not rounded away again.
+        rest = average(inside(x - mean))
+        centered = x - mean - rest
+        mean, var = mean + rest, average(inside(centered) ** 2)
+    else:
+        mean, var = (np.asarray(each, dtype).reshape(shape) for each in given)
+        centered = x - mean
+    scale = np.ones(shape, dtype) if scale is None else np.asarray(scale, dtype).reshape(shape)
+    bias = np.zeros(shape, dtype) if bias is None else np.asarray(bias, dtype).reshape(shape)
+    x_hat = centered / np.sqrt(var + dtype(eps))
+    z = x_hat * scale + bias + (0 if residual is None else np.asarray(residual, dtype))
+    return _Forward(
+        reduced, weights, takes_part, count, divisor, mean, var, scale, centered, x_hat, z
+    )
 
 
 def _sigmoid(z):
@@ -46,39 +79,67 @@ def _sigmoid(z):
 
 
 def batch_norm(
-    x, scale=None, bias=None, *, axis=-1, eps=1e-5, mask=None, residual=None, activation=None
+    x,
+    scale=None,
+    bias=None,
+    *,
+    axis=-1,
+    eps=1e-5,
+    mask=None,
+    residual=None,
+    activation=None,
+    given=None,
+    dtype=np.float64,
 ):
-    x, reduced, _, count, _, mean, var, _, _, z = _forward(
-        x, scale, bias, axis, eps, mask, residual
-    )
+    """By the statistics of x; or by `given` ones, (mean, var), which are returned as they came."""
+    forward = _forward(x, scale, bias, axis, eps, mask, residual, given, dtype)
+    z = forward.z
     y = {None: lambda: z, "relu": lambda: np.maximum(z, 0), "silu": lambda: z * _sigmoid(z)}
-    squeezed = (np.squeeze(each, reduced) for each in (count, mean, var))
-    return Truth(y[activation](), *squeezed)
+    statistics = (forward.count, forward.mean, forward.var)
+    squeezed = (np.squeeze(each, forward.reduced) for each in statistics)
+    # With weights, what is not finite has no output.
+    finite = mask is None or np.isfinite(np.asarray(x, dtype))
+    return Truth(np.where(finite, y[activation](), np.nan), *squeezed)
 
 
 def batch_norm_gradients(
-    dy, x, scale=None, bias=None, *, axis=-1, eps=1e-5, mask=None, residual=None, activation=None
+    dy,
+    x,
+    scale=None,
+    bias=None,
+    *,
+    axis=-1,
+    eps=1e-5,
+    mask=None,
+    residual=None,
+    activation=None,
+    given=None,
+    dtype=np.float64,
 ):
-    """Gradients of sum(y * dy), by the name of the argument; residual of the shape of x."""
-    x, reduced, weights, _, divisor, mean, var, scale, x_hat, z = _forward(
-        x, scale, bias, axis, eps, mask, residual
-    )
+    """Gradients of sum(y * dy), by the name of the argument; residual of the shape of x.
+
+    With a `given` mean and var, which do not depend on x, those of them as well.
+    """
+    forward = _forward(x, scale, bias, axis, eps, mask, residual, given, dtype)
+    reduced, centered, scale, z = forward.reduced, forward.centered, forward.scale, forward.z
     sigmoid = _sigmoid(z)
     slope = {
         None: 1.0,
         "relu": z > 0,
         "silu": sigmoid + z * sigmoid * (1 - sigmoid),
     }
-    g = np.asarray(dy, np.float64) * slope[activation]
+    g = np.where(forward.takes_part, np.asarray(dy, dtype) * slope[activation], 0)
     d_x_hat = g * scale
-    centered = x - mean
-    rstd = 1 / np.sqrt(var + eps)
+    rstd = 1 / np.sqrt(forward.var + dtype(eps))
     d_var = (d_x_hat * centered).sum(reduced, keepdims=True) * -0.5 * rstd**3
     d_mean = -(d_x_hat * rstd).sum(reduced, keepdims=True)
-    d_x = d_x_hat * rstd + weights / divisor * (2 * d_var * centered + d_mean)
-    return {
-        "x": d_x,
-        "scale": np.squeeze((g * x_hat).sum(reduced, keepdims=True), reduced),
-        "bias": np.squeeze(g.sum(reduced, keepdims=True), reduced),
+    gradients = {
+        "x": d_x_hat * rstd,
+        "scale": forward.sum(g * forward.x_hat),
+        "bias": forward.sum(g),
         "residual": g,
     }
+    if given is not None:
+        return {**gradients, "mean": np.squeeze(d_mean, reduced), "var": np.squeeze(d_var, reduced)}
+    through = np.where(forward.weights > 0, 2 * d_var * centered + d_mean, 0)
+    return {**gradients, "x": gradients["x"] + forward.weights / forward.divisor * through}
