@@ -4,7 +4,7 @@ IN_VENV := $(VENV)/bin/
 OLDEST := .venv-oldest-jax
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize bench bench-quick clean
+.PHONY: help demo test lint format sanitize fuzz bench bench-quick clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -52,13 +52,31 @@ format: $(VENV)/dev ## Format Python and C++.
 	$(IN_VENV)clang-format -i csrc/*/* tests/native/* benchmarks/*.cc
 
 # Frame pointers and -O1 keep the reports readable. ThreadSanitizer cannot follow a fork.
-sanitize: $(VENV)/dev ## Run the native tests under the address, undefined and thread sanitizers.
+SANITIZED := -DCMAKE_BUILD_TYPE=None \
+  -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=$$sanitizer"
+sanitize: $(VENV)/dev ## Run the native tests under the address, undefined and thread sanitizers; fuzz for a minute.
 	for sanitizer in address,undefined thread; do \
-	  $(IN_VENV)cmake -S . -B build/$$sanitizer -DCMAKE_BUILD_TYPE=None \
-	    -DCMAKE_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=$$sanitizer" && \
+	  $(IN_VENV)cmake -S . -B build/$$sanitizer $(SANITIZED) && \
 	  $(IN_VENV)cmake --build build/$$sanitizer --parallel && \
 	  $(IN_VENV)ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; \
 	done
+	$(MAKE) fuzz SECONDS=60
+
+# A package of its own, whose native module has the sanitizers; Python has not, and so loads them first.
+SECONDS ?= 180
+SEED ?=
+FUZZED := build/fuzz
+fuzz: $(VENV)/dev ## Make random calls under sanitizers, for three minutes or SECONDS=20, say.
+	sanitizer=address,undefined && \
+	  $(IN_VENV)cmake -S . -B $(FUZZED) -DSKBUILD=1 -DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)python $(SANITIZED)
+	$(IN_VENV)cmake --build $(FUZZED) --parallel
+	mkdir -p $(FUZZED)/package
+	cp -R src/batchnorm $(FUZZED)/package/
+	cp $(FUZZED)/_cpu.*so $(FUZZED)/package/batchnorm/native/
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(IN_VENV)python tests/fuzz.py --seconds $(SECONDS) $(SEED:%=--seed %) \
+	  --package $(FUZZED)/package \
+	  --preload "$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
 
 bench: $(VENV)/bench ## Time the kernels and the layers beside their peers; writes docs/benchmarks.md.
 	$(IN_VENV)python benchmarks/report.py
