@@ -149,7 +149,7 @@ class Watch:
     def look(self) -> None:
         for memory, wanted in self.before.values():
             for each in self.placed:
-                if each.is_written and each.memory is memory:
+                if each.is_written and each.memory is memory and each.array.size:
                     each.bytes_of(wanted)[...] = each.bytes_of(memory)
             changed = np.flatnonzero(memory != wanted)
             if changed.size:
