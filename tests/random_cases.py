@@ -421,7 +421,7 @@ class Expected:
 
             is_wide = case.dtype.itemsize > 4
             info = np.finfo(FLOAT64 if is_wide else FLOAT32)
-            self.unit = ROUNDINGS * Wide(info.eps) / 2
+            self.unit, self.limit = ROUNDINGS * Wide(info.eps) / 2, Wide(info.max)
             self.count = np.broadcast_to(self.truth.count, case.feature_shape)
             counted = self.weights > 0
             spoilt = self.over(counted & ~np.isfinite(x), np.any)
@@ -440,12 +440,11 @@ class Expected:
             else:
                 self.mean_error = self.mean_error + self.unit**2 * np.abs(self.truth.mean)
             self.x_hat = np.where(self.part, (x - mean) * case.along(self.rstd), 0)
-            self.x_hat_error = (self.unit * distance + case.along(self.mean_error)) * case.along(
-                self.rstd
-            ) + self.lost * (1 + distance)
+            error = self.unit * distance + case.along(self.mean_error) + self.lost
+            self.x_hat_error = error * case.along(self.rstd) + self.lost * (1 + distance)
             self.z = self.x_hat * case.along(self.scale) + case.along(bias) + residual
             added = np.abs(case.along(bias)) + np.abs(residual) + np.abs(self.z)
-            self.z_error = self.x_hat_error * scale + self.unit * added
+            self.z_error = self.x_hat_error * scale + self.unit * added + self.lost
             if "residual" in wide:
                 self.z_error = self.z_error + rounded(case.dtype, residual)
 
@@ -461,10 +460,10 @@ class Expected:
         return found.reshape(self.case.feature_shape)
 
     def near(self, wanted: np.ndarray, error: np.ndarray) -> Near:
-        """Of the shape of x, or of one feature's."""
+        """Of the shape of x, or of one feature's; an error beyond the range of the dtype is ∞."""
         is_like_x = wanted.ndim == len(self.case.shape)
         spoilt = self.case.along(self.spoilt) if is_like_x else self.spoilt
-        return Near(wanted, np.where(spoilt, np.inf, error))
+        return Near(wanted, np.where(spoilt | (error > self.limit), np.inf, error))
 
     def statistics(self) -> dict[str, Near]:
         mean, var = self.truth.mean, self.truth.var
@@ -503,10 +502,10 @@ class Expected:
         def total(values: np.ndarray) -> np.ndarray:
             return self.over(np.where(self.part, values, 0), np.sum)
 
-        lost = 2 * self.lost * case.values_per_feature
+        lost = 2 * self.lost * case.values_per_feature * (1 + self.rstd)
         bias_error = total(g_error + unit * g) + lost
         scale_error = total((g_error + unit * g) * (x_hat + x_hat_error) + g * x_hat_error) + lost
-        error = g_error + unit * g + lost
+        error = g_error + unit * g + along(lost)
         if self.given is None:
             sum_g, sum_g_x_hat = np.abs(wanted["bias"]), np.abs(wanted["scale"])
             shared = along(bias_error + unit * sum_g) + x_hat_error * along(sum_g_x_hat)
@@ -514,11 +513,13 @@ class Expected:
             error = error + self.weights / along(self.divisor) * shared
         x_error = along(size) * error + unit * np.abs(wanted["x"])
         errors = {
-            "x": x_error + 8 * self.lost * (1 + error / unit) + rounded(case.dtype, wanted["x"]),
+            "x": x_error + 8 * self.lost * (1 + error / unit),
             "scale": scale_error,
             "bias": bias_error,
-            "residual": g_error + rounded(case.dtype, g),
+            "residual": g_error,
         }
+        for name in ("x", "residual"):
+            errors[name] = errors[name] + rounded(case.dtype, np.abs(wanted[name]) + errors[name])
         if self.given is not None:
             errors["mean"] = size * (bias_error + 4 * total(unit * g)) + lost
             errors["var"] = size * self.rstd * (scale_error + 4 * total(unit * g * x_hat)) + lost
@@ -535,15 +536,16 @@ class Expected:
         wanted = near.wanted.sum(axes, keepdims=True)
         within = near.within.sum(axes, keepdims=True)
         if axes:
-            within = within + 4 * self.unit * np.abs(near.wanted).sum(axes, keepdims=True)
+            sizes = np.abs(np.nan_to_num(near.wanted))
+            within = within + 4 * self.unit * sizes.sum(axes, keepdims=True)
         within = within + 2 * rounded(case.dtype, wanted)
         return Near(wanted.reshape(shape), within.reshape(shape))
 
 
 def rounded(dtype: np.dtype, values: np.ndarray) -> np.ndarray:
-    """What rounding values to a dtype may change."""
+    """What rounding values to a dtype may change; nothing of NaN."""
     info = np.finfo(dtype) if dtype == LONG else ml_dtypes.finfo(dtype)
-    return Wide(info.eps) * np.abs(values) + Wide(info.smallest_subnormal)
+    return Wide(info.eps) * np.abs(np.nan_to_num(values)) + Wide(info.smallest_subnormal)
 
 
 def dtype_of(array: Any) -> np.dtype:
@@ -562,7 +564,7 @@ def check(name: str, got: Any, near: Near, dtype: np.dtype | None = None) -> Non
     found = array.astype(Wide)
     limit = Wide((np.finfo(kind) if kind == LONG else ml_dtypes.finfo(kind)).max)
     with np.errstate(all="ignore"):
-        within = np.where(np.isinf(near.within), np.inf, near.within + rounded(kind, wanted))
+        within = near.within + rounded(kind, wanted)
         is_right = (np.abs(found - wanted) <= within) | (found == wanted) | np.isinf(within)
         is_right |= np.isnan(found) & np.isnan(wanted)
         is_beyond = np.abs(wanted) + within >= 0.99 * limit
