@@ -111,7 +111,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--only", type=int, metavar="NUMBER", help="make this call alone")
-    parser.add_argument("--door", choices=["numpy", "torch"], default="", help="the other's not")
+    parser.add_argument(
+        "--door", choices=["numpy", "torch"], default="", help="make the calls of this door alone"
+    )
     parser.add_argument("--package", default="", help="a folder with the batchnorm to call")
     parser.add_argument("--preload", default="", help="libraries that it needs, of sanitizers")
     options = parser.parse_args()

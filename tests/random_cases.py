@@ -56,11 +56,9 @@ class Placed:
         )
 
     def seen(self) -> np.ndarray:
-        return (
-            np.broadcast_to(self.array, self.shape)
-            if self.shape != self.array.shape
-            else (self.array)
-        )
+        if self.shape == self.array.shape:
+            return self.array
+        return np.broadcast_to(self.array, self.shape)
 
     def bytes_of(self, memory: np.ndarray) -> np.ndarray:
         """The same array within a copy of its memory."""
@@ -223,13 +221,10 @@ def draw_numbers(random: Random, shape: Any, dtype: np.dtype, features: Any) -> 
         return normal.clip(float(info.min), float(info.max)).astype(dtype)
 
 
-def draw_parameter(
-    random: Random, shape: Any, size: float = 1.0, dtypes: Any = None, about: float = 0.0
-) -> np.ndarray:
-    values = about + size * random.standard_normal(shape)
+def draw_parameter(random: Random, shape: Any, dtypes: list[np.dtype]) -> np.ndarray:
+    values = random.standard_normal(shape)
     if chance(random, 0.1):
         values = values * 10 ** random.uniform(-4, 4)
-    dtypes = dtypes or [FLOAT32, FLOAT32, FLOAT64, FLOAT16, BFLOAT16]
     return values.clip(-6e4, 6e4).astype(pick(random, dtypes))
 
 
@@ -290,8 +285,13 @@ class Case:
         return np.broadcast_to(np.asarray(values), self.feature_shape).reshape(shape)
 
 
-def draw_case(random: Random, door: str, names: set[str], parameters: Any = None) -> Case:
-    """The values of a call; `names` are those of arguments that it may have."""
+def draw_case(
+    random: Random, door: str, names: set[str], parameters: Callable[[np.dtype], list[np.dtype]]
+) -> Case:
+    """The values of a call; `names` are those of arguments that it may have.
+
+    `parameters` says which dtypes may go with that of x.
+    """
     shape, features = draw_shape(random, door)
     dtype = pick(random, DTYPES)
     if door == "numpy" and chance(random, 0.02):
@@ -314,18 +314,16 @@ def draw_case(random: Random, door: str, names: set[str], parameters: Any = None
         if expanded == list(shape):
             draw_padding(random, values["x"], values["mask"])
     if chance(random, 0.04) and values["x"].size:
-        place = random.integers(values["x"].size)
-        values["x"].reshape(-1)[place] = pick(random, [np.nan, np.inf])
-    dtypes = parameters(dtype) if parameters else None
-    if "scale" in names and chance(random, 0.7):
-        values["scale"] = draw_parameter(random, case.feature_shape, 1.0, dtypes)
-    if "bias" in names and chance(random, 0.6):
-        values["bias"] = draw_parameter(random, case.feature_shape, 1.0, dtypes)
+        at = random.integers(values["x"].size)
+        values["x"].reshape(-1)[at] = pick(random, [np.nan, np.inf])
+    for name in ("scale", "bias"):
+        if name in names and chance(random, 0.7):
+            values[name] = draw_parameter(random, case.feature_shape, parameters(dtype))
     if "residual" in names and chance(random, 0.3):
         of = [1 if chance(random, 0.15) else size for size in shape]
         of = of[random.integers(len(of)) if chance(random, 0.1) else 0 :]
         kind = dtype if chance(random, 0.8) else pick(random, [FLOAT32, FLOAT16])
-        values["residual"] = draw_parameter(random, of, 1.0, [kind])
+        values["residual"] = draw_parameter(random, of, [kind])
     if "dy" in names:
         of = [1 if chance(random, 0.03) else size for size in shape]
         size = 10 ** random.uniform(-2, 2) if dtype != FLOAT16 else 1.0
@@ -333,15 +331,11 @@ def draw_case(random: Random, door: str, names: set[str], parameters: Any = None
     return case
 
 
-def draw_given(random: Random, case: Case, dtypes: Any = None) -> None:
+def draw_given(random: Random, case: Case, dtypes: list[np.dtype]) -> None:
     """A mean and a variance not far from the batch's."""
     found = Expected(case).truth
-    largest = 1e4 if case.dtype in (FLOAT16, BFLOAT16) else 1e30
-    dtypes = dtypes or (
-        [FLOAT32, FLOAT64] if case.dtype == FLOAT64 else [FLOAT32, FLOAT64, FLOAT32]
-    )
     kind = pick(random, dtypes)
-    most = min(largest, float(ml_dtypes.finfo(kind).max) / 10)
+    most = min(1e30, float(ml_dtypes.finfo(kind).max) / 10)
     for name, value in (("mean", found.mean), ("var", found.var)):
         value = np.where(np.isfinite(value), value, 1.0)
         value = value * random.uniform(0.8, 1.2, case.feature_shape)
@@ -380,6 +374,8 @@ class Near:
 
     wanted: np.ndarray
     within: np.ndarray
+    # Beyond it, the dtype of computation has ∞ alone.
+    limit: float = np.inf
 
 
 # How many roundings of the dtype of computation a result may be off, in units of what is added up.
@@ -463,7 +459,8 @@ class Expected:
         """Of the shape of x, or of one feature's; an error beyond the range of the dtype is ∞."""
         is_like_x = wanted.ndim == len(self.case.shape)
         spoilt = self.case.along(self.spoilt) if is_like_x else self.spoilt
-        return Near(wanted, np.where(spoilt | (error > self.limit), np.inf, error))
+        within = np.where(spoilt | (error > self.limit), np.inf, error)
+        return Near(wanted, within, self.limit)
 
     def statistics(self) -> dict[str, Near]:
         mean, var = self.truth.mean, self.truth.var
@@ -539,7 +536,7 @@ class Expected:
             sizes = np.abs(np.nan_to_num(near.wanted))
             within = within + 4 * self.unit * sizes.sum(axes, keepdims=True)
         within = within + 2 * rounded(case.dtype, wanted)
-        return Near(wanted.reshape(shape), within.reshape(shape))
+        return Near(wanted.reshape(shape), within.reshape(shape), near.limit)
 
 
 def rounded(dtype: np.dtype, values: np.ndarray) -> np.ndarray:
@@ -554,7 +551,7 @@ def dtype_of(array: Any) -> np.dtype:
 
 
 def check(name: str, got: Any, near: Near, dtype: np.dtype | None = None) -> None:
-    """Where what is wanted is beyond the range of its dtype, half of that range will do."""
+    """Where what is wanted is beyond the range of a dtype, half of that range will do."""
     kind, array = dtype_of(got), as_numpy(got)
     wanted = np.asarray(near.wanted)
     if dtype is not None and kind != dtype:
@@ -562,7 +559,8 @@ def check(name: str, got: Any, near: Near, dtype: np.dtype | None = None) -> Non
     if array.shape != wanted.shape:
         raise WrongError(f"{name} has the shape {array.shape}, not {wanted.shape}")
     found = array.astype(Wide)
-    limit = Wide((np.finfo(kind) if kind == LONG else ml_dtypes.finfo(kind)).max)
+    info = np.finfo(kind) if kind == LONG else ml_dtypes.finfo(kind)
+    limit = min(near.limit, Wide(info.max))
     with np.errstate(all="ignore"):
         within = near.within + rounded(kind, wanted)
         is_right = (np.abs(found - wanted) <= within) | (found == wanted) | np.isinf(within)
