@@ -20,6 +20,12 @@ from typing import NamedTuple
 
 RANDOM_CALLS = (sys.executable, str(Path(__file__).with_name("random_calls.py")))
 
+# Python itself frees little of its memory at the end.
+SANITIZERS = {
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+}
+
 
 class Failure(NamedTuple):
     number: int
@@ -94,7 +100,9 @@ def _hangs(worker: subprocess.Popen[bytes], journal: Path, patience: float) -> b
 
 def environment_of(package: str, preload: str) -> dict[str, str]:
     """With the batchnorm in a folder in the place of the installed one."""
-    environment = {**os.environ, "LD_PRELOAD": preload}
+    environment = dict(os.environ)
+    if preload:
+        environment |= {"LD_PRELOAD": preload, **SANITIZERS}
     if package:
         environment["PYTHONPATH"] = package
         program = "import batchnorm; print(batchnorm.__file__)"
