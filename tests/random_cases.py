@@ -443,6 +443,10 @@ class Expected:
             self.z_error = self.x_hat_error * scale + self.unit * added + self.lost
             if "residual" in wide:
                 self.z_error = self.z_error + rounded(case.dtype, residual)
+            # Terms beyond the range of the dtype of computation do not cancel in it.
+            largest = np.maximum(np.abs(self.x_hat) * scale, np.abs(residual))
+            is_lost = (largest >= self.limit) & (np.abs(self.z) < self.limit)
+            self.z_error = np.where(is_lost, np.inf, self.z_error)
 
     @property
     def divisor(self) -> np.ndarray:
