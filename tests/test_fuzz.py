@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 import random_calls
 import random_cases
+import torch
+import truth
 from random_cases import BFLOAT16, FLOAT32, Case, Expected, Near, WrongError, check
 
 import batchnorm.numpy as bn
+import batchnorm.torch as bt
+
+
+@pytest.mark.parametrize("door", ["numpy", "torch"])
+def test_random_calls_are_right(door):
+    calls, failures = fuzz.run(seed=1, first=0, last=299, seconds=600, door=door)
+    assert not failures, "\n\n".join(
+        f"{each.number} {each.arguments}\n{each.what}" for each in failures
+    )
+    assert calls == 300
 
 
 @pytest.mark.parametrize("door", ["numpy", "torch"])
@@ -135,3 +147,28 @@ def test_memory_is_watched_all_around_an_array(dtype):
                     with pytest.raises(WrongError, match="that are not written"):
                         watch.look()
                 placed.memory[place] ^= 0xFF
+
+
+# ---- what it has found
+
+
+def test_of_two_elements_one_may_be_far_out_and_not_count():
+    """That x̂ is finite does not help where x̂·Σ g·x̂ is not."""
+    x = np.float32([[3e31], [-2e31], [4], [1]])
+    dy, mask = np.float32([[1], [2], [3], [4]]), np.array([[False], [False], [True], [True]])
+    gradients = bn.batch_norm_gradients(dy, x, bn.batch_statistics(x, mask=mask), mask=mask)
+    wanted = truth.batch_norm_gradients(dy, x, mask=mask)["x"]
+    np.testing.assert_allclose(gradients.x, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("function", ["batch_norm", "normalize"])
+def test_parameters_of_nothing_have_gradients(function, order):
+    x, mean, scale, bias = torch.zeros(0, 3), torch.zeros(3), torch.ones(3), torch.zeros(3)
+    leaves = [each.requires_grad_() for each in (mean, scale, bias)]
+    if function == "normalize":
+        y = bt.normalize(x, mean, torch.ones(3), scale, bias)
+    else:
+        y, leaves = bt.batch_norm(x, scale, bias)[0], leaves[1:]
+    for gradient in torch.autograd.grad(y.sum(), leaves, create_graph=order == 2):
+        assert torch.equal(gradient, torch.zeros(3))
