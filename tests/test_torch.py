@@ -854,6 +854,60 @@ assert status == 0, status
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP runtime is another one there")
+@pytest.mark.skipif(native.kernels is None, reason="native kernels are not built")
+@pytest.mark.parametrize("where", ["a fork", "a worker of DataLoader", "a thread"])
+def test_set_num_threads_is_a_limit(where):
+    program = """
+import os, sys, threading, warnings
+import torch
+import batchnorm, batchnorm.torch
+warnings.simplefilter("ignore")
+batchnorm.set_num_threads(8)
+torch.set_num_threads(4)
+x = torch.randn(64, 16, 56, 56)
+layer = batchnorm.torch.BatchNorm2d(16)
+layer(x)
+
+def started():
+    before = len(os.listdir("/proc/self/task"))
+    layer(x)
+    return len(os.listdir("/proc/self/task")) - before
+
+def in_child(threads):
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(threads)
+        os._exit(100 + started())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 100
+
+def in_thread():
+    torch.set_num_threads(1)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(started()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+    def __getitem__(self, index):
+        return started()
+
+where = sys.argv[1]
+if where == "a fork":
+    assert [in_child(threads) for threads in (1, 2, 4)] == [0, 1, 3]
+elif where == "a thread":
+    assert in_thread() == 0
+else:
+    assert [each.item() for each in torch.utils.data.DataLoader(Data(), num_workers=1)] == [0]
+"""
+    command = [sys.executable, "-c", program, where]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_move_running_statistics_one_after_the_other(dtype):
     layer = bt.BatchNorm1d(8, momentum=1e-4, dtype=dtype)

@@ -322,7 +322,7 @@ class Call {
   }
   bool parse_team() {
     PyObject* capsule = values_[kTeam];
-    if (capsule) team = reinterpret_cast<Team>(PyCapsule_GetPointer(capsule, kTeamCapsule));
+    if (capsule) team = static_cast<Team>(PyCapsule_GetPointer(capsule, kTeamCapsule));
     return !capsule || team;
   }
   bool parse_real(Argument argument, double* real) {
@@ -580,14 +580,20 @@ PyObject* py_register_tensor(PyObject*, PyObject* type) {
   Py_RETURN_TRUE;
 }
 
-// Of a library that is loaded already: its way into its OpenMP runtime (system/parallel.h).
+// Of a library that is loaded already, the way into its OpenMP runtime; of PyTorch's, also
+// at::get_num_threads(), by the name that it has there (system/parallel.h).
 PyObject* py_team(PyObject*, PyObject* path) {
 #ifndef _WIN32
   const char* name = PyUnicode_AsUTF8AndSize(path, nullptr);
   if (!name) return nullptr;
   if (void* library = dlopen(name, RTLD_NOLOAD | RTLD_NOW)) {
     void* start = dlsym(library, "GOMP_parallel");
-    if (start) return PyCapsule_New(start, kTeamCapsule, nullptr);
+    void* threads = dlsym(library, "_ZN2at15get_num_threadsEv");
+    if (start) {
+      const auto team = new OpenMp{reinterpret_cast<decltype(OpenMp::start)>(start),
+                                   reinterpret_cast<decltype(OpenMp::threads)>(threads)};
+      return PyCapsule_New(team, kTeamCapsule, nullptr);  // for good
+    }
   }
 #endif
   Py_RETURN_NONE;

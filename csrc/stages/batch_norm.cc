@@ -195,7 +195,7 @@ struct Plan {
   // `tensors`: how many like x a stage reads.
   Plan(const Problem& problem, int tensors, Way way) : all(whole(problem)) {
     const int64_t channels = problem.shape.channels;
-    threads = threads_for(size_of(all), num_threads());
+    threads = threads_for(size_of(all), num_threads(problem.team));
     step = std::min(channels, kMostChannels);
     own = false;
     if (size_of(all) > 0 && (way == Way::by_blocks || channels > kMostChannels)) {

@@ -239,7 +239,7 @@ class TeamJob {
   TeamJob(Job& job, int seats) : job_(job), seats_(seats) {}
 
   void run(Team team) {
-    team([](void* self) { static_cast<TeamJob*>(self)->join(); }, this, 0, 0);
+    team->start([](void* self) { static_cast<TeamJob*>(self)->join(); }, this, 0, 0);
   }
 
  private:
@@ -337,6 +337,11 @@ int num_threads() {
   int unset = 0;
   thread_limit.compare_exchange_strong(unset, available_cpus());
   return thread_limit;
+}
+
+int num_threads(Team team) {
+  const int threads = num_threads();
+  return team && team->threads ? std::clamp(team->threads(), 1, threads) : threads;
 }
 
 void set_num_threads(int n) { thread_limit = n; }

@@ -39,7 +39,8 @@
 // need. A call that is given the way into that runtime runs its tasks on those threads: on as many
 // as are its setting, up to those that the call may use. OpenMP's threads are not there in the
 // child of a fork, whose loops would wait for them for ever; there the pool serves. Such a call,
-// unlike the pool's, waits for all threads of the team, which has a barrier at its end.
+// unlike the pool's, waits for all threads of the team, which has a barrier at its end. How many
+// threads its user wants is asked at every call, and holds in the child of a fork, too.
 //
 // Workers handle no signals, except those that report a fault of their own. A task computes in the
 // caller's floating-point environment (rounding, flushing of denormals) whichever thread runs it.
@@ -48,10 +49,15 @@
 
 namespace batchnorm {
 
-// An OpenMP runtime's GOMP_parallel(function, argument, threads, flags), to which compilers
-// translate a parallel region: every thread of the team calls function(argument). 0 threads: as
-// many as are set.
-using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+struct OpenMp {
+  // The runtime's GOMP_parallel(function, argument, threads, flags), to which compilers translate a
+  // parallel region: every thread of the team calls function(argument). 0 threads: as many as are
+  // set.
+  void (*start)(void (*)(void*), void*, unsigned, unsigned);
+  // How many threads a loop of the calling thread may have; null where nobody says.
+  int (*threads)();
+};
+using Team = const OpenMp*;
 
 namespace detail {
 using Run = void (*)(const void* body, int task, int seat);
@@ -60,6 +66,9 @@ void parallel_for(int tasks, int threads, Run run, const void* body, Team team);
 
 // How many threads one call may use, the caller included; available_cpus() until it is set.
 int num_threads();
+
+// No more than the team says.
+int num_threads(Team team);
 
 // Runs body(task, seat) for every task in [0, tasks), on up to `threads` threads of `team` or,
 // where it is null, of the pool; returns when all are done. It must not throw.
@@ -71,10 +80,10 @@ void parallel_for(int tasks, int threads, const Body& body, Team team = nullptr)
   detail::parallel_for(tasks, threads, run, &body, team);
 }
 
-// The same with body(task), on up to num_threads() threads.
+// The same with body(task), on up to num_threads(team) threads.
 template <typename Body>
 void parallel_for(int tasks, const Body& body, Team team = nullptr) {
-  parallel_for(tasks, num_threads(), [&](int task, int) { body(task); }, team);
+  parallel_for(tasks, num_threads(team), [&](int task, int) { body(task); }, team);
 }
 
 // For later calls, in all threads; n >= 1. Workers that are no longer wanted stay asleep.

@@ -188,10 +188,10 @@ void test_floating_point_environment() {
   }
 }
 
-// A team of four, started anew for every call.
-std::atomic<int> team_calls{0};
+// A team of four, started anew for every call, of which its user wants fewer now and then.
+std::atomic<int> team_calls{0}, team_threads{4};
 thread_local bool in_team = false;
-void team_of_four(void (*function)(void*), void* argument, unsigned, unsigned) {
+void start_four(void (*function)(void*), void* argument, unsigned, unsigned) {
   ++team_calls;
   std::vector<std::thread> members;
   for (int member = 0; member < 4; ++member) {
@@ -204,6 +204,7 @@ void team_of_four(void (*function)(void*), void* argument, unsigned, unsigned) {
   }
   for (std::thread& member : members) member.join();
 }
+const batchnorm::OpenMp team = {start_four, [] { return team_threads.load(); }};
 
 void test_team() {
   for (int threads : {2, 3, 8}) {
@@ -219,15 +220,24 @@ void test_team() {
         std::lock_guard<std::mutex> lock(mutex);
         members.insert(std::this_thread::get_id());
       };
-      parallel_for(tasks, run, team_of_four);
-      CHECK(std::count(runs.begin(), runs.end(), 1) == tasks);
-      CHECK(static_cast<int>(members.size()) <= threads);
+      for (int wanted : {4, 2}) {
+        team_threads = wanted;
+        members.clear();
+        std::fill(runs.begin(), runs.end(), 0);
+        parallel_for(tasks, run, &team);
+        CHECK(std::count(runs.begin(), runs.end(), 1) == tasks);
+        CHECK(static_cast<int>(members.size()) <= std::min(threads, wanted));
+      }
     }
   }
-  set_num_threads(1);
   const int calls = team_calls;
-  parallel_for(3, [](int) { CHECK(!in_team); }, team_of_four);
-  CHECK(team_calls == calls);
+  for (int wanted : {4, 1}) {  // one thread, by either's setting, is the calling one
+    team_threads = wanted;
+    set_num_threads(wanted == 1 ? 8 : 1);
+    parallel_for(3, [](int) { CHECK(!in_team); }, &team);
+    CHECK(team_calls == calls);
+  }
+  team_threads = 4;
 }
 
 void test_signals() {
@@ -290,7 +300,10 @@ void test_fork() {
     if (round % 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     in_child([] {
       use_pool_after_fork();
-      parallel_for(8, [](int) { CHECK(!in_team); }, team_of_four);
+      parallel_for(8, [](int) { CHECK(!in_team); }, &team);
+      team_threads = 1;  // as its user sets it in the child
+      const std::thread::id caller = std::this_thread::get_id();
+      parallel_for(8, [&](int) { CHECK(std::this_thread::get_id() == caller); }, &team);
       in_child(use_pool_after_fork);
       use_pool_after_fork();
     });

@@ -56,7 +56,7 @@ def set_num_threads(threads: int) -> None:
 
     The default is the number of CPUs that the process may use. For PyTorch's tensors on Linux,
     whose kernels run on the threads of PyTorch's OpenMP runtime except in a forked process,
-    torch.set_num_threads is a limit as well.
+    torch.set_num_threads is a limit as well, in forked processes, too.
 
     Parameters
     ----------

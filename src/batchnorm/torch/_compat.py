@@ -87,6 +87,7 @@ def apply_of(function: type[torch.autograd.Function]) -> Any:
 def operations_library() -> str:
     """The library of PyTorch's operations, which brings the threads that they run on.
 
-    Were it elsewhere, the kernels would run on the pool's, and wait for those now and then.
+    Of it, csrc/faces/python.cc takes GOMP_parallel and at::get_num_threads. Were one elsewhere, the
+    kernels would run on the pool's threads, and wait for PyTorch's now and then.
     """
     return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
