@@ -318,6 +318,20 @@ def test_saved_tensors_may_come_back_elsewhere_in_memory():
     close(torch.autograd.grad(y.pow(2).sum(), x), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_statistics_may_be_overwritten(dtype):
+    x, dy = tensor(6, 3, dtype=dtype).requires_grad_(), tensor(6, 3, dtype=dtype, seed=1)
+    gradients = []
+    for changed in (False, True):
+        y, statistics = bt.batch_norm(x)
+        if changed:
+            with torch.no_grad():
+                for each in statistics:
+                    each.detach().add_(7)
+        gradients.append(torch.autograd.grad(y, x, dy)[0])
+    assert torch.equal(*gradients)
+
+
 def test_the_output_may_be_overwritten():
     x, z = variables((4, 3), (4, 3))
     wanted = torch.autograd.grad(NORM(x).add(1).relu().sum(), x)

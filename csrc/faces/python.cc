@@ -60,13 +60,28 @@ Element element_of(dlpack::DataType dtype) {
   }
 }
 
+// Of the first element; null where there is no memory. In storage that is freed, an element's
+// address is its offset alone, which no memory is large enough to bring into the range of other
+// addresses.
+void* address_of(PyObject* object, const dlpack::Tensor& tensor) {
+  constexpr uint64_t kLargestOffset = uint64_t{1} << 44;
+  if (!tensor.data) return nullptr;
+  char* const address = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  const uint64_t bytes = reinterpret_cast<uintptr_t>(address);
+  if (bytes > kLargestOffset) return address;
+  PyObject* offset = PyObject_CallMethod(object, "storage_offset", nullptr);
+  const uint64_t elements = offset ? PyLong_AsUnsignedLongLong(offset) : 0;
+  Py_XDECREF(offset);
+  return offset && bytes != elements * (tensor.dtype.bits / 8) ? address : nullptr;
+}
+
 void read_tensor(PyObject* object, dlpack::TensorOfObject tensor_of, Operand* operand) {
   dlpack::Tensor tensor;
   if (tensor_of(object, &tensor) != 0) return;  // it is sparse, say, or without memory
   if (tensor.device.device_type != dlpack::kCpu || tensor.ndim > kMaxRank) return;
   operand->is_known = operand->is_writable = true;
   operand->element = element_of(tensor.dtype);
-  operand->data = tensor.data ? static_cast<char*>(tensor.data) + tensor.byte_offset : nullptr;
+  operand->data = address_of(object, tensor);
   operand->axes.rank = tensor.ndim;
   for (int axis = 0; axis < tensor.ndim; ++axis) {
     operand->axes.sizes[axis] = tensor.shape[axis];

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import checks
 from ..definition import Inputs, Problem
 from ..layout import feature_shape, values_per_feature
-from ._compat import is_watched
+from ._compat import check_memory, is_watched
 from ._stages import Call, wide
 from ._sync import Group, processes_of
 
@@ -42,6 +42,7 @@ def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
     if residual is None:
         return None
     check_floating("residual", residual)
+    check_memory("residual", residual)
     check_device("residual", residual, x)
     checks.broadcasts("residual", residual.shape, x.shape)
     return residual.to(x.dtype).expand(x.shape)
@@ -53,6 +54,7 @@ def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
     checks.instance("mask", mask, Tensor)
     checks.floating("mask", mask.dtype, not mask.dtype.is_complex)
+    check_memory("mask", mask)
     check_device("mask", mask, x)
     checks.broadcasts("mask", mask.shape, x.shape)
     weights = mask.to(wide(x.dtype))

@@ -84,6 +84,26 @@ def apply_of(function: type[torch.autograd.Function]) -> Any:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+def check_memory(name: str, tensor: Tensor) -> None:
+    """That its storage has not been given back, as FSDP does between uses: operations would crash.
+
+    What has no storage of its own (sparse, say, or batched) says so by a NotImplementedError. Were
+    that another one, such tensors would be refused with it: add it here.
+    """
+    if torch.compiler.is_compiling():  # of what will be there later
+        return
+    try:
+        is_freed = tensor.untyped_storage().nbytes() == 0 and tensor.numel() > 0
+    except NotImplementedError:
+        return
+    if is_freed:
+        raise RuntimeError(
+            f"{name} has no memory: its shape is {tuple(tensor.shape)}, but its storage has been "
+            "freed, as FSDP frees parameters between uses. Call the model as a whole, or gather "
+            "them first."
+        )
+
+
 def operations_library() -> str:
     """The library of PyTorch's operations, which brings the threads that they run on.
 

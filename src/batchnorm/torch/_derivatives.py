@@ -122,6 +122,7 @@ class _Output(torch.autograd.Function):
         given = None if mean is None else Given(mean, var)
         y, ctx.by = _forward(call, inputs, given, running, watched=False)
         ctx.call = call
+        ctx.dtypes = _dtypes(scale, bias)
         ctx.has_residual = residual is not None
         if call.problem.activation is None:
             residual = None
@@ -136,23 +137,15 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None = None) -> Any:
-        values: Any
-        *values, mean, _ = ctx.saved_tensors
-        inputs, by, call = Inputs(*values), ctx.by, ctx.call
-        if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
-            return None, None, None, *_differentiable_gradients(ctx, dy, dstatistics)
-        if dy is None:
-            return (None,) * 10
-        watched = _compat.is_watched(inputs.x) or _compat.is_batch_of_autograd(dy)
-        stages = Stages(call.problem, inputs, watched=watched)
-        if call.processes.is_shared and not isinstance(by, Given):
-            own = stages.gradient_sums(by, dy)
-            sums = call.processes.sum(own)
-            dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual)
-            dscale, dbias = stages.parameter_gradients(own)
-        else:
-            dscale, dbias, dx, g = stages.gradients(by, dy, ctx.has_residual)
-        return None, None, None, dx, dscale, dbias, g, None, None, None
+        try:
+            return None, None, None, *_gradients(ctx, dy, dstatistics)
+        except ValueError as error:  # of what was right in the forward pass
+            raise RuntimeError(
+                "What batch normalization kept for its backward pass is no longer what it was in "
+                "the forward pass. Do not assign to the data of an input or parameter in between, "
+                "and let hooks for saved tensors give back the shape and dtype that they were "
+                f"given. ({error})"
+            ) from error
 
 
 class _OutputAndStatistics(_Output):
@@ -166,6 +159,35 @@ _apply = _compat.apply_of(_Output)
 _apply_with_statistics = _compat.apply_of(_OutputAndStatistics)
 
 
+def _dtypes(scale: Tensor | None, bias: Tensor | None) -> Any:
+    return None if scale is None else scale.dtype, None if bias is None else bias.dtype
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
+    """Of x, scale, bias, residual, weights, mean and var."""
+    values: Any
+    *values, mean, _ = ctx.saved_tensors
+    inputs, by, call = Inputs(*values), ctx.by, ctx.call
+    if (dtypes := _dtypes(inputs.scale, inputs.bias)) != ctx.dtypes:
+        raise ValueError(
+            f"scale (weight) and bias had the dtypes {ctx.dtypes}, but they have {dtypes}."
+        )
+    if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
+        return _differentiable_gradients(ctx, dy, dstatistics)
+    if dy is None:
+        return (None,) * 7
+    watched = _compat.is_watched(inputs.x) or _compat.is_batch_of_autograd(dy)
+    stages = Stages(call.problem, inputs, watched=watched)
+    if call.processes.is_shared and not isinstance(by, Given):
+        own = stages.gradient_sums(by, dy)
+        sums = call.processes.sum(own)
+        dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual)
+        dscale, dbias = stages.parameter_gradients(own)
+    else:
+        dscale, dbias, dx, g = stages.gradients(by, dy, ctx.has_residual)
+    return dx, dscale, dbias, g, None, None, None
+
+
 def _differentiable_gradients(
     ctx: Any, dy: Tensor | None, dstatistics: Tensor | None
 ) -> list[Tensor | None]:
@@ -177,6 +199,7 @@ def _differentiable_gradients(
         inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
         given = ctx.by if isinstance(ctx.by, Given) else None
         given = given if mean is None else Given(mean, var)
+        Stages(ctx.call.problem, inputs, watched=True).check("dy", dy)
         outputs = _forward(ctx.call, inputs, given, watched=True)
     pairs = [
         (output, cotangent.to(output.dtype))

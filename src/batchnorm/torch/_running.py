@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native
 from ..definition import update_running
 from ..moments import Statistics
-from ._compat import is_transformed
+from ._compat import check_memory, is_transformed
 
 
 class Running(NamedTuple):
@@ -50,8 +50,16 @@ class Running(NamedTuple):
             and kernels.update_running(statistics=statistics, correction=1, **operands) is None
         ):
             return
+        for name, tensor in (
+            ("running_mean", self.mean),
+            ("running_var", self.var),
+            ("num_batches_tracked", self.batches),
+        ):
+            if tensor is not None:
+                check_memory(name, tensor)
         count, mean, var = statistics.detach().unbind(0)
         with explained(self.owner):
+            batches = (count > 0).any() if self.may_be_empty else 1
             new_mean, new_var = update_running(
                 self.mean.to(mean.dtype),
                 self.var.to(mean.dtype),
@@ -62,7 +70,7 @@ class Running(NamedTuple):
             self.mean.copy_(new_mean)
             self.var.copy_(new_var)
             if self.batches is not None:
-                self.batches.add_((count > 0).any() if self.may_be_empty else 1)
+                self.batches.add_(batches)
 
 
 @contextmanager

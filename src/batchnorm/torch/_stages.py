@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import definition, native
+from .. import checks, definition, native
 from ..arrays import namespace
 from ..definition import Inputs, Problem
-from ..layout import weights_shape
+from ..layout import feature_shape, weights_shape
 from ..moments import Moments, Statistics
-from ._compat import operations_library
+from ._compat import check_memory, operations_library
 from ._running import Running
 from ._sync import Alone
 
@@ -68,8 +68,7 @@ class Stages:
             # What the record of a tensor does not say: some views negate what is in memory.
             for each in inputs:
                 if each is not None and each.is_neg():
-                    resolved = (None if each is None else each.resolve_neg() for each in inputs)
-                    inputs = Inputs(*resolved)
+                    inputs = Inputs(*map(_resolved, Inputs._fields, inputs))
                     break
         self.problem, self.inputs = problem, inputs
 
@@ -136,6 +135,7 @@ class Stages:
             sums = self.rows(2)
             if self.runs(native.kernels.gradient_sums, {"sums": sums, **_named(by, dy)}):
                 return sums
+        self.check("dy", dy)
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         dy = dy.to(inputs.x.dtype)
         found = definition.gradient_sums(self.problem, inputs, moments, dy)
@@ -151,6 +151,7 @@ class Stages:
             operands = {"sums": sums, "dx": dx, "dresidual": dresidual, **_named(by, dy)}
             if self.runs(native.kernels.input_gradient, operands):
                 return dx, dresidual
+        self.check("dy", dy)
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         dtype = inputs.x.dtype
         dx, g = definition.input_gradient(
@@ -169,7 +170,30 @@ class Stages:
 
     # ---- for the definition
 
+    def check(self, name: str, operand: Tensor | None) -> None:
+        """What a kernel looks at itself: an operand that goes with x, in shape and dtype."""
+        if operand is None:
+            return
+        check_memory(_SPOKEN.get(name, name), operand)
+        x = self.inputs.x
+        if name in _LIKE_X and (operand.shape, operand.dtype) != (x.shape, x.dtype):
+            raise ValueError(
+                f"{name} must have the shape {tuple(x.shape)} and the dtype {x.dtype} of x, but it "
+                f"has {tuple(operand.shape)} and {operand.dtype}."
+            )
+        if name in _COPIED and operand.device != x.device:
+            raise ValueError(
+                f"{name} must be on the device {x.device} of x, but it is on {operand.device}."
+            )
+        if name in _BY_FEATURE:
+            expected = feature_shape(self.problem.features, x.shape)
+            checks.feature_shape(name, operand.shape, expected, x.shape)
+        if name == "weights":
+            checks.broadcasts(name, operand.shape, x.shape)
+
     def wide_inputs(self) -> Inputs:
+        for name, each in zip(Inputs._fields, self.inputs, strict=True):
+            self.check(name, each)
         dtype = wide(self.inputs.x.dtype)
         x, *others = (None if each is None else each.to(dtype) for each in self.inputs)
         return Inputs(x, *others)
@@ -180,6 +204,9 @@ class Stages:
         return torch.stack(tuple(wider.statistics()))
 
     def moments_of(self, by: By) -> Moments:
+        if isinstance(by, Given):
+            self.check("mean", by.mean)
+            self.check("var", by.var)
         dtype = wide(self.inputs.x.dtype)
         statistics = Statistics(None, *by) if isinstance(by, Given) else Statistics(*by.unbind(0))
         if statistics.mean.dtype == torch.float64 != dtype:
@@ -196,7 +223,7 @@ class Stages:
     def runs(self, kernel: Any, operands: dict[str, Any]) -> bool:
         """Let the kernel do it, and say whether it could; native/_cpu.pyi says what each takes.
 
-        An operand that it can't take as it lies in memory is copied for it.
+        An operand that it can't take as it lies in memory is copied for it, if it is in memory.
         """
         x, scale, bias, residual, weights = self.inputs
         features = self.problem.features
@@ -209,6 +236,7 @@ class Stages:
             operands["eps"], operands["activation"] = self.problem.eps, self.problem.activation
         given = operands
         while (name := kernel(**operands)) is not None:
+            self.check(name, given[name])
             if name not in _COPIED or operands[name] is not given[name]:
                 return False
             if name == "x" and native.kernels.layout(x.shape, features) is None:
@@ -220,15 +248,20 @@ class Stages:
 def _named(by: By, dy: Tensor | None = None) -> dict[str, Any]:
     operands: dict[str, Any] = {}
     if dy is not None:
-        operands["dy"] = dy.resolve_neg() if dy.is_neg() else dy
+        operands["dy"] = _resolved("dy", dy)
     if isinstance(by, Given):
-        mean, var = by
-        if mean.is_neg() or var.is_neg():
-            mean, var = mean.resolve_neg(), var.resolve_neg()
-        operands["mean"], operands["var"] = mean, var
+        operands["mean"], operands["var"] = _resolved("mean", by.mean), _resolved("var", by.var)
     else:
         operands["statistics"] = by
     return operands
+
+
+def _resolved(name: str, tensor: Tensor | None) -> Tensor | None:
+    """As it means, where that is the negative of what is in memory."""
+    if tensor is None or not tensor.is_neg():
+        return tensor
+    check_memory(_SPOKEN.get(name, name), tensor)
+    return tensor.resolve_neg()
 
 
 def _like(x: Tensor, tensor: Tensor) -> Tensor:
@@ -247,11 +280,21 @@ def _own(x: Tensor, tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+_LIKE_X = ("residual", "dy")
+_BY_FEATURE = ("scale", "bias", "mean", "var")
 # What a kernel only reads, and how to copy it.
 _COPIED = {
     "weights": _weights_like,
-    **dict.fromkeys(("residual", "dy"), _like),
-    **dict.fromkeys(("x", "scale", "bias", "mean", "var"), _own),
+    **dict.fromkeys(_LIKE_X, _like),
+    **dict.fromkeys(("x", *_BY_FEATURE), _own),
+}
+# What users of a layer call it.
+_SPOKEN = {
+    "scale": "weight (scale)",
+    "weights": "mask",
+    "mean": "running_mean (mean)",
+    "var": "running_var (var)",
+    "batches": "num_batches_tracked",
 }
 _FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")  # to make others like it
 _DTYPES: set[torch.dtype] = set()

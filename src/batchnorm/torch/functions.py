@@ -8,6 +8,7 @@ from ..moments import Statistics
 from ..running import moved
 from . import _derivatives
 from ._arguments import Axis, check_floating, check_parameter, checked, values_of
+from ._compat import check_memory
 from ._stages import Given, wide
 from ._sync import Group
 
@@ -129,11 +130,13 @@ def update_running(
     >>> update_running(torch.zeros(1), torch.ones(1), statistics, rate=0.5, correction=1)
     (tensor([1.]), tensor([1.5000]))
     """
-    check_floating("mean", mean)
-    check_floating("var", var)
+    for name, value in (("mean", mean), ("var", var)):
+        check_floating(name, value)
+        check_memory(name, value)
     dtype = statistics.mean.dtype
     return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
 
 
 def _statistics(x: Tensor, statistics: Tensor) -> Statistics:
-    return Statistics(*statistics.to(wide(x.dtype)).unbind(0))
+    # A copy, so that what a backward pass keeps is not in the user's hands.
+    return Statistics(*statistics.to(wide(x.dtype), copy=True).unbind(0))
