@@ -598,9 +598,70 @@ def test_freezing_refuses(keywords, message):
 def test_freezing_needs_running_statistics():
     layer = bt.BatchNorm1d(4, track_running_stats=False)
     for keywords in ({}, {"normalize_by": "batch", "update_running": True}):
-        with pytest.raises(ValueError, match="needs running statistics, but the layer was made"):
+        with pytest.raises(ValueError, match="needs running statistics, but the layer has none"):
             layer.freeze(**keywords)
     layer.freeze(normalize_by="batch")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("taken", "freezing", "message"),
+    [
+        (["running_var"], {}, "must either both be None or neither"),
+        (["running_mean"], {}, "must either both be None or neither"),
+        (["running_mean", "running_var"], {"normalize_by": "running"}, "needs running statistics"),
+        (
+            ["running_mean", "running_var"],
+            {"normalize_by": "batch", "update_running": True},
+            "needs running statistics",
+        ),
+    ],
+)
+def test_running_statistics_that_are_not_there(taken, freezing, message, grad):
+    for training in (True, False):
+        layer = bt.BatchNorm1d(4).train(training)
+        if freezing:
+            layer.freeze(**freezing)
+        for name in taken:
+            setattr(layer, name, None)
+        before = state(layer)
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+            layer(tensor(6, 4, dtype=torch.float32))
+        same(state(layer), before)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"normalize_by": "garbage"}, "normalize_by must be one of 'running', 'batch', None"),
+        ({"normalize_by": ["running"]}, "normalize_by must be one of"),
+        ({"normalize_by": True}, "normalize_by must be one of"),
+        ({"update_running": "yes"}, "update_running must be one of True, False, None"),
+        ({"update_running": 1}, "update_running must be one of"),
+        ({"update_running": torch.ones(2)}, "update_running must be one of"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_metadata_of_a_state_dict_is_checked(metadata, message, strict):
+    model = nn.Sequential(nn.Identity(), bt.BatchNorm1d(4).freeze(normalize_by="batch"))
+    loaded = with_parameters(bt.BatchNorm1d(4)).state_dict(prefix="1.")
+    loaded._metadata["1"].update(metadata)
+    before = state(model)
+    with pytest.raises(RuntimeError, match=f'the metadata of "1": {message}'):
+        model.load_state_dict(loaded, strict=strict)
+    same(state(model), before)
+    assert (model[1].normalize_by, model[1].update_running) == ("batch", False)
+
+
+@pytest.mark.parametrize("frozen", [{}, {"normalize_by": "batch", "update_running": True}])
+def test_a_frozen_state_needs_running_statistics(frozen):
+    layer = bt.BatchNorm1d(4, track_running_stats=False)
+    loaded = bt.BatchNorm1d(4).freeze(**frozen).state_dict()
+    with pytest.raises(RuntimeError, match="needs running statistics, but the layer has none"):
+        layer.load_state_dict(loaded, strict=False)
+    assert layer.normalize_by is layer.update_running is None
+    layer.load_state_dict(bt.BatchNorm1d(4).state_dict(), strict=False)
 
 
 # ---- dtypes

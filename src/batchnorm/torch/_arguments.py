@@ -89,6 +89,12 @@ def check_device(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None
         )
 
 
+def check_running(mean: Tensor | None, var: Tensor | None) -> None:
+    """As torch.nn says it."""
+    if (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+
+
 def check_values(values: int, shape: Sequence[int]) -> None:
     """As torch.nn says it."""
     if values == 1:

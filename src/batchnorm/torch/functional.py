@@ -5,7 +5,7 @@ from torch import Tensor
 from .. import checks
 from ..conventions import CONVENTIONS
 from . import _derivatives
-from ._arguments import check_parameter, check_values, checked, values_of
+from ._arguments import check_parameter, check_running, check_values, checked, values_of
 from ._running import Running
 from ._stages import Given
 
@@ -56,8 +56,7 @@ def batch_norm(
     tensor([0.2000, 4.0000])
     """
     call, inputs = checked(input, weight, bias, 1, eps, None, None, None)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    check_running(running_mean, running_var)
     given = None
     if running_mean is not None and running_var is not None:
         given = Given(running_mean, running_var)

@@ -11,7 +11,7 @@ from ..activations import activate
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
 from . import _compat, _derivatives
-from ._arguments import check_device, check_values, residual_like, weights_of
+from ._arguments import check_device, check_running, check_values, residual_like, weights_of
 from ._running import Running, explained
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, path_of, processes_of
@@ -96,7 +96,10 @@ class Layer(_compat.BatchNormBase):
         self._check_input_dim(input)
         # Once, since torch.nn.Module takes its time to find a tensor.
         given = Given(self.running_mean, self.running_var)
+        check_running(*given)
         is_tracked = given.mean is not None
+        if not is_tracked:
+            self._check_freezing(self.normalize_by, self.update_running)
         by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
         watched = _compat.is_watched(input)
         if watched and by_running and not moves and self._is_exported():
@@ -159,21 +162,25 @@ class Layer(_compat.BatchNormBase):
         >>> model[1].running_mean
         tensor([0., 0., 0.])
         """
+        self._check_freezing(normalize_by, update_running)
+        self.normalize_by, self.update_running = normalize_by, update_running
+        return self
+
+    def _check_freezing(self, normalize_by: Any, update_running: Any) -> None:
         for name, value, allowed in (
             ("normalize_by", normalize_by, ("running", "batch", None)),
             ("update_running", update_running, (True, False, None)),
         ):
-            if not any(value is each or value == each for each in allowed):
+            if not any(type(value) is type(each) and value == each for each in allowed):
                 raise ValueError(
                     f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}."
                 )
         if self.running_mean is None and (normalize_by == "running" or update_running):
             raise ValueError(
                 f"freeze(normalize_by={normalize_by!r}, update_running={update_running!r}) needs "
-                "running statistics, but the layer was made with track_running_stats=False."
+                "running statistics, but the layer has none: it was made with "
+                "track_running_stats=False, or they were taken away. Call unfreeze()."
             )
-        self.normalize_by, self.update_running = normalize_by, update_running
-        return self
 
     def unfreeze(self) -> Self:
         """Let train() and eval() decide again, as in a new layer."""
@@ -207,11 +214,18 @@ class Layer(_compat.BatchNormBase):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any
     ) -> None:
+        freezing = {name: local_metadata.get(name, getattr(self, name)) for name in FREEZING}
+        if not local_metadata.keys().isdisjoint(FREEZING):
+            try:
+                self._check_freezing(**freezing)
+            except ValueError as error:
+                *_, messages = others
+                messages.append(f'While loading the metadata of "{prefix[:-1]}": {error}')
+                return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
         self._elements_tracked = None
-        for name in FREEZING:
-            if name in local_metadata:
-                setattr(self, name, local_metadata[name])
+        for name, value in freezing.items():
+            setattr(self, name, value)
 
     def _checked(
         self,
