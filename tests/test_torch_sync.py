@@ -254,7 +254,7 @@ def collectives(function):
 
 @in_processes
 def a_step_has_one_collective_forward_and_one_backward(groups):
-    forward, backward = [3 * CHANNELS * PROCESSES], [2 * CHANNELS]
+    forward, backward = [(3 * CHANNELS + 2) * PROCESSES], [2 * CHANNELS]
     layer = bt.SyncBatchNorm(CHANNELS, activation="relu")
     for rows in (4, 4 * (dist.get_rank() > 0)):
         x = torch.randn(rows, CHANNELS, LENGTH, requires_grad=True)
@@ -473,6 +473,46 @@ def compiled(groups):
         results.append((y, x.grad, residual.grad, layer.weight.grad, layer.running_var))
     for place, (actual, expected) in enumerate(zip(*results, strict=True)):
         near(actual, expected, TOLERANCE[torch.float64], place)
+
+
+@in_processes
+def another_eps_or_layer_is_found_by_all(groups):
+    rank = dist.get_rank()
+    x = torch.randn(4, CHANNELS)
+
+    def refused(model, message):
+        before = {name: each.clone() for name, each in model.named_buffers()}
+        with pytest.raises(RuntimeError, match=message):
+            model(x)
+        for name, each in model.named_buffers():
+            assert torch.equal(each, before[name]), name
+
+    eps = ", ".join(["1e-05", "1e-05", "0.001"])
+    model = nn.Sequential(nn.Identity(), bt.SyncBatchNorm(CHANNELS))
+    model(x)
+    model[1].eps = 1e-3 if rank == 2 else 1e-5
+    message = rf"SyncBatchNorm '1' \(after 1 batches\) must have the same eps .* eps is {eps}\."
+    refused(model, message)
+    with pytest.raises(RuntimeError, match=f"batch_norm must have the same eps .* eps is {eps}"):
+        bt.batch_norm(x, eps=model[1].eps, sync=True)
+
+    layers = [bt.SyncBatchNorm(CHANNELS) for _ in range(2)]
+    model = nn.Sequential(*layers)
+    model(x)
+    for order in ((0, 1), (1, 0), (0, 1)):
+        layer = layers[order[0] if rank == 1 else 0]
+        if order == (0, 1):
+            layer(x)
+        else:
+            refused(layer, "met another layer in another process")
+
+
+@in_processes
+def another_eps_is_nan_to_those_who_cannot_look(groups):
+    x = torch.randn(4, CHANNELS)
+    for eps, is_right in ((1e-5, True), (1e-3 if dist.get_rank() == 0 else 1e-5, False)):
+        y = torch.vmap(lambda x, eps=eps: bt.batch_norm(x, eps=eps, sync=True)[0])(x[None])
+        assert y.isfinite().all() == is_right
 
 
 @in_processes

@@ -50,7 +50,7 @@ def batch_statistics(call: Call, inputs: Inputs) -> Tensor:
     if call.watched or _requires_grad(inputs[:1]):
         return forward(call, inputs)[1]
     stages = Stages(call.problem, inputs, watched=False)
-    return call.processes.pooled(stages.statistics())
+    return call.processes.pooled(stages.statistics(), call.problem.eps)
 
 
 def _needs_operations(call: Call, inputs: Inputs) -> bool:
@@ -83,7 +83,7 @@ def _forward(
     is_padded = watched and 0 in shape
     if is_padded:
         stages = Stages(call.problem, _one_that_does_not_count(inputs), watched=True)
-    statistics = call.processes.pooled(stages.statistics())
+    statistics = call.processes.pooled(stages.statistics(), call.problem.eps)
     if running is not None:
         running.move(statistics, watched=watched)
     y = stages.normalize(statistics)

@@ -1,9 +1,9 @@
 """Sums over the processes of a group, and the statistics of what they hold together.
 
 A step of training has two collectives, both sums of float64 numbers: forward, of 3 for each feature
-and process, which is how every process gets to know the statistics of each; backward, of 2 for each
-feature. Where torch.compile or a derivative of higher order looks on, the sum backward is one of 3
-for each feature and process as well.
+and process, which is how every process gets to know the statistics of each, and of 2 for each
+process, by which they know whether they do the same; backward, of 2 for each feature. Where
+torch.compile or a derivative of higher order looks on, the sum backward is as the one forward.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..moments import or_one
-from ._compat import traceable_all_reduce
+from ._compat import is_watched, traceable_all_reduce
 
 Group = Any  # torch.distributed.ProcessGroup, where PyTorch is built with it
 
@@ -28,7 +28,7 @@ class Alone:
 
     is_shared = False
 
-    def pooled(self, statistics: Tensor) -> Tensor:
+    def pooled(self, statistics: Tensor, eps: float) -> Tensor:
         return statistics
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -36,27 +36,53 @@ class Alone:
 
 
 class Processes(Alone):
-    """Those that share statistics; `name` says for whom, in an error."""
+    """Those that share statistics; `name` says for whom, in an error.
+
+    `place` is the same number in all of them where they are at the same layer of the same model; 0
+    where that is not known.
+    """
 
     is_shared = True
 
     def __init__(self, group: Group, name: Callable[[], str]) -> None:
-        self.group, self.name = group, name
+        self.group, self.name, self.place = group, name, 0
 
-    def pooled(self, statistics: Tensor) -> Tensor:
+    def pooled(self, statistics: Tensor, eps: float) -> Tensor:
         """The statistics of all the processes' elements: the formula of Chan, Golub & LeVeque.
 
         (1979; for many sets at once.) Every process computes the same from the same numbers.
         """
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        others = torch.zeros_like(statistics)
-        parts = torch.stack([statistics if each == rank else others for each in range(size)])
-        counts, means, variances = self.sum(parts).unbind(1)
+        what = torch.tensor((eps, self.place), dtype=statistics.dtype, device=statistics.device)
+        own = torch.cat((statistics.flatten(), what))
+        others = torch.zeros_like(own)
+        parts = torch.stack([own if each == rank else others for each in range(size)])
+        total = self.sum(parts)
+        whats = total[:, -2:].detach()
+        counts, means, variances = total[:, :-2].unflatten(1, statistics.shape).unbind(1)
         count = counts.sum(0)
         shares = counts / or_one(count)
         mean = (shares * means).sum(0)
+        if whats.is_cpu and not is_watched(whats):
+            self.check_agreement(*whats.T.tolist())
+        else:  # whose values can't be looked at, or not without waiting for them
+            mean = torch.where((whats[:, 0] != what[0]).any(), torch.nan, mean)
         var = (shares * (variances + (means - mean) ** 2)).sum(0)
         return torch.stack((count, mean, var))
+
+    def check_agreement(self, eps: list[float], places: list[float]) -> None:
+        """That all processes do the same; if not, all of them find out."""
+        if len(set(eps)) > 1:
+            raise RuntimeError(
+                f"{self.name()} must have the same eps in every process of the group, but from the "
+                f"first process to the last, eps is {', '.join(map(str, eps))}. Or the processes "
+                "do not call the same layers in the same order."
+            )
+        if len(set(places) - {0.0}) > 1:
+            raise RuntimeError(
+                f"{self.name()} met another layer in another process: every process of the group "
+                "must call the same layers of the same model, in the same order."
+            )
 
     def sum(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which can't look into `_Sum`
@@ -70,9 +96,9 @@ class Processes(Alone):
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.name()} could not add up its statistics with the other processes: one of "
-                "them has failed, or has not come to this layer. Every process of the group must "
-                "call it equally often, with an empty batch if it has no data, and take part in "
-                f"every backward pass. ({error})"
+                "them has failed, has another number of channels, or has not come to this layer. "
+                "Every process of the group must call it equally often, with an empty batch if it "
+                f"has no data, and take part in every backward pass. ({error})"
             ) from error
 
 

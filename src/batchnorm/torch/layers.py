@@ -1,5 +1,6 @@
 """The layers of torch.nn, with its constructors, its state_dict keys and its messages."""
 
+import zlib
 from typing import Any, Literal, Self
 
 import torch
@@ -14,7 +15,7 @@ from . import _compat, _derivatives
 from ._arguments import check_device, check_running, check_values, residual_like, weights_of
 from ._running import Running, explained
 from ._stages import Call, Given
-from ._sync import ALONE, Alone, Group, path_of, processes_of
+from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
 
 NormalizeBy = Literal["batch", "running"]
 
@@ -393,8 +394,9 @@ class SyncBatchNorm(Layer):
     It normalizes (N, C, ...) as one process would normalize all the processes' batches joined,
     exactly, however many elements each has, none included; and so are its gradients those of the
     sum of the processes' losses, to any order. Forward, a training step adds up 3 float64 numbers
-    of each channel and process; backward, 2 of each channel. In evaluation, with one process and
-    without torch.distributed there is nothing to share, and it works like the other layers.
+    of each channel and process, and 2 of each process; backward, 2 of each channel. In evaluation,
+    with one process and without torch.distributed there is nothing to share, and it works like the
+    other layers.
 
     The processes wait for each other: each must do the same steps, forward and backward, in the
     same mode. One that has no data calls the layer with an empty batch. One whose backward pass
@@ -412,7 +414,8 @@ class SyncBatchNorm(Layer):
     ------
     RuntimeError
         In a call or a backward pass, if another process of the group does not take part: after the
-        group's timeout, as far as its backend tells, naming this layer and its step.
+        group's timeout, as far as its backend tells, naming this layer and its step. In a call on
+        the CPU, if another process calls another layer of the model, or has another eps.
 
     Examples
     --------
@@ -421,8 +424,10 @@ class SyncBatchNorm(Layer):
     >>> y = SyncBatchNorm(3)(torch.randn(4, 3))
     """
 
-    # Where it is in the model that called it first: a backward pass no longer knows.
+    # Where it is in the model that called it first: a backward pass no longer knows. And that as a
+    # number, by which processes know whether they are at the same layer.
     _path: str | None = None
+    _place: int = 0
 
     _check_input_dim = _compat.check_input_of_sync
 
@@ -446,8 +451,11 @@ class SyncBatchNorm(Layer):
         if not self.training and self.normalize_by is None and self.update_running is None:
             return ALONE
         processes = processes_of(self.process_group or True, self._whereabouts)
-        if processes.is_shared and self._path is None and not torch.compiler.is_compiling():
-            self._path = path_of(self)
+        if isinstance(processes, Processes):
+            if self._path is None and not torch.compiler.is_compiling():
+                self._path = path_of(self)
+                self._place = zlib.crc32(self._path.encode())
+            processes.place = self._place
         return processes
 
     def _whereabouts(self) -> str:
