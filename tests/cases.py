@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from functools import cache
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 
@@ -154,6 +157,162 @@ HARD = [
 ]
 
 
+@dataclass(frozen=True)
+class Extreme:
+    """A call at an end of the range of its dtype, which is right all the same.
+
+    `x` and `dy` are of a random generator and a shape, `mask` of a shape that broadcasts to it.
+    """
+
+    name: str
+    x: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    dtype: str = "float32"
+    scale: float | None = None
+    eps: float = 1e-5
+    mask: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None
+    dy: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray] | None = None
+    activation: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.dtype}: {self.name}"
+
+    def arrays(self, shape, axis):
+        """dy, x, scale, bias and the keywords of batch_norm."""
+        random = np.random.default_rng(0)
+        x = self.x(random, shape).astype(self.dtype)
+        dy = (self.dy or normal)(random, shape).astype(self.dtype)
+        wide = np.float64 if self.dtype == "float64" else np.float32
+        channels = shape[axis]
+        scale = None if self.scale is None else np.full(channels, self.scale, wide)
+        bias = np.linspace(-1, 1, channels).astype(wide)
+        keywords = {"axis": axis, "eps": self.eps, "activation": self.activation}
+        if self.mask is not None:
+            rows = [1 if each == axis % len(shape) else n for each, n in enumerate(shape)]
+            keywords["mask"] = mask = self.mask(random, tuple(rows))
+            if mask.dtype == bool:  # as padding: out of the loss, too
+                dy = np.where(mask, dy, np.zeros_like(dy))
+        return dy, x, scale, bias, keywords
+
+
+def normal(random, shape):
+    return random.standard_normal(shape)
+
+
+def _limit(dtype):
+    return float(ml_dtypes.finfo(dtype).max)
+
+
+def _constant(value):
+    return lambda random, shape: np.full(shape, value)
+
+
+def _times(factor):
+    return lambda random, shape: factor * random.standard_normal(shape)
+
+
+def _either(one, other, part=0.5):
+    return lambda random, shape: np.where(random.uniform(size=shape) < part, one, other)
+
+
+def _uniform(limit):
+    return lambda random, shape: limit * random.uniform(-1, 1, shape)
+
+
+def _some(random, shape):
+    """Seven in ten, the first not among them."""
+    mask = random.uniform(size=shape) < 0.7
+    mask[0] = False
+    return mask
+
+
+def _weights_of(*values):
+    return lambda random, shape: random.choice(np.float32(values), shape)
+
+
+def _padded(value, x=normal):
+    """x, and `value` where `_some` has no weight."""
+
+    def padded(random, shape):
+        values = x(random, shape)
+        values[0] = value
+        return values
+
+    return padded
+
+
+def _ends(dtype):
+    limit = _limit(dtype)
+    return [
+        Extreme("both ends", _either(limit, -limit), dtype),
+        Extreme("one end, hardly the other", _either(limit, -limit, 0.1), dtype),
+        Extreme("more than the range apart", _either(0.6 * limit, -limit), dtype),
+        Extreme("the whole range", _uniform(limit), dtype),
+        Extreme("near one end", lambda r, shape: limit * r.uniform(0.9, 1, shape), dtype),
+        Extreme("constant, the largest", _constant(limit), dtype),
+        *(
+            Extreme(f"padding {name}", _padded(value), dtype, 4, mask=_some, activation=activation)
+            for name, value in (("largest", limit), ("lowest", -limit))
+            for activation in (None, "relu", "silu")
+        ),
+        Extreme("padding of small noise", _padded(-limit, _times(1e-3)), dtype, 4, mask=_some),
+        Extreme(
+            "padding far from the ends",
+            _padded(-limit, _either(limit, limit / 2)),
+            dtype,
+            mask=_some,
+        ),
+    ]
+
+
+EXTREMES = [
+    *(each for dtype in ("float32", "float16", "bfloat16") for each in _ends(dtype)),
+    Extreme("constant 1e21, masked", _constant(1e21), mask=_some),
+    Extreme("constant 1e21, weighted", _constant(1e21), mask=_weights_of(0, 0.5, 2)),
+    Extreme("padding 1e38 of tiny noise", _padded(1e38, _times(1e-6)), mask=_some, eps=1e-20),
+    Extreme("padding -1e38, weights", _padded(-1e38), mask=_weights_of(0, 0.5, 2)),
+    Extreme("large slope, constant", _constant(3.0), scale=3e37, eps=1e-37, dy=_times(1e-20)),
+    Extreme("large slope", normal, scale=3e37, eps=1e-37, dy=_times(1e-3)),
+    Extreme("large slope of tiny noise", _times(1e-10), scale=3e37, eps=1e-30, dy=_times(1e-22)),
+    Extreme("scale 1e36", normal, scale=1e36),
+    Extreme("scale 3e38", _uniform(1.5), scale=3e38, dy=_times(1e-3)),
+    Extreme("scale 1e-39", normal, scale=1e-39),
+    Extreme("scale 1e-30", normal, scale=1e-30),
+    Extreme("tiny noise", _times(1e-15), eps=1e-37),
+    Extreme("subnormal", _times(1e-40), eps=1e-37),
+    Extreme("the largest eps", _times(1e15), eps=1e30),
+    Extreme("weights 1e-37", normal, mask=_weights_of(1e-37, 3e-37)),
+    Extreme("weights 1e-37 of 1e30", _times(1e30), mask=_weights_of(1e-37, 3e-37)),
+    Extreme("weights 1e-40 beside 1", normal, mask=_weights_of(1e-40, 1, 2)),
+    Extreme("weights 1e-30 beside 1", normal, mask=_weights_of(1e-30, 1, 2)),
+    Extreme("weights 1e35", normal, mask=_weights_of(1e35, 3e35)),
+    Extreme("weights 1e35 of 1e35", _times(1e35), mask=_weights_of(0, 1e35, 3e35)),
+    Extreme("weights 1e-30 to 1e30", normal, mask=_weights_of(1e-30, 1, 1e30)),
+    Extreme("dy 1e36", normal, dy=_times(1e36)),
+    Extreme("dy 1e36, small scale", normal, dy=_times(1e36), scale=1e-3, eps=1e-10),
+    Extreme("dy 1e-34", normal, dy=_times(1e-34)),
+    Extreme("subnormal halves", _times(1e-6), "float16", eps=1e-14),
+]
+EXTREMES_OF_FLOAT64 = [
+    *_ends("float64"),
+    Extreme("noise 1e200", _times(1e200), "float64"),
+    Extreme("constant 1e300", _constant(1e300), "float64"),
+    Extreme("far and huge", lambda r, shape: 1e300 + 1e296 * r.standard_normal(shape), "float64"),
+    Extreme("scale 1e300", normal, "float64", scale=1e300),
+    Extreme("scale 1e-300", normal, "float64", scale=1e-300),
+    Extreme(
+        "large slope, constant",
+        _constant(3.0),
+        "float64",
+        scale=3e307,
+        eps=1e-37,
+        dy=_times(1e-20),
+    ),
+    Extreme("weights 1e-30", normal, "float64", mask=_weights_of(1e-30, 3e-30)),
+    Extreme("weights 1e30", normal, "float64", mask=_weights_of(1e30, 3e30)),
+    Extreme("dy 1e300", normal, "float64", dy=_times(1e300)),
+]
+
+
 def _x(*shape, dtype=np.float32):
     return np.random.default_rng(0).normal(size=shape).astype(dtype)
 
@@ -218,6 +377,22 @@ BAD = [
         ValueError,
         "eps must be positive and finite, but got inf",
         keywords={"eps": np.inf},
+    ),
+    *(
+        Bad(f"eps {name}", ValueError, message, keywords={"eps": value})
+        for name, value, message in (
+            ("too small", 1e-80, r"eps must be within \[1e-37, 1e\+30\], but got 1e-80"),
+            ("too large", 1e80, r"eps must be within \[1e-37, 1e\+30\], but got 1e\+80"),
+            ("0 as a float", Fraction(1, 10**400), r"eps must be within \[1e-37, 1e\+30\]"),
+            ("infinite as a float", Fraction(10**400), r"eps must be within \[1e-37, 1e\+30\]"),
+            ("subnormal", np.float32(1e-42), r"eps must be within \[1e-37, 1e\+30\]"),
+        )
+    ),
+    Bad(
+        "eps a Decimal",
+        TypeError,
+        r"eps must be a positive number, but got Decimal\('0.001'\)",
+        keywords={"eps": Decimal("0.001")},
     ),
     Bad(
         "eps a string",

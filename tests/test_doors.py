@@ -8,9 +8,23 @@ from functools import cache
 import numpy as np
 import pytest
 import truth
-from cases import BAD, CONSTANT, GOOD, HARD, HUGE, LARGE_MEAN, OUTLIER_FIRST, Bad, Good, Hard
+from cases import (
+    BAD,
+    CONSTANT,
+    EXTREMES,
+    EXTREMES_OF_FLOAT64,
+    GOOD,
+    HARD,
+    HUGE,
+    LARGE_MEAN,
+    OUTLIER_FIRST,
+    Bad,
+    Extreme,
+    Good,
+    Hard,
+)
 from compare import ROUNDING, close, near
-from doors import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, Door
+from doors import BFLOAT16, BY_DEFINITION, DOORS, FLOAT16, FLOAT32, FLOAT64, Door
 
 
 @pytest.mark.parametrize("case", GOOD, ids=str)
@@ -152,6 +166,65 @@ def test_an_outlier_first(door: Door, layout: str):
         y = y.T
     close(statistics.var, wanted.var, rtol=1e-4)
     near(y, wanted.y, ROUNDING[FLOAT32])
+
+
+# ---- the ends of the range
+
+
+def within(got, wanted, size, rounding, smallest, name):
+    """Each value within some roundings of how large its terms are; ∞ where its dtype overflows.
+
+    What is smaller than `smallest`, some hardware takes for 0.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        wanted = np.asarray(wanted).astype(got.dtype).astype(np.longdouble)
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(got[~finite].astype(np.longdouble), wanted[~finite], name)
+    error = np.abs(np.where(finite, got, 0) - np.where(finite, wanted, 0))
+    worst = (error / (rounding * size + smallest)).max()
+    assert worst <= 1, f"{name}: {worst} times what is allowed, {got}, not {wanted}"
+
+
+COMPUTED = [*(door for door in DOORS if door.name not in ("numpy", "jax", "torch")), *BY_DEFINITION]
+AT_THE_ENDS = [
+    (door, extreme)
+    for door in COMPUTED
+    for extreme in (*EXTREMES, *(EXTREMES_OF_FLOAT64 if FLOAT64 in door.dtypes else ()))
+]
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((12, 4), -1), ((3, 4, 100), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("door", "extreme"),
+    AT_THE_ENDS,
+    ids=[f"{door.name}-{extreme}" for door, extreme in AT_THE_ENDS],
+)
+def test_the_ends_of_the_range(door: Door, extreme: Extreme, shape: tuple[int, ...], axis: int):
+    dy, x, scale, bias, keywords = extreme.arrays(shape, axis)
+    with np.errstate(all="ignore"):
+        wanted = truth.batch_norm(x, scale, bias, **keywords)
+        gradients = truth.batch_norm_gradients(dy, x, scale, bias, **keywords)
+        sizes = truth.sizes(dy, x, scale, bias, **keywords)
+    computed = FLOAT64 if x.dtype == FLOAT64 else FLOAT32
+    smallest = 4 * float(np.finfo(computed).tiny) * np.maximum(1, sizes.pop("slope"))
+
+    def right(got, wanted, name, size):
+        rounding = 4 * max(ROUNDING[computed], ROUNDING[got.dtype])
+        if got.shape == x.shape:
+            within(got, wanted, sizes[size], rounding, smallest, name)
+        else:
+            wanted = np.broadcast_to(wanted, got.shape)
+            within(got, wanted, sizes[size].ravel(), rounding, smallest.ravel(), name)
+
+    y, statistics = door.batch_norm(x, scale, bias, **keywords)
+    right(y, wanted.y, "y", "y")
+    for name in statistics._fields:
+        right(getattr(statistics, name), getattr(wanted, name), name, name)
+    if computed == FLOAT64 and np.isinf(statistics.var).any():
+        return  # all that a gradient knows of the variance
+    got = door.batch_norm_gradients(dy, x, scale, bias, **keywords)
+    for name, gradient in got.items():
+        right(gradient, gradients[name], f"the gradient of {name}", name)
 
 
 # ---- values that are not finite, masks, empty batches

@@ -1,5 +1,7 @@
 """The truth that tests compare with: batch normalization by plain formulas, in float64 or wider.
 
+Of float64, it is in long double, whose range is wider as well.
+
 Nothing here comes from the package. Gradients are by the chain rule, written out in another order
 than in the package: through x̂, var and mean one after the other, as in Ioffe & Szegedy (2015).
 """
@@ -7,6 +9,11 @@ than in the package: through x̂, var and mean one after the other, as in Ioffe 
 from typing import NamedTuple
 
 import numpy as np
+
+
+def _wide(x):
+    """The dtype of the truth of x."""
+    return np.longdouble if getattr(x, "dtype", None) == np.float64 else np.float64
 
 
 class Truth(NamedTuple):
@@ -36,6 +43,7 @@ class _Forward(NamedTuple):
 
 
 def _forward(x, scale, bias, axis, eps, mask, residual, given, dtype) -> _Forward:
+    dtype = dtype or _wide(x)
     x = np.asarray(x, dtype)
     axes = axis if isinstance(axis, (tuple, list)) else (axis,)
     features = sorted(each % x.ndim for each in axes)
@@ -89,7 +97,7 @@ def batch_norm(
     residual=None,
     activation=None,
     given=None,
-    dtype=np.float64,
+    dtype=None,
 ):
     """By the statistics of x; or by `given` ones, (mean, var), which are returned as they came."""
     forward = _forward(x, scale, bias, axis, eps, mask, residual, given, dtype)
@@ -98,7 +106,7 @@ def batch_norm(
     statistics = (forward.count, forward.mean, forward.var)
     squeezed = (np.squeeze(each, forward.reduced) for each in statistics)
     # With weights, what is not finite has no output.
-    finite = mask is None or np.isfinite(np.asarray(x, dtype))
+    finite = mask is None or np.isfinite(np.asarray(x, z.dtype))
     return Truth(np.where(finite, y[activation](), np.nan), *squeezed)
 
 
@@ -114,7 +122,7 @@ def batch_norm_gradients(
     residual=None,
     activation=None,
     given=None,
-    dtype=np.float64,
+    dtype=None,
 ):
     """Gradients of sum(y * dy), by the name of the argument; residual of the shape of x.
 
@@ -128,9 +136,9 @@ def batch_norm_gradients(
         "relu": z > 0,
         "silu": sigmoid + z * sigmoid * (1 - sigmoid),
     }
-    g = np.where(forward.takes_part, np.asarray(dy, dtype) * slope[activation], 0)
+    g = np.where(forward.takes_part, np.asarray(dy, z.dtype) * slope[activation], 0)
     d_x_hat = g * scale
-    rstd = 1 / np.sqrt(forward.var + dtype(eps))
+    rstd = 1 / np.sqrt(forward.var + z.dtype.type(eps))
     d_var = (d_x_hat * centered).sum(reduced, keepdims=True) * -0.5 * rstd**3
     d_mean = -(d_x_hat * rstd).sum(reduced, keepdims=True)
     gradients = {
@@ -143,3 +151,34 @@ def batch_norm_gradients(
         return {**gradients, "mean": np.squeeze(d_mean, reduced), "var": np.squeeze(d_var, reduced)}
     through = np.where(forward.weights > 0, 2 * d_var * centered + d_mean, 0)
     return {**gradients, "x": gradients["x"] + forward.weights / forward.divisor * through}
+
+
+def sizes(dy, x, scale=None, bias=None, *, axis=-1, eps=1e-5, mask=None, **_):
+    """How large the terms of each result are, of each feature, along x; and the slope.
+
+    What is rounded before it cancels is off by as much, times the precision.
+    """
+    forward = _forward(x, scale, bias, axis, eps, mask, None, None, None)
+    reduced, weights, x_hat = forward.reduced, forward.weights, forward.x_hat
+    x, dy = np.asarray(x, x_hat.dtype), np.asarray(dy, x_hat.dtype)
+
+    def largest(values):
+        return np.abs(values).max(reduced, keepdims=True)
+
+    def total(values):
+        return np.abs(values).sum(reduced, keepdims=True)
+
+    share = weights / forward.divisor
+    slope = np.abs(forward.scale) / np.sqrt(forward.var + eps)
+    shared = largest(share) * total(dy) + largest(share * x_hat) * total(dy * x_hat)
+    bias = 0 if bias is None else np.abs(bias).reshape(slope.shape)
+    return {
+        "y": largest(x_hat * forward.scale) + bias,
+        "count": forward.count,
+        "mean": largest(np.where(weights > 0, x, 0)),
+        "var": forward.var,
+        "x": slope * (largest(dy) + shared),
+        "scale": total(dy * x_hat),
+        "bias": total(dy),
+        "slope": slope,
+    }

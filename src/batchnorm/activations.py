@@ -19,17 +19,21 @@ def _through_relu(dy: Array, z: Array) -> Array:
     return namespace(z).where(z <= 0, 0.0, dy)
 
 
+# silu is z·σ(z), beyond ±80 its limits: neither it nor a derivative is ∞ · 0 there.
 def _silu(z: Array) -> Array:
-    # z·σ(z), beyond ±80 by its limits: neither it nor its derivative is ∞ · 0 there.
     xp = namespace(z)
-    near = xp.clip(z, -80.0, 80.0)
-    return near * _sigmoid(near) + xp.maximum(z - 80.0, xp.zeros_like(z))
+    is_far = xp.abs(z) > 80.0
+    near = xp.where(is_far, 0.0, z)
+    return xp.where(is_far, _relu(z), near * _sigmoid(near))
 
 
 def _through_silu(dy: Array, z: Array) -> Array:
-    z = namespace(z).clip(z, -80.0, 80.0)  # beyond, the slope is 0 or 1, not ∞ · 0
-    sigmoid = _sigmoid(z)
-    return dy * (sigmoid * (1 + z * (1 - sigmoid)))
+    xp = namespace(z)
+    is_far = xp.abs(z) > 80.0
+    near = xp.where(is_far, 0.0, z)
+    sigmoid = _sigmoid(near)
+    slope = sigmoid * (1 + near * (1 - sigmoid))
+    return xp.where(is_far, _through_relu(dy, z), dy * slope)
 
 
 def _sigmoid(z: Array) -> Array:

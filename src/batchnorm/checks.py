@@ -67,11 +67,20 @@ def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
     return tuple(sorted(features))
 
 
+# With which neither a variance of float32 plus eps nor the inverse of its root overflows.
+_SMALLEST_EPS, _LARGEST_EPS = 1e-37, 1e30
+
+
 def positive_eps(eps: Any) -> float:
     if not is_real(eps):
         raise TypeError(f"eps must be a positive number, but got {eps!r}.")
     if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive and finite, but got {eps}.")
+    if not _SMALLEST_EPS <= eps <= _LARGEST_EPS:
+        raise ValueError(
+            f"eps must be within [{_SMALLEST_EPS}, {_LARGEST_EPS}], but got {eps!r}: beside a "
+            "variance in float32, others are 0 or infinite."
+        )
     return float(eps)
 
 

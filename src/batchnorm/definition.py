@@ -23,12 +23,13 @@ any gradient; its output is NaN, as with weights that of all elements is which a
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .activations import activate, through_activation
 from .arrays import Array, namespace
 from .layout import Axes, along, is_empty, per_feature, reduced_axes, values_per_feature
-from .moments import Constant, Moments, Statistics, or_one, unchanged
+from .moments import Constant, Moments, Statistics, or_one, unchanged, unit_for
 from .sums import total
 
 
@@ -61,8 +62,7 @@ def moments(problem: Problem, inputs: Inputs, constant: Constant = unchanged) ->
 
     With it, a derivative takes no pass over x for the pivot and the unit.
     """
-    if inputs.weights is not None:
-        inputs = inputs._replace(x=namespace(inputs.x).where(inputs.weights > 0, inputs.x, 0.0))
+    inputs = inputs._replace(x=_where(_inside(inputs), inputs.x, 0.0))
     return _centered(problem, inputs, constant)[1]
 
 
@@ -92,25 +92,28 @@ def output(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Arra
     What is done once for each feature is done in the feature shape, and put along x only then: a
     fusing compiler would otherwise do it anew for every element.
     """
-    slope = (1.0 if inputs.scale is None else inputs.scale) / _deviation(problem, moments)
+    return activate(_affine(problem, inputs, moments, u), problem.activation)
+
+
+def _affine(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Array:
+    """What comes before the activation; finite factors alone are multiplied by u."""
+    slope = _slope(inputs, moments, _deviation(problem, moments))
     shift = inputs.bias
     if moments.offset is not None:
-        shift = moments.offset * slope
+        shift = _multiplied(moments.offset, slope)
         shift = -shift if inputs.bias is None else inputs.bias - shift
-    z = u * along(problem.features, slope, u)
+    z = _multiplied(u, [along(problem.features, factor, u) for factor in slope])
     if shift is not None:
         z = z + along(problem.features, shift, u)
-    if inputs.residual is not None:
-        z = z + inputs.residual
-    return activate(z, problem.activation)
+    return z if inputs.residual is None else z + inputs.residual
 
 
 def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Array, Moments]:
     """u = (x − pivot) / unit and the moments of x in it; x is finite wherever weights are 0.
 
     The pivot is the mean up to the rounding of a sum, but within the range of the elements: a
-    constant feature is its own pivot, and a sum that overflows does no harm. The unit is a quarter
-    of the largest distance from it, and so has an inverse.
+    constant feature is its own pivot, and a sum that overflows does no harm. Weights are divided by
+    the largest of their feature, so that their products neither overflow nor vanish.
     """
     features, x, weights = problem.features, inputs.x, inputs.weights
     xp = namespace(x)
@@ -118,16 +121,21 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
     if is_empty(x):
         nothing = per_feature(features, total(x, axes))
         return x, Moments(nothing, nothing, nothing + 1.0, nothing, nothing)
+    inside = None
     low = high = fixed = constant(x)
-    count = divisor = values_per_feature(features, x.shape)
+    divisor = values_per_feature(features, x.shape)
     if weights is not None:
         weights = xp.broadcast_to(weights, x.shape)
+        inside = weights > 0
+        heaviest = constant(xp.max(weights, axis=axes, keepdims=True))
+        heaviest = xp.where(heaviest > 0, heaviest, 1.0)
+        weights = weights / heaviest
         count = total(weights, axes)
         divisor = or_one(count)
-        low = xp.where(weights > 0, fixed, math.inf)
-        high = xp.where(weights > 0, fixed, -math.inf)
+        low, high = (xp.where(inside, fixed, end) for end in (math.inf, -math.inf))
+        fixed = xp.where(inside, fixed, 0.0)
 
-    mean = total(fixed, axes, weights) / divisor
+    mean = total(_times(weights, fixed), axes) / divisor
     mean = xp.where(xp.isfinite(mean), mean, 0.0)
     smallest = xp.min(low, axis=axes, keepdims=True)
     largest = xp.max(high, axis=axes, keepdims=True)
@@ -136,21 +144,35 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
     if weights is not None:  # perhaps none that counts
         pivot, reach = (xp.where(count > 0, each, 0.0) for each in (pivot, reach))
     pivot = constant(pivot)
-    unit = constant(xp.maximum(0.25 * reach, xp.ones_like(reach)))
+    unit = constant(unit_for(reach))
 
-    u = (x - pivot) * (1.0 / unit)
-    offset = total(u, axes, weights) / divisor
+    u = _from(x, pivot, unit)
+    counted = _where(inside, u, 0.0)  # before a square of what has no weight overflows
+    offset = total(_times(weights, counted), axes) / divisor
     # Rounding can leave a variance of 0 a little below it.
-    var = xp.abs(total(xp.square(u), axes, weights) / divisor - xp.square(offset))
-    count = count if weights is not None else xp.full_like(pivot, count)
+    squares = total(_times(weights, xp.square(counted)), axes) / divisor
+    var = xp.abs(squares - xp.square(offset))
+    count = xp.full_like(pivot, divisor) if weights is None else count * heaviest
     found = (per_feature(features, each) for each in (count, pivot, unit, offset, var))
     return u, Moments(*found)
 
 
+def _from(x: Array, pivot: Array, unit: Array) -> Array:
+    """(x − pivot) / unit: rounded once, as unit is a power of two, and finite where x is."""
+    inverse = 1.0 / unit
+    return x * inverse - pivot * inverse
+
+
+def _times(weights: Array | None, values: Array) -> Array:
+    return values if weights is None else weights * values
+
+
 def _coordinate(problem: Problem, x: Array, moments: Moments) -> Array:
     """u = (x − pivot) / unit."""
-    u = x - along(problem.features, moments.pivot, x)
-    return u if moments.unit is None else u * along(problem.features, 1.0 / moments.unit, x)
+    pivot = along(problem.features, moments.pivot, x)
+    if moments.unit is None:
+        return x - pivot
+    return _from(x, pivot, along(problem.features, moments.unit, x))
 
 
 def _deviation(problem: Problem, moments: Moments) -> Array:
@@ -162,6 +184,32 @@ def _deviation(problem: Problem, moments: Moments) -> Array:
     root = math.sqrt(eps) if isinstance(eps, float) else xp.sqrt(eps)
     var = moments.var + xp.square(root / moments.unit)  # unit² may overflow
     return xp.sqrt(xp.maximum(var, xp.full_like(var, xp.finfo(var.dtype).smallest_normal)))
+
+
+def _slope(inputs: Inputs, moments: Moments, deviation: Array) -> Sequence[Array]:
+    """The factors of scale / deviation. Where a batch's own overflows, both are; else the last.
+
+    The first is multiplied by what may be large, and has no weight: 1 makes it no larger.
+    """
+    if inputs.scale is None:
+        return [1.0 / deviation]
+    slope = inputs.scale / deviation
+    if moments.count is None:
+        return [slope]
+    xp = namespace(slope)
+    fits = xp.isfinite(slope)
+    return [xp.where(fits, 1.0, inputs.scale), xp.where(fits, slope, 1.0 / deviation)]
+
+
+def _multiplied(values: Array, factors: Sequence[Array]) -> Array:
+    for factor in factors:
+        values = values * factor
+    return values
+
+
+def _inside(inputs: Inputs) -> Array | None:
+    """Where an element counts; None for everywhere."""
+    return None if inputs.weights is None else inputs.weights > 0
 
 
 def _finite(inputs: Inputs) -> Array | None:
@@ -191,11 +239,16 @@ def _where(valid: Array | None, values: Array, other: float) -> Array:
 
 
 class _Standard(NamedTuple):
-    """What derivatives are made of, along x; x̂ is 0 where an element takes no part."""
+    """What derivatives are made of, along x; x̂ is enlarge · v, 0 where an element takes no part.
 
-    x_hat: Array
+    v is finite wherever x is. x̂ of an element that does not count may overflow, and then must not
+    meet a factor of 0.
+    """
+
+    v: Array
+    enlarge: Array  # of the feature shape
+    slope: Sequence[Array]  # its factors
     z: Array | None  # None without an activation, which alone needs it
-    slope: Array
     share: Array | None  # w / m; None where mean and variance do not depend on x
     valid: Array | None
 
@@ -203,23 +256,24 @@ class _Standard(NamedTuple):
 def _standard(problem: Problem, inputs: Inputs, moments: Moments) -> _Standard:
     x, valid = _valid(inputs)
     features, xp = problem.features, namespace(x)
-    rstd = 1.0 / _deviation(problem, moments)
-    x_hat = _coordinate(problem, x, moments) * along(features, rstd, x)
+    deviation = _deviation(problem, moments)
+    rstd = 1.0 / deviation
+    one = xp.ones_like(rstd)
+    reduce, enlarge = xp.minimum(rstd, one), xp.maximum(rstd, one)
+    u = _coordinate(problem, x, moments)
+    v = u * along(features, reduce, x)
     if moments.offset is not None:
-        x_hat = x_hat - along(features, moments.offset * rstd, x)
-    z = None
-    if problem.activation is not None:
-        z = x_hat if inputs.scale is None else x_hat * along(features, inputs.scale, x)
-        z = z if inputs.bias is None else z + along(features, inputs.bias, x)
-        z = z if inputs.residual is None else z + inputs.residual
-    slope = rstd if moments.unit is None else rstd / moments.unit
-    slope = along(features, slope if inputs.scale is None else slope * inputs.scale, x)
+        v = v - along(features, moments.offset * reduce, x)
+    z = None if problem.activation is None else _affine(problem, inputs, moments, u)
+    if moments.unit is not None:
+        deviation = deviation * moments.unit
+    slope: Sequence[Array] = _slope(inputs, moments, deviation)
+    slope = [along(features, factor, x) for factor in slope]
     share = None
     if moments.count is not None:
-        share = along(features, 1.0 / or_one(moments.count), x)
-        if inputs.weights is not None:
-            share = xp.where(inputs.weights > 0, inputs.weights, 0.0) * share
-    return _Standard(_where(valid, x_hat, 0.0), z, slope, share, valid)
+        share = along(features, or_one(moments.count), x)
+        share = 1.0 / share if inputs.weights is None else inputs.weights / share
+    return _Standard(_where(valid, v, 0.0), enlarge, slope, z, share, valid)
 
 
 def _through(problem: Problem, standard: _Standard, dy: Array) -> Array:
@@ -231,10 +285,19 @@ def _sum(problem: Problem, x: Array) -> Array:
     return per_feature(problem.features, total(x, reduced_axes(problem.features, x.ndim)))
 
 
-def _times_share(inputs: Inputs, standard: _Standard, values: Array) -> Array:
-    """w/m·values, 0 where w is, whatever an element there holds."""
-    inside = None if inputs.weights is None else inputs.weights > 0
-    return _where(inside, standard.share * values, 0.0)
+def _sums(problem: Problem, standard: _Standard, g: Array) -> tuple[Array, Array]:
+    """Σ g and Σ g·x̂ of each feature."""
+    return _sum(problem, g), standard.enlarge * _sum(problem, g * standard.v)
+
+
+def _times_share(
+    problem: Problem, inputs: Inputs, standard: _Standard, s0: Array, s1: Array
+) -> Array:
+    """w/m·(s₀ + x̂·s₁), 0 where w is, whatever an element there holds."""
+    inside = _inside(inputs)
+    x_hat = _where(inside, standard.v, 0.0) * along(problem.features, standard.enlarge, standard.v)
+    s0, s1 = (along(problem.features, each, x_hat) for each in (s0, s1))
+    return _where(inside, standard.share * (s0 + x_hat * s1), 0.0)
 
 
 def gradient_sums(
@@ -242,8 +305,7 @@ def gradient_sums(
 ) -> tuple[Array, Array]:
     """Σ g and Σ g·x̂ of each feature: the gradients of bias and of scale."""
     standard = _standard(problem, inputs, moments)
-    g = _through(problem, standard, dy)
-    return _sum(problem, g), _sum(problem, g * standard.x_hat)
+    return _sums(problem, standard, _through(problem, standard, dy))
 
 
 def input_gradient(
@@ -256,14 +318,13 @@ def input_gradient(
 ) -> tuple[Array, Array]:
     """dx; and g, the residual's gradient. No dy stands for zeros."""
     standard = _standard(problem, inputs, moments)
-    g = namespace(inputs.x).zeros_like(standard.x_hat)
+    g = namespace(inputs.x).zeros_like(standard.v)
     if dy is not None:
         g = _through(problem, standard, dy)
-    if standard.share is None:
-        return standard.slope * g, g
-    sum_g, sum_g_x_hat = (along(problem.features, each, g) for each in (sum_g, sum_g_x_hat))
-    shared = _times_share(inputs, standard, sum_g + standard.x_hat * sum_g_x_hat)
-    return standard.slope * (g - shared), g
+    own = g
+    if standard.share is not None:
+        own = g - _times_share(problem, inputs, standard, sum_g, sum_g_x_hat)
+    return _multiplied(own, standard.slope), g
 
 
 def tangent_sums(
@@ -271,9 +332,9 @@ def tangent_sums(
 ) -> tuple[Array, Array, Array]:
     """p, s₀ and s₁, for the tangents of x and residual."""
     standard = _standard(problem, inputs, moments)
-    partial = standard.slope * x_dot
-    weighed = -_times_share(inputs, standard, partial)
-    sums = _sum(problem, weighed), _sum(problem, weighed * standard.x_hat)
+    partial = _multiplied(x_dot, standard.slope)
+    weighed = -_where(_inside(inputs), standard.share * partial, 0.0)
+    sums = _sums(problem, standard, weighed)
     if residual_dot is not None:
         partial = partial + residual_dot
     return _through(problem, standard, partial), *sums
@@ -284,8 +345,8 @@ def output_tangent(
 ) -> Array:
     """ẏ; no partial stands for zeros."""
     standard = _standard(problem, inputs, moments)
-    features, x_hat = problem.features, standard.x_hat
-    z_dot = along(features, s0, x_hat) + along(features, s1, x_hat) * x_hat
+    features, v = problem.features, standard.v
+    z_dot = along(features, s0, v) + along(features, s1 * standard.enlarge, v) * v
     y_dot = _through(problem, standard, z_dot)
     return y_dot if partial is None else y_dot + partial
 

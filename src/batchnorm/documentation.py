@@ -28,7 +28,7 @@ scale, bias : {array} of the feature shape, optional
 axis : int or tuple of ints
     The feature axis or axes, which are not reduced.
 eps : float
-    Added to the variance, inside the root.
+    Added to the variance, inside the root; within [1e-37, 1e30].
 mask : {array} that broadcasts to x, optional
     Which elements count in the statistics: bools, or weights >= 0. All elements are normalized.
     NumPy refuses a negative weight or a NaN; elsewhere it makes its feature NaN.

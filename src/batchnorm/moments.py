@@ -1,5 +1,6 @@
 """The statistics of a batch: as users see them, and as the stages hand them on."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -65,7 +66,8 @@ class Moments(NamedTuple):
 
     In exact arithmetic no result depends on pivot or unit. In floating point, a pivot near the mean
     makes x − pivot exact however large the mean is, and leaves the mean, pivot + unit·offset, as a
-    sum of two terms that need not be rounded to one; a large unit keeps every square finite.
+    sum of two terms that need not be rounded to one; a large unit keeps every difference and its
+    square finite. The unit is a power of two.
 
     unit and offset may be None: 1 and 0. count may be None, where mean and variance do not depend
     on x: running statistics.
@@ -90,7 +92,7 @@ class Moments(NamedTuple):
         count, mean, var = statistics
         xp = namespace(mean)
         pivot = constant(narrow(mean))
-        unit = constant(narrow(xp.sqrt(xp.maximum(var, xp.ones_like(var)))))
+        unit = constant(unit_for(narrow(xp.sqrt(var))))
         offset, var = (mean - pivot) / unit, var / xp.square(xp.astype(unit, var.dtype))
         return cls(
             None if count is None else narrow(count), pivot, unit, narrow(offset), narrow(var)
@@ -102,6 +104,20 @@ class Moments(NamedTuple):
         if unit is None:
             return Statistics(count, pivot, var)
         return Statistics(count, pivot + unit * offset, unit * (unit * var))
+
+
+def unit_for(reach: Array) -> Array:
+    """A power of two, in which what is within `reach` of the pivot can be squared and added up.
+
+    In 2, the smallest, no difference of finite numbers overflows; what a halved subnormal number
+    loses is nothing beside an eps.
+    """
+    xp = namespace(reach)
+    step = 2.0 ** (math.frexp(xp.finfo(reach.dtype).max)[1] // 4)
+    unit = xp.full_like(reach, 2.0)
+    for power in (step, step**2, step**3):
+        unit = xp.where(reach >= power, power, unit)
+    return unit
 
 
 Sum = Callable[..., Sequence[Array]]
@@ -117,12 +133,14 @@ def pooled(moments: Moments, add_up: Sum, constant: Constant = unchanged) -> Mom
     count, own_pivot, own_unit, offset, var = moments
     xp = namespace(own_pivot)
     # Neither a count times a value nor a sum over a thousand devices overflows.
-    share, reach = count * 1e-12, own_unit / 1024 + xp.abs(own_pivot) / 1024
+    share, reach = count * 1e-12, own_unit + xp.abs(own_pivot) / 1024
     reach = xp.where(count == 0, xp.zeros_like(own_pivot), reach)
     share, mean, reach = add_up(*map(constant, (share, share * own_pivot, reach)))
-    pivot, unit = mean / or_one(share), xp.maximum(reach, xp.ones_like(reach))
-    offset = ((own_pivot - pivot) + own_unit * offset) / unit
-    squares = var * (own_unit / unit) ** 2 + offset * offset
+    pivot = mean / or_one(share)
+    unit = unit_for(reach)
+    ratio = own_unit / unit
+    offset = own_pivot / unit - pivot / unit + ratio * offset
+    squares = var * ratio**2 + offset * offset
     count, first, second = add_up(count, count * offset, count * squares)
     offset = first / or_one(count)
     var = second / or_one(count) - offset * offset

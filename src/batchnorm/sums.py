@@ -21,14 +21,12 @@ from .layout import Axes, is_empty
 _SHORT, _BLOCK, _LEAST = 1024, 256, 32
 
 
-def total(x: Array, axes: Axes, weights: Array | None = None) -> Array:
-    """Σ w·x over `axes`, which stay with length 1."""
+def total(x: Array, axes: Axes) -> Array:
+    """Σ x over `axes`, which stay with length 1."""
     xp = namespace(x)
     if is_empty(x):  # MLX 0.32 can hang in a sum of nothing
         shape = tuple([1 if axis in axes else size for axis, size in enumerate(x.shape)])
         return xp.zeros(shape, dtype=x.dtype)
-    if weights is not None:
-        x = xp.where(weights > 0, weights * x, 0.0)
     if xp.__name__.endswith("torch"):
         wide = None if x.device.type == "mps" else xp.float64
         return xp.astype(xp.sum(x, axis=axes, keepdims=True, dtype=wide), x.dtype)
