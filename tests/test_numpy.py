@@ -1,9 +1,14 @@
 """What NumPy users expect of the NumPy door: memory layouts, out=, dtypes, lists."""
 
+import subprocess
+import sys
+from contextlib import nullcontext
+
 import ml_dtypes
 import numpy as np
 import pytest
 import truth
+from doors import without_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -98,6 +103,137 @@ def test_out_may_overlap_what_comes_in(activation):
     y, _ = batch_norm(memory[:8], residual=residual, out=residual)
     assert y is residual
     np.testing.assert_array_equal(residual, wanted)
+
+
+@pytest.mark.parametrize("by_definition", [False, True])
+@pytest.mark.parametrize("name", ["scale", "bias", "residual", "mask", "mean", "var"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_out_may_overlap_any_argument(name: str, dtype, by_definition: bool):
+    x = random(64, 4, dtype=dtype)
+    for shift in (0, 1, 3):
+        memory = np.zeros(300, dtype)
+        out = memory[8:264].reshape(64, 4)
+        size = 256 if name in ("residual", "mask") else 4
+        argument = memory[8 + shift : 8 + shift + size].reshape(-1, 4)
+        argument[...] = 0.1 + np.abs(random(*argument.shape, seed=1, dtype=dtype))
+        argument = argument if size > 4 else argument[0]
+        arguments = {"mean": np.zeros(4), "var": np.ones(4)} if name in ("mean", "var") else {}
+        arguments[name] = argument
+        function = normalize if name in ("mean", "var") else batch_norm
+        copies = {key: value.copy() for key, value in arguments.items()}
+        wanted = function(x, **copies)
+        with without_native() if by_definition else nullcontext():
+            got = function(x, **arguments, out=out)
+        if function is batch_norm:
+            np.testing.assert_allclose(got[1], wanted[1], rtol=1e-5)
+            got, wanted = got[0], wanted[0]
+        assert got is out
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_results_share_no_memory():
+    x, dy, scale = random(8, 4), random(8, 4, seed=1), np.ones(4, np.float32)
+    _, statistics = batch_norm(x, scale, scale, residual=x)
+    gradients = batch_norm_gradients(dy, x, statistics, scale, scale, residual=x)
+    mean, var = np.zeros(4), np.ones(4)
+    still = update_running(mean, var, batch_statistics(x[:0]), rate=0.0)
+    arrays = [x, dy, scale, *statistics, *gradients, mean, var, *still]
+    for i, one in enumerate(arrays):
+        assert not any(np.shares_memory(one, other) for other in arrays[:i])
+
+
+RESIZING = """
+import itertools, sys
+import numpy as np
+from batchnorm.numpy import Statistics, batch_norm, batch_norm_gradients, normalize, update_running
+
+ROWS = 3_000_000  # more than malloc keeps
+
+
+class Own(np.ndarray):
+    "Of which a plain array is a view."
+
+
+class Resizing:
+    def __init__(self, values, victim):
+        self.values, self.victim = values, victim
+
+    def __array__(self, dtype=None, copy=None):
+        self.victim.resize((2, 4), refcheck=False)
+        return self.values
+
+
+def own(array):
+    made = np.ndarray.__new__(Own, array.shape, array.dtype)
+    made[...] = array
+    return made
+
+
+def call(function, **arguments):
+    try:
+        function(**arguments)
+    except ValueError:  # shapes that do not go together
+        pass
+
+
+large, row = np.ones((ROWS, 4), np.float32), np.ones(4)
+for make in (np.copy, own):
+    for name in ("scale", "bias", "mask"):
+        x = make(large)
+        call(batch_norm, x=x, **{name: Resizing(row, x)})
+    for name, victim in itertools.product(("scale", "residual"), ("x", "dy", "residual")):
+        if name != victim:
+            arguments = {"x": make(large), "dy": make(large), "residual": make(large)}
+            values = large if name == "residual" else row
+            arguments[name] = Resizing(values, arguments[victim])
+            call(batch_norm_gradients, statistics=Statistics(row, row, row), **arguments)
+    x = make(large)
+    call(normalize, x=x, mean=row, var=Resizing(row, x))
+    mean = make(np.ones((ROWS, 4)))
+    statistics = Statistics(row, row, Resizing(row, mean))
+    call(update_running, mean=mean, var=np.ones((ROWS, 4)), statistics=statistics, rate=0.1)
+print("lived")
+"""
+
+
+@pytest.mark.parametrize("by_definition", [False, True])
+def test_an_argument_that_resizes_another(by_definition: bool):
+    """What is looked at is what is there, once every argument is an array."""
+    without = "import batchnorm.native; batchnorm.native.kernels = None\n"
+    program = (without if by_definition else "") + RESIZING
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "lived\n"), done.stderr
+
+
+ENDING = """
+import resource
+import numpy as np
+import batchnorm.native
+from batchnorm.numpy import batch_norm
+
+batchnorm.native.kernels = None
+x, out = np.ones((4_000_000, 4), np.float32), np.zeros((4_000_000, 4), np.float32)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+for more in range(0, 600, 50):
+    resource.setrlimit(resource.RLIMIT_AS, (used + more * 2**20, resource.RLIM_INFINITY))
+    try:
+        batch_norm(x, out=out)
+    except MemoryError:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        assert not out.any() and (x == 1).all(), more
+        print("ended")
+"""
+
+
+def test_out_stays_as_it_was_where_memory_ends():
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ended" in done.stdout
 
 
 def test_out_is_checked():

@@ -32,6 +32,7 @@ Axis = int | Sequence[int]
 
 _STATISTICS = tuple(f"statistics.{name}" for name in Statistics._fields)  # in messages
 _NUMBERS = "fiu"  # kinds of dtypes
+_SETTLED = {np.ndarray, type(None)}
 
 native.register_report("NumPy", lambda: "served")
 
@@ -84,6 +85,7 @@ def batch_norm(
     >>> print(statistics.mean)
     [ 2. 40.]
     """
+    x, scale, bias, mask, residual = _settled(x, scale, bias, mask, residual)
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
     values = layout.values_per_feature(call.features, call.x.shape)
     if call.x.size:
@@ -121,6 +123,7 @@ def normalize(
     [[0.]
      [1.]]
     """
+    x, mean, var, scale, bias, residual = _settled(x, mean, var, scale, bias, residual)
     call = _Call(x, axis).with_options(scale, bias, eps, residual, activation)
     mean, var = call.parameter("mean", mean), call.parameter("var", var)
     call.arguments |= {"mean": mean, "var": var}
@@ -148,6 +151,7 @@ def batch_statistics(
     >>> print(whole.count, whole.mean, whole.var)
     [10. 10.] [ 9. 10.] [33. 33.]
     """
+    x, mask = _settled(x, mask)
     call = _Call(x, axis, mask)
 
     def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
@@ -177,8 +181,9 @@ def update_running(
     >>> print(mean, var)
     [1.] [1.5]
     """
+    mean, var, *rows = _settled(mean, var, *statistics)
     mean, var = _real("mean", mean), _real("var", var)
-    pairs = zip(_STATISTICS, statistics, strict=True)
+    pairs = zip(_STATISTICS, rows, strict=True)
     batch = Statistics(*(_real(*pair, _NUMBERS).astype(np.float64) for pair in pairs))
     return moved(mean, var, batch, np.float64, rate=rate, correction=correction)
 
@@ -210,11 +215,13 @@ def batch_norm_gradients(
     >>> print(gradients.x.ravel().round(3), gradients.scale.round(3))
     [ 0.109 -0.152  0.044] [-1.019]
     """
+    settled = _settled(dy, x, scale, bias, mask, residual, *statistics)
+    dy, x, scale, bias, mask, residual, *given = settled
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
     dy = _real("dy", dy)
     _check_shape("dy", dy, call.x)
     rows, sums = call.rows(3), call.rows(2)
-    for row, name, value in zip(rows, _STATISTICS, statistics, strict=True):
+    for row, name, value in zip(rows, _STATISTICS, given, strict=True):
         values = _real(name, value, _NUMBERS)
         checks.feature_shape(name, values.shape, call.feature_shape, call.x.shape)
         row[...] = values
@@ -321,8 +328,9 @@ class _Call:
             used = {**used, name: new}
         with np.errstate(all="ignore"):
             results = by_definition(*self.in_words_of_definition())
-            for name, output in outputs.items():
-                output[...] = results[name]
+            arrays = {name: np.asarray(results[name]) for name in outputs}
+            for name, output in outputs.items():  # where memory can't end any more
+                output[...] = arrays[name]
         return outputs
 
     def is_served(self) -> bool:
@@ -336,6 +344,16 @@ class _Call:
         problem = Problem(self.features, given.get("eps", 1.0), given.get("activation"))
         arrays = (given.get(name) for name in Inputs._fields)
         return problem, Inputs(*(None if each is None else _wide(each) for each in arrays))
+
+
+def _settled(*arguments: Any) -> Sequence[Any]:
+    """Arrays of the arguments, before any is looked at: making one may run code that moves others.
+
+    What is a kind of array stays of that kind, since a plain view would not see it move in memory.
+    """
+    if _SETTLED.issuperset(map(type, arguments)):
+        return arguments
+    return [None if each is None else np.asanyarray(each) for each in arguments]
 
 
 def _in(out: Array | None, y: Array) -> Array:
