@@ -3,6 +3,7 @@
 A test that fails here says which entry of batchnorm/torch/_compat.py a new version has changed.
 """
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -142,6 +143,22 @@ def test_apply_of():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
 
 
+def test_check_memory():
+    x = torch.ones(3)
+    batched = []
+    torch.vmap(lambda x: batched.append(_compat.check_memory("x", x)) or x)(x)
+    assert batched == [None]
+    for each in (x, x.to_sparse(), x.to("meta"), x[:0], torch.zeros_like(x).expand(2, 3)):
+        _compat.check_memory("x", each)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"x has no memory: its shape is \(3,\)"):
+        _compat.check_memory("x", x)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch's threads are not sought")
 def test_operations_library():
-    assert Path(_compat.operations_library()).is_file()
+    path = _compat.operations_library()
+    assert Path(path).is_file()
+    library = ctypes.CDLL(path)
+    assert hasattr(library, "GOMP_parallel")
+    assert library["_ZN2at15get_num_threadsEv"]() == torch.get_num_threads()
