@@ -1,6 +1,6 @@
 """The truth that tests compare with: batch normalization by plain formulas, in float64 or wider.
 
-Of float64, it is in long double, whose range is wider as well.
+Of long double, it is in long double, whose range is wider as well.
 
 Nothing here comes from the package. Gradients are by the chain rule, written out in another order
 than in the package: through x̂, var and mean one after the other, as in Ioffe & Szegedy (2015).
@@ -13,7 +13,7 @@ import numpy as np
 
 def _wide(x):
     """The dtype of the truth of x."""
-    return np.longdouble if getattr(x, "dtype", None) == np.float64 else np.float64
+    return np.longdouble if getattr(x, "dtype", None) == np.longdouble else np.float64
 
 
 class Truth(NamedTuple):

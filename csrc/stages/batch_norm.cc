@@ -406,10 +406,11 @@ ChannelStatistics channel_of(const Deviations& of, double unit) {
 // type, unless the result does. Beyond, elements are scaled by `step`, a power of two.
 struct Limits {
   double low, high, step;
+  int exponent;  // that a scale may have
 };
 Limits limits_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? Limits{0x1p-900, 0x1p900, 0x1p500}
-                                 : Limits{0x1p-100, 0x1p100, 0x1p60};
+  return dtype == Dtype::float64 ? Limits{0x1p-900, 0x1p900, 0x1p500, 1000}
+                                 : Limits{0x1p-100, 0x1p100, 0x1p60, 120};
 }
 bool are_within(const Limits& limits, double value) {
   return value == 0 || (std::fabs(value) > limits.low && std::fabs(value) < limits.high);
@@ -429,13 +430,6 @@ double product(double a, double b) {
   return std::isinf(ab) && std::isfinite(a) && std::isfinite(b) ? std::copysign(kMost, ab) : ab;
 }
 
-// A power of two by which the value comes near 1; 1 where it is within the limits.
-double scale_for(const Limits& limits, double value) {
-  if (are_within(limits, value) || !std::isfinite(value)) return 1;
-  const int most = limits.step > 0x1p60 ? 1000 : 120;
-  return std::exp2(-std::clamp(std::ilogb(value), -most, most));
-}
-
 // 1 / sqrt(variance + eps)
 double rstd_of(const Problem& problem, const ChannelStatistics& of) {
   if (of.unit == 1) return 1 / std::sqrt(of.var + problem.eps);
@@ -449,7 +443,7 @@ bool are_extreme(const Problem& problem, const Limits& limits, const ChannelStat
 }
 
 Scales scales_of(const Problem& problem, const Limits& limits, const ChannelStatistics& of,
-                 double rstd, double slope) {
+                 double rstd, double scale, double slope) {
   Scales scales;
   scales.dx_slope = slope;
   if (!are_extreme(problem, limits, of, rstd, slope)) return scales;
@@ -462,9 +456,17 @@ Scales scales_of(const Problem& problem, const Limits& limits, const ChannelStat
   } else if (std::fabs(of.mean) > limits.high) {
     scales.x = 0.25;  // for x - mean
   }
-  if (problem.weights) scales.w = scale_for(limits, of.count);
-  scales.dx = 1 / scale_for(limits, slope);
-  scales.dx_slope = slope / scales.dx;
+  const auto exponent_of = [&](double value) {
+    const bool has_one = value != 0 && std::isfinite(value);
+    return has_one ? std::clamp(std::ilogb(value), -limits.exponent, limits.exponent) : 0;
+  };
+  if (problem.weights && !are_within(limits, of.count)) {
+    scales.w = std::ldexp(1, -exponent_of(of.count));
+  }
+  const int of_rstd = exponent_of(rstd), of_scale = exponent_of(scale);
+  const int of_slope = std::clamp(of_rstd + of_scale, -limits.exponent, limits.exponent);
+  scales.dx_slope = std::ldexp(rstd, -of_rstd) * std::ldexp(scale, of_rstd - of_slope);
+  scales.dx = std::ldexp(1, of_slope);
   return scales;
 }
 
@@ -484,14 +486,14 @@ void set_coefficients(const Problem& problem, Block<Sums>& block, int64_t c,
                       const ChannelStatistics& of) {
   const Limits limits = limits_of(problem.dtype);
   const double rstd = rstd_of(problem, of);
-  const double slope = problem.scale ? product(rstd, problem.scale[c]) : rstd;
+  const double scale = problem.scale ? problem.scale[c] : 1, slope = product(rstd, scale);
   Coefficients& to = block.range.at(block.coefficients, c);
   if (!block.range.scales && !are_extreme(problem, limits, of, rstd, slope)) {
     to = coefficients_of(problem, c, of, rstd, slope, 1);
     return;
   }
   Scales& scales = block.scales_of(c);
-  scales = scales_of(problem, limits, of, rstd, slope);
+  scales = scales_of(problem, limits, of, rstd, scale, slope);
   to = coefficients_of(problem, c, of, rstd / scales.x, slope / scales.x, scales.x);
   for (double* each : {&to.center, &to.slope, &to.shift}) *each = narrowed(problem.dtype, *each);
 }
@@ -543,6 +545,7 @@ void set_shares(const Problem& problem, Block<Sums>& block, int64_t c, double co
   if (!(count > 0)) return;
   const Limits limits = limits_of(problem.dtype);
   Coefficients& of = block.range.at(block.coefficients, c);
+  if (block.range.scales) count *= block.scales_of(c).w;
   double of_g = sum_g / count, of_g_xhat = sum_g_xhat / count;
   if (std::max(std::fabs(of_g), std::fabs(of_g_xhat)) > limits.high) {  // for g - share
     Scales& scales = block.scales_of(c);
@@ -593,8 +596,6 @@ void input_gradient(const Problem& problem, Block<Sums>& block, bool through_sta
   for (int64_t c = block.range.channel0; block.range.scales && c < block.range.channel1; ++c) {
     Coefficients& of = block.range.at(block.coefficients, c);
     Scales& scales = block.scales_of(c);
-    of.share /= scales.w;
-    of.share_xhat /= scales.w;
     scales.dx /= scales.g;
     for (double* each : {&of.share, &of.share_xhat, &scales.dx}) {
       *each = narrowed(problem.dtype, *each);
