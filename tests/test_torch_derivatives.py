@@ -5,8 +5,10 @@ import gc
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+import truth
 from compare import alike
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -443,3 +445,15 @@ def test_a_graph_goes_with_its_output(call):
         assert mark() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("x", [1e8 + np.arange(1000.0) / 1000, 1e200 * np.arange(1000.0)])
+def test_gradients_of_doubles_know_what_a_mean_and_a_variance_leave_out(x):
+    x, dy = x[:, None], np.random.default_rng(0).normal(size=(1000, 1))
+    wanted = truth.batch_norm_gradients(dy, x.astype(np.longdouble), [2.0])
+    inputs = torch.tensor(x, requires_grad=True)
+    layer = bt.BatchNorm1d(1, dtype=torch.float64)
+    torch.nn.init.constant_(layer.weight, 2.0)
+    layer(inputs).backward(torch.tensor(dy))
+    for got, exact in ((inputs.grad, wanted["x"]), (layer.weight.grad, wanted["scale"])):
+        assert np.abs(got.numpy() - exact).max() <= 1e-14 * np.abs(exact).max()

@@ -68,8 +68,6 @@ def moments(problem: Problem, inputs: Inputs, constant: Constant = unchanged) ->
 
 def normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Array:
     """act((x − mean) / √(var + eps) · scale + bias + residual)."""
-    if is_empty(inputs.x):
-        return inputs.x
     x, _ = _valid(inputs)
     y = output(problem, inputs, moments, _coordinate(problem, x, moments))
     return _where(_finite(inputs), y, math.nan)
@@ -79,8 +77,6 @@ def batch_norm(
     problem: Problem, inputs: Inputs, constant: Constant = unchanged
 ) -> tuple[Array, Moments]:
     """`moments` and `normalize` in one, with a pass over x less; differentiable to any order."""
-    if is_empty(inputs.x):
-        return inputs.x, moments(problem, inputs)
     x, _ = _valid(inputs)
     u, found = _centered(problem, inputs._replace(x=x), constant)
     return _where(_finite(inputs), output(problem, inputs, found, u), math.nan), found

@@ -225,6 +225,11 @@ def batch_norm_gradients(
         values = _real(name, value, _NUMBERS)
         checks.feature_shape(name, values.shape, call.feature_shape, call.x.shape)
         row[...] = values
+    if call.x.itemsize == 8 and np.isinf(rows[2]).any():
+        raise ValueError(
+            "statistics.var must be finite, but of some feature it is infinite: the elements of x "
+            "are further apart than a variance in float64 can say. Divide x by a power of two."
+        )
     call.arguments |= {"statistics": rows, "dy": dy.astype(call.x.dtype, copy=False)}
     outputs = {"dx": call.output(), "dbias": sums[0], "dscale": sums[1]}
     if residual is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..definition import Inputs, takes_part
 from . import _compat
-from ._running import Running
+from ._running import Running, rounded
 from ._stages import Call, Given, Stages
 
 
@@ -23,7 +23,8 @@ def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """y and the batch's statistics, both of which can be differentiated."""
     watched = _needs_operations(call, inputs)
     if watched or not _requires_grad(inputs):
-        return _forward(call, inputs, watched=watched)
+        y, statistics = _forward(call, inputs, watched=watched)
+        return y, rounded(statistics)
     y, statistics = _apply_with_statistics(call, inputs, None, *inputs, None, None)
     return y, statistics
 
@@ -152,7 +153,7 @@ class _OutputAndStatistics(_Output):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         # An output that its own node held would never be freed.
-        return _Output.forward(ctx, *arguments), ctx.by.detach()
+        return _Output.forward(ctx, *arguments), rounded(ctx.by).detach()
 
 
 _apply = _compat.apply_of(_Output)
@@ -201,6 +202,8 @@ def _differentiable_gradients(
         given = given if mean is None else Given(mean, var)
         Stages(ctx.call.problem, inputs, watched=True).check("dy", dy)
         outputs = _forward(ctx.call, inputs, given, watched=True)
+        if given is None:
+            outputs = outputs[0], rounded(outputs[1])
     pairs = [
         (output, cotangent.to(output.dtype))
         for output, cotangent in zip(outputs, (dy, dstatistics), strict=True)

@@ -13,6 +13,14 @@ from ..moments import Statistics
 from ._compat import check_memory, is_transformed
 
 
+def rounded(statistics: Tensor) -> Tensor:
+    """The three rows, of statistics that may have five (_stages.py)."""
+    if len(statistics) == 3:
+        return statistics
+    count, mean, var, _, unit = statistics.unbind(0)
+    return torch.stack((count, mean, var * unit * unit))
+
+
 class Running(NamedTuple):
     """Running statistics, and how far a batch moves them; the variance has correction 1.
 
@@ -57,7 +65,7 @@ class Running(NamedTuple):
         ):
             if tensor is not None:
                 check_memory(name, tensor)
-        count, mean, var = statistics.detach().unbind(0)
+        count, mean, var = rounded(statistics).detach().unbind(0)
         with explained(self.owner):
             batches = (count > 0).any() if self.may_be_empty else 1
             new_mean, new_var = update_running(

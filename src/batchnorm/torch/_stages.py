@@ -1,8 +1,10 @@
 """The stages on tensors: kernels on the CPU where they can serve, the definition elsewhere.
 
 The statistics of a batch are one tensor, float64 where the device has that, so that a mean is not
-rounded: its rows are those of `Statistics`, (3, *feature shape). The sums of a backward pass are
-the rows Σ g and Σ g·x̂, (2, *feature shape).
+rounded: its rows are those of `Statistics`, (3, *feature shape). Those that `forward` finds of
+doubles have two more, for what of the mean and the variance a double does not hold (`StatisticsOf`
+in csrc/stages/batch_norm.h). The sums of a backward pass are the rows Σ g and Σ g·x̂, (2, *feature
+shape).
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from ..definition import Inputs, Problem
 from ..layout import feature_shape, weights_shape
 from ..moments import Moments, Statistics
 from ._compat import check_memory, operations_library
-from ._running import Running
+from ._running import Running, rounded
 from ._sync import Alone
 
 # torch.compile can't look into what this finds out, but can into the dict that keeps it.
@@ -76,7 +78,7 @@ class Stages:
         """y, and the statistics that it is normalized by; running statistics move, too."""
         x = self.inputs.x
         if self.is_native:
-            y, statistics = torch.empty_like(x), self.rows(3)
+            y, statistics = torch.empty_like(x), self.rows(5 if x.dtype == torch.float64 else 3)
             operands: dict[str, Any] = {"statistics": statistics, "y": y}
             moving = None if running is None else running.operands()
             if moving is not None:
@@ -101,7 +103,7 @@ class Stages:
             if self.runs(native.kernels.statistics, {"statistics": statistics}):
                 return statistics
         moments = definition.moments(self.problem, self.wide_inputs(), Tensor.detach)
-        return self.statistics_of(moments)
+        return rounded(self.statistics_of(moments))
 
     def normalize(self, by: By) -> Tensor:
         x = self.inputs.x
@@ -201,13 +203,20 @@ class Stages:
     def statistics_of(self, moments: Moments) -> Tensor:
         dtype = statistics_dtype(self.inputs.x)
         wider = Moments(*(each.to(dtype) for each in moments))
-        return torch.stack(tuple(wider.statistics()))
+        if self.inputs.x.dtype != torch.float64:
+            return torch.stack(tuple(wider.statistics()))
+        count, pivot, unit, offset, var = wider
+        mean = pivot + unit * offset
+        return torch.stack((count, mean, var, (pivot - mean) + unit * offset, unit))
 
     def moments_of(self, by: By) -> Moments:
         if isinstance(by, Given):
             self.check("mean", by.mean)
             self.check("var", by.var)
         dtype = wide(self.inputs.x.dtype)
+        if not isinstance(by, Given) and len(by) == 5:
+            count, mean, var, mean_low, unit = by.unbind(0)
+            return Moments(count, mean, unit, mean_low / unit, var)
         statistics = Statistics(None, *by) if isinstance(by, Given) else Statistics(*by.unbind(0))
         if statistics.mean.dtype == torch.float64 != dtype:
             return Moments.about(statistics, lambda each: each.to(dtype), Tensor.detach)
