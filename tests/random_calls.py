@@ -217,19 +217,28 @@ def numpy_gradients(random: Random) -> Call:
 
     def run() -> None:
         expected = Expected(case)
-        for name in ("mean", "var"):  # a variance beyond float64 is no statistic to go on from
+        for name in ("mean", "var"):
             expected.spoilt |= ~np.isfinite(case.values[f"statistics.{name}"])
         # What rounding the mean to one number may do.
         lost = Wide(2.0**-52) * np.abs(expected.truth.mean)
         watch = watched(case)
-        gradients = bn.batch_norm_gradients(
-            arrays["dy"],
-            arrays["x"],
-            bn.Statistics(*(arrays[f"statistics.{name}"] for name in bn.Statistics._fields)),
-            arrays.get("scale"),
-            arrays.get("bias"),
-            **options(case, arrays, "mask", "residual"),
+        statistics = bn.Statistics(
+            *(arrays[f"statistics.{name}"] for name in bn.Statistics._fields)
         )
+        try:
+            gradients = bn.batch_norm_gradients(
+                arrays["dy"],
+                arrays["x"],
+                statistics,
+                arrays.get("scale"),
+                arrays.get("bias"),
+                **options(case, arrays, "mask", "residual"),
+            )
+        except ValueError:
+            watch.look()
+            if case.dtype == FLOAT64 and np.isinf(statistics.var).any():
+                return
+            raise
         watch.look()
         wanted = expected.gradients(lost)
         for name in ("x", "scale", "bias", "residual"):
@@ -478,7 +487,9 @@ def running_near(case: Case, batch: Expected, rate: Any) -> dict[str, Near]:
             within = unbiased * near.within + rounded(case.values[name].dtype, old[name])
             if name == "var":
                 within = within + blurred * np.abs(near.wanted)
-            within = np.where(batch.spoilt | (blurred == np.inf), np.inf, within)
+            # A variance beyond float64 is infinite, and moves nothing or everything.
+            is_any = batch.spoilt | (blurred == np.inf) | (statistics["var"].wanted > 1e307)
+            within = np.where(is_any, np.inf, within)
             found[name] = Near(new, within, batch.limit)
     return found
 
@@ -573,7 +584,8 @@ def torch_layer(random: Random) -> Call:
         watch.look()
         check("y", y, expected.output(), case.dtype)
         if moves:
-            is_skipped = layer.skip_nonfinite and batch.is_nonfinite
+            is_beyond = (batch.truth.var > np.finfo(FLOAT64).max).any()
+            is_skipped = layer.skip_nonfinite and (batch.is_nonfinite or is_beyond)
             rate = 1 / Wide(tracked + 1) if layer.momentum is None else Wide(layer.momentum)
             for name, near in running_near(case, batch, rate).items():
                 if is_skipped:
@@ -640,17 +652,20 @@ def torch_tampered(random: Random) -> Call:
 # ---- several at once, and all of them
 
 
-def settle(random: Random) -> str:
-    """Draw what all calls of the process have in common, and set it."""
+def draw_settings(random: Random) -> tuple[str, Callable[[], None]]:
+    """What all calls of a process have in common, in words; and to set it."""
     threads = int(pick(random, [1, 2, 3, 5, 16]))
     level = pick(random, native.instruction_sets())
     cache = int(pick(random, [0, 1 << 12, 1 << 16, 1 << 25]))
-    native.set_num_threads(threads)
-    native.set_instruction_set(level)
-    native.kernels.set_last_level_cache_bytes(cache)
     ours = int(pick(random, [1, 2, 4]))
-    torch.set_num_threads(ours)
-    return f"{threads} threads, PyTorch's {ours}, {level}, a cache of {cache} bytes"
+
+    def settle() -> None:
+        native.set_num_threads(threads)
+        native.set_instruction_set(level)
+        native.kernels.set_last_level_cache_bytes(cache)
+        torch.set_num_threads(ours)
+
+    return f"{threads} threads, PyTorch's {ours}, {level}, a cache of {cache} bytes", settle
 
 
 def several(calls: list[Call]) -> Callable[[], None]:
@@ -689,15 +704,23 @@ def several(calls: list[Call]) -> Callable[[], None]:
 def draw(seed: int, number: int, door: str | None = None) -> Call:
     """Call `number` of those that a seed stands for."""
     random = np.random.default_rng([seed, number])
-    settings = settle(random)
+    settings, settle = draw_settings(random)
     doors = {"numpy": numpy_call, "torch": torch_call}
     draw_one = doors[door or pick(random, list(doors))]
     if chance(random, 0.04):
         calls = [draw_one(random) for _ in range(random.integers(2, 5))]
         text = "\n".join(map(str, calls))
-        return Call("at once:\n" + text, None, several(calls), f"\n{settings}")
-    call = draw_one(random)
-    call.also = f"{call.also}; {settings}".removeprefix("; ")
+        call = Call("at once:\n" + text, None, several(calls), f"\n{settings}")
+    else:
+        call = draw_one(random)
+        call.also = f"{call.also}; {settings}".removeprefix("; ")
+    run = call.run
+
+    def settled() -> None:
+        settle()
+        run()
+
+    call.run = settled
     return call
 
 

@@ -512,7 +512,10 @@ class Expected:
             shared = along(bias_error + unit * sum_g) + x_hat_error * along(sum_g_x_hat)
             shared = shared + x_hat * along(scale_error + unit * sum_g_x_hat)
             error = error + self.weights / along(self.divisor) * shared
+            # A sum beyond the range of the dtype of computation meets an x̂ of 0.
+            error = np.where(along(total(g * x_hat)) < self.limit, error, np.inf)
         x_error = along(size) * error + unit * np.abs(wanted["x"])
+        scale_error = np.where(total(g * x_hat) < self.limit, scale_error, np.inf)
         errors = {
             "x": x_error + 8 * self.lost * (1 + error / unit),
             "scale": scale_error,
@@ -524,6 +527,7 @@ class Expected:
         if self.given is not None:
             errors["mean"] = size * (bias_error + 4 * total(unit * g)) + lost
             errors["var"] = size * self.rstd * (scale_error + 4 * total(unit * g * x_hat)) + lost
+            errors["var"] = np.where(total(g * x_hat) < self.limit, errors["var"], np.inf)
         found = {name: self.near(wanted[name], error) for name, error in errors.items()}
         if "residual" in case.values:
             found["residual"] = self._summed_to_residual(found["residual"])
@@ -567,6 +571,7 @@ def check(name: str, got: Any, near: Near, dtype: np.dtype | None = None) -> Non
     limit = min(near.limit, Wide(info.max))
     with np.errstate(all="ignore"):
         within = near.within + rounded(kind, wanted)
+        within = np.where(within < limit, within, np.inf)
         is_right = (np.abs(found - wanted) <= within) | (found == wanted) | np.isinf(within)
         is_right |= np.isnan(found) & np.isnan(wanted)
         is_beyond = np.abs(wanted) + within >= 0.99 * limit

@@ -578,11 +578,17 @@ void gradient_sums(const Problem& problem, Block<GradientSums>& block, const dou
     add(block.again);
   }
   for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
-    const double rstd = block.range.at(block.coefficients, c).rstd;
+    const double rstd = std::max(1.0, block.range.at(block.coefficients, c).rstd);
     const double remainder = block.range.at(block.coefficients, c).remainder;
     const GradientSums& sums = block.range.at(block.sums, c);
-    const double g = sums.g + sums.g_low;
-    const double g_xhat = (sums.g_xhat + sums.g_xhat_low) * std::max(1.0, rstd) - remainder * g;
+    double g = sums.g + sums.g_low, g_xhat = sums.g_xhat + sums.g_xhat_low;
+    if (std::isinf(g_xhat * rstd) && std::isfinite(g_xhat)) {
+      const double scale = 1 / limits_of(problem.dtype).step;
+      block.scales_of(c).g *= scale;
+      g *= scale;
+      g_xhat *= scale;
+    }
+    g_xhat = g_xhat * rstd - remainder * g;
     const double scale = block.range.scales ? block.scales_of(c).g : 1;
     sum_g[c] = g / scale;
     sum_g_xhat[c] = g_xhat / scale;
