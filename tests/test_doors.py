@@ -230,6 +230,13 @@ def test_the_ends_of_the_range(door: Door, extreme: Extreme, shape: tuple[int, .
         right(gradient, gradients[name], f"the gradient of {name}", name)
 
 
+def test_the_gradient_of_a_residual_is_added_up_in_its_dtype(door: Door):
+    x = np.random.default_rng(0).normal(size=(3000, 2)).astype(FLOAT16)
+    dy, residual = np.full_like(x, 100), np.zeros(2, FLOAT32)
+    gradient = door.batch_norm_gradients(dy, x, None, None, residual=residual)["residual"]
+    np.testing.assert_array_equal(gradient, np.full(2, 300_000, FLOAT32))
+
+
 # ---- values that are not finite, masks, empty batches
 
 

@@ -45,7 +45,8 @@ def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
     check_memory("residual", residual)
     check_device("residual", residual, x)
     checks.broadcasts("residual", residual.shape, x.shape)
-    return residual.expand(x.shape).to(x.dtype)  # so that its gradient is added up in its dtype
+    # In this order, its gradient is added up in its own dtype.
+    return residual.expand(x.shape).to(x.dtype)
 
 
 def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
