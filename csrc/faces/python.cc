@@ -10,6 +10,7 @@
 #include <cstring>
 #include <exception>
 #include <iterator>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -368,18 +369,20 @@ void without_gil(const Work& work) {
 
 template <const Signature& signature, PyObject* (*body)(Call&)>
 PyObject* called(PyObject*, PyObject* const* values, Py_ssize_t positional, PyObject* keywords) {
-  Call call;
+  // Of 7 kB, which the stack of a small thread should not have to hold.
+  const std::unique_ptr<Call> call(new (std::nothrow) Call);
+  if (!call) return PyErr_NoMemory();
   PyObject* result = nullptr;
-  if (call.parse(signature, values, positional, keywords)) {
+  if (call->parse(signature, values, positional, keywords)) {
     try {
-      result = body(call);
+      result = body(*call);
     } catch (const std::bad_alloc&) {
       PyErr_NoMemory();
     } catch (const std::exception& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     }
   }
-  call.release_buffers();
+  call->release_buffers();
   return result;
 }
 
