@@ -123,7 +123,7 @@ class _Output(torch.autograd.Function):
         given = None if mean is None else Given(mean, var)
         y, ctx.by = _forward(call, inputs, given, running, watched=False)
         ctx.call = call
-        ctx.dtypes = _dtypes(scale, bias)
+        ctx.dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
         ctx.has_residual = residual is not None
         if call.problem.activation is None:
             residual = None
@@ -139,7 +139,7 @@ class _Output(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None = None) -> Any:
         try:
-            return None, None, None, *_gradients(ctx, dy, dstatistics)
+            return _gradients(ctx, dy, dstatistics)
         except ValueError as error:  # of what was right in the forward pass
             raise RuntimeError(
                 "What batch normalization kept for its backward pass is no longer what it was in "
@@ -160,24 +160,20 @@ _apply = _compat.apply_of(_Output)
 _apply_with_statistics = _compat.apply_of(_OutputAndStatistics)
 
 
-def _dtypes(scale: Tensor | None, bias: Tensor | None) -> Any:
-    return None if scale is None else scale.dtype, None if bias is None else bias.dtype
-
-
 def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
-    """Of x, scale, bias, residual, weights, mean and var."""
-    values: Any
-    *values, mean, _ = ctx.saved_tensors
-    inputs, by, call = Inputs(*values), ctx.by, ctx.call
-    if (dtypes := _dtypes(inputs.scale, inputs.bias)) != ctx.dtypes:
+    """Of the arguments of `_Output.forward`."""
+    x, scale, bias, residual, weights, mean, _ = ctx.saved_tensors
+    inputs, by, call = Inputs(x, scale, bias, residual, weights), ctx.by, ctx.call
+    dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
+    if dtypes != ctx.dtypes:
         raise ValueError(
             f"scale (weight) and bias had the dtypes {ctx.dtypes}, but they have {dtypes}."
         )
     if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
-        return _differentiable_gradients(ctx, dy, dstatistics)
+        return None, None, None, *_differentiable_gradients(ctx, dy, dstatistics)
     if dy is None:
-        return (None,) * 7
-    watched = _compat.is_watched(inputs.x) or _compat.is_batch_of_autograd(dy)
+        return (None,) * 10
+    watched = _compat.is_watched(x) or _compat.is_batch_of_autograd(dy)
     stages = Stages(call.problem, inputs, watched=watched)
     if call.processes.is_shared and not isinstance(by, Given):
         own = stages.gradient_sums(by, dy)
@@ -186,7 +182,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
         dscale, dbias = stages.parameter_gradients(own)
     else:
         dscale, dbias, dx, g = stages.gradients(by, dy, ctx.has_residual)
-    return dx, dscale, dbias, g, None, None, None
+    return None, None, None, dx, dscale, dbias, g, None, None, None
 
 
 def _differentiable_gradients(

@@ -257,7 +257,7 @@ class Stages:
 def _named(by: By, dy: Tensor | None = None) -> dict[str, Any]:
     operands: dict[str, Any] = {}
     if dy is not None:
-        operands["dy"] = _resolved("dy", dy)
+        operands["dy"] = _resolved("dy", dy) if dy.is_neg() else dy
     if isinstance(by, Given):
         operands["mean"], operands["var"] = _resolved("mean", by.mean), _resolved("var", by.var)
     else:

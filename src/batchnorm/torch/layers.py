@@ -97,9 +97,9 @@ class Layer(_compat.BatchNormBase):
         self._check_input_dim(input)
         # Once, since torch.nn.Module takes its time to find a tensor.
         given = Given(self.running_mean, self.running_var)
-        check_running(*given)
         is_tracked = given.mean is not None
-        if not is_tracked:
+        if not is_tracked or given.var is None:
+            check_running(*given)
             self._check_freezing(self.normalize_by, self.update_running)
         by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
         watched = _compat.is_watched(input)
