@@ -230,11 +230,16 @@ def test_the_ends_of_the_range(door: Door, extreme: Extreme, shape: tuple[int, .
         right(gradient, gradients[name], f"the gradient of {name}", name)
 
 
-def test_the_gradient_of_a_residual_is_added_up_in_its_dtype(door: Door):
-    x = np.random.default_rng(0).normal(size=(3000, 2)).astype(FLOAT16)
-    dy, residual = np.full_like(x, 100), np.zeros(2, FLOAT32)
+@pytest.mark.parametrize(
+    ("of_x", "of_residual", "each"), [(FLOAT16, FLOAT32, 100.0), (FLOAT32, FLOAT16, 2.0**-26)]
+)
+def test_the_gradient_of_a_residual_is_added_up_in_the_wider_dtype(
+    door: Door, of_x: np.dtype, of_residual: np.dtype, each: float
+):
+    x = np.random.default_rng(0).normal(size=(4096, 2)).astype(of_x)
+    dy, residual = np.full_like(x, each), np.zeros(2, of_residual)
     gradient = door.batch_norm_gradients(dy, x, None, None, residual=residual)["residual"]
-    np.testing.assert_array_equal(gradient, np.full(2, 300_000, FLOAT32))
+    np.testing.assert_array_equal(gradient, np.full(2, 4096 * each, of_residual))
 
 
 # ---- values that are not finite, masks, empty batches

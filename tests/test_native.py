@@ -1108,3 +1108,77 @@ def test_the_bits_of_a_feature_do_not_depend_on_others(dtype, shape, other):
     for one, another in zip(before, results(x, dy, scale), strict=False):
         axis = min(1, one.ndim - 1)
         np.testing.assert_array_equal(np.delete(one, 3, axis), np.delete(another, 3, axis))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "x_size", "dy_size", "scale", "eps", "weight"),
+    [
+        ("float32", 1e-10, 1.0, 1.0, 1e-20, 1e-25),
+        ("float32", 3e-12, 1.0, 1.0, 2e-25, 6e-20),
+        ("float64", 1.0, 1.0, 1.0, 1e-5, 1e-280),
+        ("float32", 1e-10, 1e-30, 1.0, 1e-20, None),
+        ("float32", 1e-10, 1e-36, 1.0, 1e-20, None),
+        ("float32", 1e-18, 1e-28, 1.0, 1e-37, None),
+        ("float32", 1e-15, 1e25, 1e-15, 1e-32, None),
+        ("float32", 1e10, 1e-30, 1e10, 1e-5, None),
+        ("float64", 1e120, 1e-244, 1e88, 1e-5, None),
+        ("float32", 1.0, 1e-30, 1.0, 1e-5, 1e20),
+        ("float32", 1.0, 1e30, 1.0, 1e-5, 1e-29),
+        ("float64", 1.0, 1e200, 1.0, 1e-5, 1e-200),
+        ("float32", 1.0, 1.0, 1e31, 1e-5, "padding"),
+        ("float64", 1.0, 1.0, 1e280, 1e-5, "padding"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(40, 3), (4, 3, 100)])
+def test_sizes_far_from_1(shape, dtype, x_size, dy_size, scale, eps, weight):
+    random = np.random.default_rng(0)
+    x = (x_size * random.normal(size=shape)).astype(dtype)
+    dy = (dy_size * random.normal(size=shape)).astype(dtype)
+    scales, mask = np.full(3, scale, dtype), None
+    if weight is not None:
+        mask = random.integers(0, 3, size=(shape[0], 1, *shape[2:])).astype(dtype)
+        if weight == "padding":
+            outside = np.broadcast_to(mask == 0, shape)
+            x[outside], dy[outside] = np.finfo(dtype).min, 0
+        else:
+            mask *= np.array(weight, dtype)
+    options = {"axis": 1, "eps": eps, "mask": mask}
+    exact = x.astype(np.longdouble)
+    with np.errstate(all="ignore"):
+        y, statistics = bn.batch_norm(x, scales, **options)
+        got = bn.batch_norm_gradients(dy, x, statistics, scales, **options)
+        wanted = truth.batch_norm_gradients(dy, exact, scales, **options)
+        right = truth.batch_norm(exact, scales, **options)
+        inside = np.isfinite(right.y.astype(dtype))
+        pairs = [
+            (y[inside], right.y[inside]),
+            (got.x, wanted["x"]),
+            (got.scale, wanted["scale"]),
+            (statistics.var, right.var),
+        ]
+    for found, true in pairs:
+        rounding = 1e-13 if dtype == "float64" else 3e-6
+        assert np.abs(found - true).max() <= rounding * np.abs(true).max()
+
+
+@pytest.mark.parametrize("shape", [(40, 3), (4, 3, 100)])
+def test_a_large_gradient_does_not_spoil_others_of_its_feature(shape):
+    """In evaluation, where they have no share in each other; and a residual's, always."""
+    dy = np.full(shape, 1e-30, np.float32)
+    dy[0] = 3e38
+    x, ones, residual = np.ones(shape, np.float32), np.ones(3), np.zeros(shape, np.float32)
+    common = {"x": x, "features": (1,), "eps": 1e-5, "dy": dy, "residual": residual}
+    dx, dresidual = np.empty_like(x), np.empty_like(x)
+    outputs = {"dx": dx, "dresidual": dresidual, "dscale": np.empty(3), "dbias": np.empty(3)}
+    kernel = native.kernels.batch_norm_gradients
+    assert kernel(**common, **outputs, mean=ones, var=ones) is None
+    np.testing.assert_allclose(dx, dy / np.sqrt(1 + 1e-5), rtol=1e-6)
+    np.testing.assert_array_equal(dresidual, dy)
+    statistics = np.stack([np.full(3, dy.size / 3), ones, ones])
+    assert kernel(**common, **outputs, statistics=statistics) is None
+    np.testing.assert_array_equal(dresidual, dy)
+
+
+def test_a_mean_beyond_float32():
+    y = bn.normalize(np.float32([[1.0], [-3.0]]), np.array([1e40]), np.array([1e20]))
+    np.testing.assert_allclose(y, -1e30, rtol=1e-6)

@@ -394,20 +394,20 @@ struct GradientInputs {
     return other;
   }
 
-  // t, and g = dy * act'(z) * g_scale of the pack at i; both 0 where an element takes no part.
+  // t, and g = dy * act'(z) of the pack at i; both 0 where an element takes no part.
   template <class Of>
   BATCHNORM_INLINE void get(int64_t i, int n, const Of& of, Pack<F>& t, Pack<F>& g) const {
     const Pack<F> value = load<F>(x + i, n);
     t = coordinate<Kind, F>(value, i, of);
     g = load<F>(dy + i, n);
-    if constexpr (Kind::kScaled) g *= of.g_scale.at(i);
     if constexpr (Kind::kActive) {
       Pack<F> z = t * of.slope.at(i) + of.shift.at(i);
       if (residual) z += load<F>(residual + i, n);
       g = kind.template through<F>(g, z);
     }
     if (weights) {
-      const Bits<F> finite = Bits<F>(value - value == 0);
+      const Pack<F> looked_at = Kind::kScaled ? t : value;
+      const Bits<F> finite = Bits<F>(looked_at - looked_at == 0);
       const Bits<F> valid = Bits<F>(weights.template at<F>(i, n) > 0) | finite;
       t = select<F>(valid, t, Pack<F>{});
       g = select<F>(valid, g, Pack<F>{});
@@ -419,9 +419,10 @@ template <class F, class T, class Kind>
 void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coefficients* channels,
                            const void* dy, const bool* again, GradientSums* sums) {
   const int64_t ahead = range.ahead;
+  const double most_rstd = again ? 1 : kAnyRstd;
   for (int64_t c = range.channel0; c < range.channel1; ++c) {
     if (again && !range.at(again, c)) continue;
-    const Spreads<One, F> of = spread<ForSums<Kind>, F>(range, channels, c);
+    const Spreads<One, F> of = spread<ForSums<Kind>, F>(range, channels, c, most_rstd);
     Chains<F> chains;
     const auto add = [&](int64_t first, int64_t length, const Weight<T>* weights) BATCHNORM_INLINE {
       const GradientInputs<F, T, Kind> inputs(problem, dy, first, weights);
@@ -430,6 +431,7 @@ void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coe
         if (ahead) fetch(inputs.dy + i + ahead);
         Pack<F> t, g;
         inputs.get(i, n, of, t, g);
+        if constexpr (Kind::kScaled) g *= of.g_scale.at(i);
         a += g;
         b += g * (t * of.rstd.at(i));
       });
@@ -451,6 +453,7 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
   // Computing more with each element, a processor asks for memory less far ahead.
   const bool fetching = range.beyond_cache && (Kind::kActive || problem.weights);
   const int64_t ahead = 4 * kFetchedBytes / sizeof(T);
+  const double most_rstd = again ? 1 : kAnyRstd;
   const int64_t lanes = most_lanes(problem.shape);
   Spreads<PerLane, F> of = lanes_of<ForSums<Kind>, F>(problem, scratch);
   F *first = scratch.take<F>(lanes), *second = scratch.take<F>(lanes);
@@ -459,7 +462,7 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
   Weight<T>* const buffer = buffer_of_weights<Weight<T>>(problem, scratch);
   for_strips(problem.shape, range, lanes_for_sums(problem), [&](const Strip& strip) {
     if (!has_any(again, problem.shape, range, strip)) return;
-    spread<ForSums<Kind>>(problem, range, strip, channels, of);
+    spread<ForSums<Kind>>(problem, range, strip, channels, of, most_rstd);
     for (double* each : {g, g_low, g_xhat, g_xhat_low}) std::fill_n(each, strip.lanes, 0.0);
     const int64_t stride = strip.stride;
     for (int64_t start = 0; start < strip.rows; start += kBlock) {
@@ -476,6 +479,7 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
                       if (fetching) fetch(inputs.x + row * stride + i + ahead);
                       if (fetching) fetch(inputs.dy + row * stride + i + ahead);
                       inputs.row(row * stride, row * weights.stride).get(i, n, of, t, gradient);
+                      if constexpr (Kind::kScaled) gradient *= of.g_scale.at(i);
                       a += gradient;
                       b += gradient * (t * of.rstd.at(i));
                     });
@@ -525,6 +529,10 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
           Pack<F> t, g;
           inputs.get(i, n, of, t, g);
           Pack<F> own = g;
+          if constexpr (Kind::kScaled) {
+            own *= of.g_scale.at(i);
+            t *= of.t_scale.at(i);
+          }
           if (through_statistics) {
             Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
             if (weights) {
@@ -536,7 +544,6 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
           }
           if constexpr (Kind::kScaled) {
             own = own * of.dx_slope.at(i) * of.dx_scale.at(i);
-            g *= of.g_unscale.at(i);
           } else {
             own *= of.slope.at(i);
           }

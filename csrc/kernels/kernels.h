@@ -31,10 +31,12 @@ class Scratch {
  public:
   static constexpr int64_t kAlignment = 64;
 
-  // What any of the loops takes: 17 arrays at most.
+  // No loop takes more: of doubles, gradient sums with weights and scales take most, 16 a lane; of
+  // float elements, deviations in double, 12.
   static int64_t bytes(const Shape& shape, Dtype dtype) {
-    const int64_t lanes = most_lanes(shape), of_a_lane = dtype == Dtype::float64 ? 17 * 8 : 13 * 8;
-    return lanes == 0 ? 0 : of_a_lane * (lanes + kMoreLanes) + 17 * kAlignment;
+    constexpr int64_t kMostArrays = 16;
+    const int64_t lanes = most_lanes(shape), doubles = dtype == Dtype::float64 ? 17 : 13;
+    return lanes == 0 ? 0 : padded(8 * doubles * (lanes + kMoreLanes)) + kMostArrays * kAlignment;
   }
 
   Scratch(char* memory, int64_t bytes) : next_(memory), end_(memory + bytes) {}
@@ -42,13 +44,16 @@ class Scratch {
   template <class E>
   E* take(int64_t elements) {
     E* const taken = reinterpret_cast<E*>(next_);
-    const int64_t bytes = (elements + kMoreLanes) * static_cast<int64_t>(sizeof(E));
-    next_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    next_ += padded((elements + kMoreLanes) * static_cast<int64_t>(sizeof(E)));
     assert(next_ <= end_);
     return taken;
   }
 
  private:
+  static int64_t padded(int64_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
   static constexpr int64_t kMoreLanes = 32;  // a pack at the end of a strip is written whole
   char *next_, *end_;
 };
@@ -67,9 +72,9 @@ struct Coefficients {
 
 // Powers of two, 1 unless numbers would leave the range of the arithmetic type, and so exact:
 //
-//   dx = dx_slope * (g * scales.g - w * scales.w * (share + t * share_xhat)) * scales.dx
+//   dx = dx_slope * (g * scales.g - w * scales.w * (share + t * scales.t * share_xhat)) * scales.dx
 struct Scales {
-  double x = 1, g = 1, w = 1, dx = 1;
+  double x = 1, g = 1, w = 1, t = 1, dx = 1;
   double dx_slope = 1;
 };
 
@@ -103,7 +108,7 @@ struct Deviations {
   // The union with a disjoint set: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise
   // Algorithm for Computing Sample Variances" (1979).
   void merge(const Deviations& other) {
-    if (!(other.count > 0) && other.count == other.count) return;
+    if (other.count <= 0) return;
     if (count == 0) {
       *this = other;
       return;

@@ -223,7 +223,7 @@ struct PerLane {
 template <template <class> class Spread, class F>
 struct Spreads {
   Spread<F> center, rstd, slope, shift, share, share_xhat;
-  Spread<F> x_scale, g_scale, g_unscale, w_scale, dx_slope, dx_scale;
+  Spread<F> x_scale, g_scale, w_scale, t_scale, dx_slope, dx_scale;
 };
 
 // Which of them a loop reads.
@@ -231,15 +231,15 @@ struct Reads {
   bool z, sums, dx, scales;
 };
 
-// put(spread, value) for each that is read of those of a channel.
+// put(spread, value) for each that is read of those of a channel, rstd up to `most_rstd`.
 template <class Loop, class Spreads, class Put>
 inline BATCHNORM_INLINE void put_coefficients(const Coefficients& of, const Scales* scales,
-                                              Spreads& to, const Put& put) {
+                                              double most_rstd, Spreads& to, const Put& put) {
   constexpr Reads kReads = Loop::kReads;
   put(to.center, of.center);
   if constexpr (kReads.z || (kReads.dx && !kReads.scales)) put(to.slope, of.slope);
   if constexpr (kReads.z) put(to.shift, of.shift);
-  if constexpr (kReads.sums) put(to.rstd, std::min(1.0, of.rstd));
+  if constexpr (kReads.sums) put(to.rstd, std::min(most_rstd, of.rstd));
   if constexpr (kReads.dx) {
     put(to.share, of.share);
     put(to.share_xhat, of.share_xhat);
@@ -247,20 +247,22 @@ inline BATCHNORM_INLINE void put_coefficients(const Coefficients& of, const Scal
   if constexpr (kReads.scales) put(to.x_scale, scales->x);
   if constexpr (kReads.scales && (kReads.sums || kReads.dx)) put(to.g_scale, scales->g);
   if constexpr (kReads.scales && kReads.dx) {
-    put(to.g_unscale, 1 / scales->g);
     put(to.w_scale, scales->w);
+    put(to.t_scale, scales->t);
     put(to.dx_slope, scales->dx_slope);
     put(to.dx_scale, scales->dx);
   }
 }
 
+constexpr double kAnyRstd = std::numeric_limits<double>::infinity();
+
 // Of channel c.
 template <class Loop, class F>
 inline BATCHNORM_INLINE Spreads<One, F> spread(const Range& range, const Coefficients* channels,
-                                               int64_t c) {
+                                               int64_t c, double most_rstd = kAnyRstd) {
   Spreads<One, F> spreads;
   const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
-  put_coefficients<Loop>(range.at(channels, c), scales, spreads,
+  put_coefficients<Loop>(range.at(channels, c), scales, most_rstd, spreads,
                          [](One<F>& one, double value) { one.value = all(static_cast<F>(value)); });
   return spreads;
 }
@@ -292,20 +294,20 @@ template <class Loop, class F>
 Spreads<PerLane, F> lanes_of(const Problem& problem, Scratch& scratch) {
   Spreads<PerLane, F> spreads = {};
   const Scales scales;
-  put_coefficients<Loop>(Coefficients{}, &scales, spreads, [&](PerLane<F>& lanes, double) {
-    lanes.value = scratch.take<F>(most_lanes(problem.shape));
-  });
+  put_coefficients<Loop>(
+      Coefficients{}, &scales, kAnyRstd, spreads,
+      [&](PerLane<F>& lanes, double) { lanes.value = scratch.take<F>(most_lanes(problem.shape)); });
   return spreads;
 }
 
 template <class Loop, class F>
 void spread(const Problem& problem, const Range& range, const Strip& strip,
-            const Coefficients* channels, Spreads<PerLane, F>& lanes) {
+            const Coefficients* channels, Spreads<PerLane, F>& lanes, double most_rstd = kAnyRstd) {
   for_lanes(problem.shape, strip, [&](int lane, int64_t c) {
     const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
-    put_coefficients<Loop>(range.at(channels, c), scales, lanes, [&](PerLane<F>& of, double value) {
-      of.value[lane] = static_cast<F>(value);
-    });
+    put_coefficients<Loop>(
+        range.at(channels, c), scales, most_rstd, lanes,
+        [&](PerLane<F>& of, double value) { of.value[lane] = static_cast<F>(value); });
   });
 }
 

@@ -134,7 +134,7 @@ Cut cut_of(const Problem& problem, const Range& range, int most_threads) {
   } else if (channels >= tasks) {
     cut.channels = tasks;
   } else {
-    cut.inners = tasks;
+    cut.inners = std::min(tasks, range.inner1 - range.inner0);
   }
   return cut;
 }
@@ -258,8 +258,10 @@ class Block {
   // The scales of a channel: 1 until they are set.
   Scales& scales_of(int64_t channel) {
     if (!range.scales) {
-      std::fill_n(scales_, channels(), Scales());
-      for (int64_t i = 0; i < channels(); ++i) scales_[i].dx_slope = coefficients[i].slope;
+      for (int64_t i = 0; i < channels(); ++i) {
+        scales_[i] = Scales();
+        scales_[i].dx_slope = coefficients[i].slope;
+      }
       range.scales = scales_;
     }
     return range.at(scales_, channel);
@@ -436,10 +438,13 @@ double rstd_of(const Problem& problem, const ChannelStatistics& of) {
   return 1 / (of.unit * std::sqrt(of.var + problem.eps / (of.unit * of.unit)));
 }
 
+// Of a sum of weights, whose products with weights are shares of a batch.
+bool is_far_from_1(double count) { return count < 0x1p-40 || count > 0x1p40; }
+
 bool are_extreme(const Problem& problem, const Limits& limits, const ChannelStatistics& of,
                  double rstd, double slope) {
   return !are_within(limits, rstd) || !are_within(limits, slope) ||
-         std::fabs(of.mean) > limits.high || (problem.weights && !are_within(limits, of.count));
+         std::fabs(of.mean) > limits.high || (problem.weights && is_far_from_1(of.count));
 }
 
 Scales scales_of(const Problem& problem, const Limits& limits, const ChannelStatistics& of,
@@ -453,6 +458,9 @@ Scales scales_of(const Problem& problem, const Limits& limits, const ChannelStat
     scales.x = 1 / limits.step;
   } else if (steepest > limits.high && std::fabs(of.mean) < limits.step) {
     scales.x = limits.step;
+  } else if (std::fabs(of.mean) > std::numeric_limits<float>::max() &&
+             problem.dtype != Dtype::float64) {
+    scales.x = 1 / limits.step;
   } else if (std::fabs(of.mean) > limits.high) {
     scales.x = 0.25;  // for x - mean
   }
@@ -460,7 +468,7 @@ Scales scales_of(const Problem& problem, const Limits& limits, const ChannelStat
     const bool has_one = value != 0 && std::isfinite(value);
     return has_one ? std::clamp(std::ilogb(value), -limits.exponent, limits.exponent) : 0;
   };
-  if (problem.weights && !are_within(limits, of.count)) {
+  if (problem.weights && is_far_from_1(of.count)) {
     scales.w = std::ldexp(1, -exponent_of(of.count));
   }
   const int of_rstd = exponent_of(rstd), of_scale = exponent_of(scale);
@@ -473,8 +481,8 @@ Scales scales_of(const Problem& problem, const Limits& limits, const ChannelStat
 Coefficients coefficients_of(const Problem& problem, int64_t c, const ChannelStatistics& of,
                              double rstd, double slope, double x_scale) {
   const double mean = of.mean * x_scale;
-  const double center =
-      problem.dtype == Dtype::float64 ? mean : static_cast<double>(static_cast<float>(mean));
+  double center = mean;
+  if (problem.dtype != Dtype::float64) center = static_cast<float>(narrowed(problem.dtype, mean));
   const double rest = (mean - center) + of.mean_low * x_scale;
   const double bias = problem.bias ? problem.bias[c] : 0;
   return {center, rstd, rest * rstd, slope, bias - rest * slope, 0, 0};
@@ -510,8 +518,8 @@ void find_statistics(const Problem& problem, Block<Deviations>& block, const Tak
   // which matters where eps is as small; and weights can be as small.
   const double least = limits_of(problem.dtype).low;
   const auto is_off = [&](const Deviations& of) {
-    return !std::isfinite(of.squares) || (of.count > 0 && of.count < least) ||
-           (of.squares < least * of.count && problem.eps < least && !is_wide);
+    const bool is_little = of.count < least || of.squares + problem.eps * of.count < least;
+    return !std::isfinite(of.squares) || (!is_wide && of.count > 0 && is_little);
   };
   if (block.mark(is_off)) {
     block.add_up(block.again, [&](const Range& part, Deviations* own, Scratch scratch) {
@@ -556,6 +564,12 @@ void set_shares(const Problem& problem, Block<Sums>& block, int64_t c, double co
   }
   of.share = of_g - of.remainder * of_g_xhat;
   of.share_xhat = of.rstd * of_g_xhat;
+  const bool vanishes = of.share_xhat == 0 && of_g_xhat != 0;
+  if ((vanishes || !are_within(limits, of.share_xhat)) && of.rstd > 0 && std::isfinite(of.rstd)) {
+    const int exponent = std::clamp(std::ilogb(of.rstd), -limits.exponent, limits.exponent);
+    block.scales_of(c).t = std::ldexp(1, exponent);
+    of.share_xhat = std::ldexp(of.rstd, -exponent) * of_g_xhat;
+  }
 }
 
 // With a count, also the shares.
@@ -571,14 +585,19 @@ void gradient_sums(const Problem& problem, Block<GradientSums>& block, const dou
     return !std::isfinite(of.g) || !std::isfinite(of.g_xhat);
   };
   if (block.mark(is_off)) {
+    add(block.again);  // with smaller products; if that does not help, with a smaller g
+    bool any = false;
     for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
-      if (!block.range.at(block.again, c)) continue;
+      if (!block.range.at(block.again, c) || !is_off(block.range.at(block.sums, c))) continue;
       block.scales_of(c).g = 1 / limits_of(problem.dtype).step;
+      any = true;
     }
-    add(block.again);
+    if (any) add(block.again);
   }
   for (int64_t c = block.range.channel0; c < block.range.channel1; ++c) {
-    const double rstd = std::max(1.0, block.range.at(block.coefficients, c).rstd);
+    // What the loop has left out of rstd.
+    const bool is_again = block.range.at(block.again, c);
+    const double rstd = is_again ? std::max(1.0, block.range.at(block.coefficients, c).rstd) : 1;
     const double remainder = block.range.at(block.coefficients, c).remainder;
     const GradientSums& sums = block.range.at(block.sums, c);
     double g = sums.g + sums.g_low, g_xhat = sums.g_xhat + sums.g_xhat_low;
@@ -602,6 +621,7 @@ void input_gradient(const Problem& problem, Block<Sums>& block, bool through_sta
   for (int64_t c = block.range.channel0; block.range.scales && c < block.range.channel1; ++c) {
     Coefficients& of = block.range.at(block.coefficients, c);
     Scales& scales = block.scales_of(c);
+    if (!through_statistics) scales.g = 1;  // which is for g - share
     scales.dx /= scales.g;
     for (double* each : {&of.share, &of.share_xhat, &scales.dx}) {
       *each = narrowed(problem.dtype, *each);

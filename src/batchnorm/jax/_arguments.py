@@ -54,8 +54,9 @@ def parameter(name: str, value: ArrayLike, problem: Problem, x: jax.Array) -> ja
 def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:
     array = floating("residual", residual)
     checks.broadcasts("residual", array.shape, x.shape)
-    # In this order, its gradient is added up in its own dtype.
-    return jnp.broadcast_to(array, x.shape).astype(x.dtype)
+    # Its gradient is added up in the wider of the two dtypes.
+    wider = array.astype(jnp.promote_types(array.dtype, x.dtype))
+    return jnp.broadcast_to(wider, x.shape).astype(x.dtype)
 
 
 def _weights(mask: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:

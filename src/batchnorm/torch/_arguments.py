@@ -45,8 +45,9 @@ def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
     check_memory("residual", residual)
     check_device("residual", residual, x)
     checks.broadcasts("residual", residual.shape, x.shape)
-    # In this order, its gradient is added up in its own dtype.
-    return residual.expand(x.shape).to(x.dtype)
+    # Its gradient is added up in the wider of the two dtypes.
+    wider = torch.promote_types(residual.dtype, x.dtype)
+    return residual.to(wider).expand(x.shape).to(x.dtype)
 
 
 def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
