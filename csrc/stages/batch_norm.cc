@@ -438,8 +438,8 @@ double rstd_of(const Problem& problem, const ChannelStatistics& of) {
   return 1 / (of.unit * std::sqrt(of.var + problem.eps / (of.unit * of.unit)));
 }
 
-// Of a sum of weights, whose products with weights are shares of a batch.
-bool is_far_from_1(double count) { return count < 0x1p-40 || count > 0x1p40; }
+// Of a sum of weights, whose products with weights are shares of a batch; 0 where there are none.
+bool is_far_from_1(double count) { return count > 0 && (count < 0x1p-40 || count > 0x1p40); }
 
 bool are_extreme(const Problem& problem, const Limits& limits, const ChannelStatistics& of,
                  double rstd, double slope) {
