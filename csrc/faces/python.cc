@@ -62,10 +62,13 @@ Element element_of(dlpack::DataType dtype) {
 }
 
 // Of the first element; null where there is no memory. In storage that is freed, an element's
-// address is its offset alone, which no memory is large enough to bring into the range of other
-// addresses.
+// address is its offset alone, and below all memory up to 1 TiB, on macOS up to 4 GiB.
 void* address_of(PyObject* object, const dlpack::Tensor& tensor) {
-  constexpr uint64_t kLargestOffset = uint64_t{1} << 44;
+#ifdef __APPLE__
+  constexpr uint64_t kLargestOffset = uint64_t{1} << 32;
+#else
+  constexpr uint64_t kLargestOffset = uint64_t{1} << 40;
+#endif
   if (!tensor.data) return nullptr;
   char* const address = static_cast<char*>(tensor.data) + tensor.byte_offset;
   const uint64_t bytes = reinterpret_cast<uintptr_t>(address);
