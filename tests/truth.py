@@ -64,11 +64,14 @@ def _forward(x, scale, bias, axis, eps, mask, residual, given, dtype) -> _Forwar
         return np.where(weights > 0, values, 0)
 
     if given is None:
-        mean = average(inside(x))
-        # What rounding the mean has left out is not rounded away again.
-        rest = average(inside(x - mean))
-        centered = x - mean - rest
-        mean, var = mean + rest, average(inside(centered) ** 2)
+        # About an element, of which a constant is exactly 0 apart; and what rounding the mean has
+        # left out is not rounded away again.
+        origin = np.where(weights > 0, x, -np.inf).max(reduced, keepdims=True, initial=-np.inf)
+        origin = np.where(np.isfinite(origin), origin, 0)
+        mean = average(inside(x - origin))
+        rest = average(inside(x - origin - mean))
+        centered = x - origin - mean - rest
+        mean, var = origin + mean + rest, average(inside(centered) ** 2)
     else:
         mean, var = (np.asarray(each, dtype).reshape(shape) for each in given)
         centered = x - mean

@@ -546,21 +546,26 @@ void normalize(const Problem& problem, const Block<Sums>& block, void* y) {
   });
 }
 
+// Of a gradient whose difference from its share may overflow.
+constexpr double kShareScale = 0x1p-24;
+
 // (sum g + xhat * sum g*xhat) / m as a line in t; the sums are given as multiplied by scales.g.
 template <class Sums>
 void set_shares(const Problem& problem, Block<Sums>& block, int64_t c, double count, double sum_g,
                 double sum_g_xhat) {
-  if (!(count > 0)) return;
+  if (!(count > 0)) {
+    if (block.range.scales) block.scales_of(c).g = 1;
+    return;
+  }
   const Limits limits = limits_of(problem.dtype);
   Coefficients& of = block.range.at(block.coefficients, c);
   if (block.range.scales) count *= block.scales_of(c).w;
   double of_g = sum_g / count, of_g_xhat = sum_g_xhat / count;
-  if (std::max(std::fabs(of_g), std::fabs(of_g_xhat)) > limits.high) {  // for g - share
-    Scales& scales = block.scales_of(c);
-    const double scale = scales.g == 1 ? 1 / limits.step : 1;
-    scales.g *= scale;
-    of_g *= scale;
-    of_g_xhat *= scale;
+  const bool are_large = std::max(std::fabs(of_g), std::fabs(of_g_xhat)) > limits.high;
+  if (are_large && (!block.range.scales || block.scales_of(c).g == 1)) {
+    block.scales_of(c).g = kShareScale;
+    of_g *= kShareScale;
+    of_g_xhat *= kShareScale;
   }
   of.share = of_g - of.remainder * of_g_xhat;
   of.share_xhat = of.rstd * of_g_xhat;
@@ -608,9 +613,15 @@ void gradient_sums(const Problem& problem, Block<GradientSums>& block, const dou
       g_xhat *= scale;
     }
     g_xhat = g_xhat * rstd - remainder * g;
-    const double scale = block.range.scales ? block.scales_of(c).g : 1;
+    double scale = block.range.scales ? block.scales_of(c).g : 1;
     sum_g[c] = g / scale;
     sum_g_xhat[c] = g_xhat / scale;
+    if (scale != 1) {  // that of the sums is smaller than a gradient needs
+      block.scales_of(c).g = kShareScale;
+      scale = kShareScale / scale;
+      g *= scale;
+      g_xhat *= scale;
+    }
     if (count) set_shares(problem, block, c, count[c], g, g_xhat);
   }
 }
