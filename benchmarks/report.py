@@ -24,7 +24,7 @@ PROGRAMS = ("kernels", "torch_layers", "jax_layers", "mlx_layers")
 # Okabe & Ito's, https://jfly.uni-koeln.de/color/: one for each side of a picture.
 COLORS = (
     *("#0072b2", "#e69f00", "#d55e00", "#009e73"),
-    *("#cc79a7", "#56b4e9", "#f0e442", "#000000"),
+    *("#cc79a7", "#56b4e9", "#f0e442", "#000000", "#999999"),
 )
 
 INTRODUCTION = """# Benchmarks
