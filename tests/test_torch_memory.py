@@ -346,6 +346,7 @@ NO_NUMBERS = {
 }
 
 
+# PyTorch warns of the only function that makes a quantized tensor; it is no warning of ours.
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("kind", NO_NUMBERS)
 @pytest.mark.parametrize(
@@ -367,6 +368,7 @@ def test_tensors_that_are_refused_change_nothing(kind, way, name, grad):
             assert torch.equal(of[each], value), each
 
 
+# PyTorch itself scripts its derivatives at the first tangent of a process, and warns of that.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean"])
 def test_a_tangent_of_a_parameter_alone(name):
