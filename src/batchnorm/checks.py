@@ -78,8 +78,8 @@ def positive_eps(eps: Any) -> float:
         raise ValueError(f"eps must be positive and finite, but got {eps}.")
     if not _SMALLEST_EPS <= eps <= _LARGEST_EPS:
         raise ValueError(
-            f"eps must be within [{_SMALLEST_EPS}, {_LARGEST_EPS}], but got {eps!r}: beside a "
-            "variance in float32, others are 0 or infinite."
+            f"eps must be within [{_SMALLEST_EPS}, {_LARGEST_EPS}], but got {eps!r}. In "
+            "float32, where a variance is added, a smaller one vanishes, a larger one overflows."
         )
     return float(eps)
 
