@@ -80,6 +80,22 @@ GOOD = [
 ]
 
 
+WITHOUT_REDUCED_AXES = [
+    Good("a vector", (5,), -1),
+    Good("a vector of one", (1,), 0),
+    Good("a vector, all at once", (5,), 0, mask="bool C", residual=True, activation="silu"),
+    Good("every axis", (2, 3), (0, 1), activation="relu"),
+    Good("every axis, in any order", (2, 1, 3), (2, 0, 1), residual=True),
+    Good("every axis, weights", (2, 3), (1, 0), mask="weights C"),
+]
+ONE_VALUE = [
+    Good("one row", (1, 5), -1),
+    Good("one pixel", (1, 6, 1, 1), 1, mask="bool 1", activation="silu"),
+    Good("one row, weights", (1, 5), -1, mask="weights C", residual=True),
+    *WITHOUT_REDUCED_AXES,
+]
+
+
 @dataclass(frozen=True)
 class Hard:
     """An input on which an obvious way to compute fails, and within how much of the truth y is.
@@ -339,8 +355,15 @@ class Bad:
 
 
 BAD = [
-    Bad("rank 0", ValueError, r"axis must be within .* for x of shape \(\)", x=_x()),
-    Bad("rank 1", ValueError, "axis must name at least one .* leave at least one", x=_x(4)),
+    Bad("rank 0", ValueError, r"x must have at least one axis, but its shape is \(\)", x=_x()),
+    Bad(
+        "rank 0, evaluation",
+        ValueError,
+        r"x must have at least one axis, but its shape is \(\)",
+        x=_x(),
+        arrays=(_x(), _x()),
+        function="normalize",
+    ),
     Bad(
         "integers",
         TypeError,
@@ -431,7 +454,6 @@ BAD = [
         keywords={"axis": True},
     ),
     Bad("no axis", ValueError, "axis must name at least one", keywords={"axis": ()}),
-    Bad("every axis", ValueError, "leave at least one to normalize", keywords={"axis": (0, 1)}),
     Bad(
         "scale too short",
         ValueError,
@@ -524,6 +546,24 @@ BAD = [
         ValueError,
         r"needs more than one value of each feature, but x of shape \(1, 4\)",
         x=_x(1, 4),
+    ),
+    Bad(
+        "a vector",
+        ValueError,
+        r"needs more than one value of each feature, but x of shape \(3,\) has one",
+        x=_x(3),
+    ),
+    Bad(
+        "every axis a feature axis",
+        ValueError,
+        r"needs more than one value of each feature, but x of shape \(6, 4\) has one",
+        keywords={"axis": (0, 1)},
+    ),
+    Bad(
+        "allow_one_value no bool",
+        TypeError,
+        "allow_one_value must be True or False, but got 'no'",
+        keywords={"allow_one_value": "no"},
     ),
     Bad(
         "mean too short",

@@ -104,6 +104,7 @@ def _numpy_gradients(door, dy, arrays, keywords):
     arguments = {"scale": arrays.get("scale"), "bias": arrays.get("bias"), **keywords}
     residual = arrays.get("residual")
     _, statistics = door.functions.batch_norm(arrays["x"], residual=residual, **arguments)
+    arguments.pop("allow_one_value", None)  # which gradients do not ask
     gradients = door.functions.batch_norm_gradients(
         dy, arrays["x"], statistics, residual=residual, **arguments
     )

@@ -3,7 +3,9 @@
 The tests are functions of a door alone, so that test_the_tests.py can hand them a wrong one.
 """
 
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from cases import (
     HARD,
     HUGE,
     LARGE_MEAN,
+    ONE_VALUE,
     OUTLIER_FIRST,
+    WITHOUT_REDUCED_AXES,
     Bad,
     Extreme,
     Good,
@@ -65,7 +69,10 @@ def test_statistics_alone(door: Door, dtype: np.dtype, case: Good):
     near(statistics.var, wanted.var, accuracy)
 
 
-@pytest.mark.parametrize("case", [case for case in GOOD if not case.mask], ids=str)
+EVALUATED = [case for case in (*GOOD, *WITHOUT_REDUCED_AXES) if not case.mask]
+
+
+@pytest.mark.parametrize("case", EVALUATED, ids=str)
 def test_normalize(door: Door, dtype: np.dtype, case: Good):
     _, x, scale, bias, keywords = case.arrays(dtype)
     mean, var = scale * 2, scale * 3
@@ -357,6 +364,62 @@ def test_empty_batch(door: Door, shape: tuple[int, ...], axis: int):
     new = door.update_running(door.array(mean), door.array(var), statistics, rate=0.1, correction=1)
     np.testing.assert_array_equal(door.numpy(new[0]), mean)
     np.testing.assert_array_equal(door.numpy(new[1]), var)
+
+
+# ---- one value of each feature
+
+
+@pytest.mark.parametrize("case", ONE_VALUE, ids=str)
+@pytest.mark.parametrize("door", [*DOORS, *BY_DEFINITION], ids=lambda door: door.name)
+def test_one_value_of_each_feature(door: Door, case: Good):
+    dy, x, scale, bias, keywords = case.arrays(np.float32)
+    axis, mask = case.axis, keywords.get("mask")
+    wanted = truth.batch_norm(x, scale, bias, **keywords)
+    allowed = {**keywords, "allow_one_value": True}
+    y, statistics = door.batch_norm(x, scale, bias, **allowed)
+    near(y, wanted.y, ROUNDING[FLOAT32])
+    for found in (statistics, door.batch_statistics(x, axis=axis, mask=mask)):
+        near(found.count, np.broadcast_to(wanted.count, scale.shape), ROUNDING[FLOAT32])
+        near(found.mean, wanted.mean, ROUNDING[FLOAT32])
+        np.testing.assert_array_equal(found.var, np.zeros(scale.shape))
+    gradients = door.batch_norm_gradients(dy, x, scale, bias, **allowed)
+    right = truth.batch_norm_gradients(dy, x, scale, bias, **keywords)
+    for name, gradient in gradients.items():
+        near(gradient, right[name], ROUNDING[FLOAT32], name)
+
+
+def test_one_value_of_each_feature_is_its_bias(door: Door):
+    bias = np.float32([1, -2, 0.1])
+    for value in (3.0, -1e38, 1e-40):
+        y, _ = door.batch_norm(np.full(3, value, np.float32), None, bias, allow_one_value=True)
+        np.testing.assert_array_equal(y, bias)
+
+
+@pytest.mark.parametrize(
+    "door",
+    [door for door in (*DOORS, *BY_DEFINITION) if not door.name.startswith("numpy")],
+    ids=lambda door: door.name,
+)
+@pytest.mark.parametrize("case", EVALUATED, ids=str)
+def test_gradients_of_normalize(door: Door, case: Good):
+    def normalize(**arguments):
+        return door.functions.normalize(**arguments), None
+
+    dy, x, scale, bias, keywords = case.arrays(np.float32)
+    residual = keywords.pop("residual", None)
+    mean, var = bias / 2 + 3, scale * 3
+    arrays = {"x": x, "scale": scale, "bias": bias, "mean": mean, "var": var}
+    if residual is not None:
+        arrays["residual"] = residual
+    evaluation = replace(door, functions=SimpleNamespace(batch_norm=normalize))
+    with door.kernels():
+        got = door.gradients(evaluation, dy, arrays, keywords)
+    wanted = truth.batch_norm_gradients(
+        dy, x, scale, bias, residual=residual, given=(mean, var), **keywords
+    )
+    for name, gradient in got.items():
+        assert gradient.shape == arrays[name].shape, name
+        near(gradient, wanted[name], ROUNDING[FLOAT32], name)
 
 
 # ---- running statistics and merging

@@ -475,3 +475,25 @@ def test_one_value_on_each_device_will_do():
     np.testing.assert_array_equal(statistics.count, np.full((8, 4), 8))
     with pytest.raises(ValueError, match="more than one value"):
         batch_norm(X[:1, 0])
+
+
+def test_one_example_a_call():
+    scale, bias = np.float32([1, 2, 3, 4]), np.float32([4, 3, 2, 1])
+    x = np.asarray(X[:, 0])
+    dy = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
+
+    def trained(x, scale, bias):
+        def of_one(x):
+            return batch_norm(x, scale, bias, axis_name="i", activation="silu")
+
+        return jax.vmap(of_one, axis_name="i")(x)
+
+    def evaluated(x, scale, bias):
+        return jax.vmap(lambda x: normalize(x, bias, scale, scale, bias))(x), None
+
+    keywords = [{"activation": "silu"}, {"given": (bias, scale)}]
+    for function, options in zip((trained, evaluated), keywords, strict=True):
+        close(function(x, scale, bias)[0], truth.batch_norm(x, scale, bias, **options).y, atol=1e-5)
+        gradient = jax.grad(lambda x, f=function: (f(x, scale, bias)[0] * dy).sum())(x)
+        wanted = truth.batch_norm_gradients(dy, x, scale, bias, **options)["x"]
+        close(gradient, wanted, atol=1e-4)

@@ -825,6 +825,13 @@ def test_functional_refuses(arguments, keywords, message):
         bt.functional.batch_norm(torch.ones(1, 4), None, None, training=True)
 
 
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_functional_refuses_what_has_no_channels(shape):
+    for training in (True, False):
+        with pytest.raises(ValueError, match=rf"at least 2D input \(got {len(shape)}D input\)"):
+            bt.functional.batch_norm(torch.ones(shape), None, None, training=training)
+
+
 # ---- lazy layers
 
 

@@ -43,8 +43,10 @@ def instance(name: str, value: object, kind: type) -> None:
 def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
     """`axis`, an int or a sequence of them, as a sorted tuple of non-negative feature axes."""
     ndim = len(shape)
-    if type(axis) is int and -ndim <= axis < ndim > 1:  # nearly always
+    if type(axis) is int and -ndim <= axis < ndim:  # nearly always
         return (axis % ndim,)
+    if ndim == 0:
+        raise ValueError("x must have at least one axis, but its shape is ().")
     features = []
     for each in axis if isinstance(axis, (tuple, list)) else (axis,):
         if not is_integer(each):
@@ -59,11 +61,8 @@ def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
         raise ValueError(
             f"axis must not name an axis of x twice, but got {axis!r} for rank {ndim}."
         )
-    if not features or len(features) == ndim:
-        raise ValueError(
-            "axis must name at least one feature axis of x and leave at least one to normalize "
-            f"over, but got {axis!r} for x of shape {tuple(shape)}."
-        )
+    if not features:
+        raise ValueError(f"axis must name at least one feature axis of x, but got {axis!r}.")
     return tuple(sorted(features))
 
 
@@ -124,9 +123,17 @@ def number_of_channels(channels: int, num_features: int, shape: Shape) -> None:
         )
 
 
-def more_than_one_value(values: int, x_shape: Shape) -> None:
-    if values == 1:
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but got {value!r}.")
+    return value
+
+
+def more_than_one_value(values: Any, x_shape: Shape, allow_one_value: Any) -> None:
+    """Of each feature of x; what several devices hold together may not be known, and None."""
+    if not boolean("allow_one_value", allow_one_value) and values == 1 and 0 not in x_shape:
         raise ValueError(
             "batch_norm needs more than one value of each feature, but x of shape "
-            f"{tuple(x_shape)} has one. Use normalize with running statistics."
+            f"{tuple(x_shape)} has one. Use normalize with running statistics; or, where bias "
+            "alone is a right output, allow_one_value=True."
         )

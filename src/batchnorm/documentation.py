@@ -34,6 +34,9 @@ mask : {array} that broadcasts to x, optional
     NumPy refuses a negative weight or a NaN; elsewhere it makes its feature NaN.
 residual : {array} that broadcasts to x, optional
 activation : {activations}
+allow_one_value : bool
+    Whether x may have one element of each feature, of which only bias and residual are left: for
+    layers that are initialized with one example.
 
 Returns
 -------
@@ -46,7 +49,8 @@ Raises
 TypeError
     If an argument is of the wrong type, or x not of a real floating-point dtype.
 ValueError
-    If an argument is out of range, has the wrong shape, or if x has one element a feature.
+    If an argument is out of range, has the wrong shape, or if x has one element a feature,
+    unless allow_one_value.
 
 References
 ----------

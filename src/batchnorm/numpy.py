@@ -64,6 +64,7 @@ def batch_norm(
     mask: npt.ArrayLike | None = None,
     residual: npt.ArrayLike | None = None,
     activation: str | None = None,
+    allow_one_value: bool = False,
     out: Array | None = None,
 ) -> tuple[Array, Statistics]:
     """...
@@ -88,8 +89,7 @@ def batch_norm(
     x, scale, bias, mask, residual = _settled(x, scale, bias, mask, residual)
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
     values = layout.values_per_feature(call.features, call.x.shape)
-    if call.x.size:
-        checks.more_than_one_value(values, call.x.shape)
+    checks.more_than_one_value(values, call.x.shape, allow_one_value)
 
     def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
         y, moments = definition.batch_norm(problem, inputs)

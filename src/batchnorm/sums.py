@@ -22,7 +22,9 @@ _SHORT, _BLOCK, _LEAST = 1024, 256, 32
 
 
 def total(x: Array, axes: Axes) -> Array:
-    """Σ x over `axes`, which stay with length 1."""
+    """Σ x over `axes`, which stay with length 1; over none, x."""
+    if not axes:
+        return x
     xp = namespace(x)
     if is_empty(x):  # MLX 0.32 can hang in a sum of nothing
         shape = tuple([1 if axis in axes else size for axis, size in enumerate(x.shape)])

@@ -31,6 +31,7 @@ def batch_norm(
     mask: ArrayLike | None = None,
     residual: ArrayLike | None = None,
     activation: str | None = None,
+    allow_one_value: bool = False,
     axis_name: AxisName | None = None,
     axis_index_groups: Groups | None = None,
 ) -> tuple[jax.Array, Statistics]:
@@ -47,8 +48,9 @@ def batch_norm(
     Raises
     ------
     ValueError
-        If an argument is out of range, has the wrong shape, or if x has one element a feature; if
-        axis_name is unknown, or axis_index_groups do not divide the axis into groups.
+        If an argument is out of range, has the wrong shape, or if x has one element a feature,
+        unless allow_one_value; if axis_name is unknown, or axis_index_groups do not divide the axis
+        into groups.
 
     Examples
     --------
@@ -67,23 +69,8 @@ def batch_norm(
     )
     shared = devices(axis_name, axis_index_groups)
     values = values_per_feature(problem.features, inputs.x.shape)
-    checks.more_than_one_value(values * shared.number, inputs.x.shape)
+    checks.more_than_one_value(values * shared.number, inputs.x.shape, allow_one_value)
     return _batch_norm(problem, shared, inputs)
-
-
-def batch_norm_of_any_count(
-    x: ArrayLike,
-    scale: ArrayLike | None,
-    bias: ArrayLike | None,
-    *,
-    axis: Axis,
-    eps: float,
-    axis_name: AxisName | None,
-    axis_index_groups: Groups | None,
-) -> tuple[jax.Array, Statistics]:
-    """`batch_norm` for modules, which may be initialized with one element a feature."""
-    problem, inputs = problem_and_inputs(x, scale, bias, axis=axis, eps=eps)
-    return _batch_norm(problem, devices(axis_name, axis_index_groups), inputs)
 
 
 @documented()

@@ -22,6 +22,7 @@ def batch_norm(
     mask: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
+    allow_one_value: bool = False,
     group: mx.distributed.Group | None = None,
 ) -> tuple[mx.array, Statistics]:
     """...
@@ -48,8 +49,8 @@ def batch_norm(
     """
     group = group_of_several(group)
     problem, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation)
-    if group is None:
-        checks.more_than_one_value(values_per_feature(problem.features, x.shape), x.shape)
+    values = None if group else values_per_feature(problem.features, x.shape)
+    checks.more_than_one_value(values, x.shape, allow_one_value)
     y, moments = _stages.batch_norm(problem, inputs, group)
     return y.astype(x.dtype), moments.statistics()
 

@@ -5,7 +5,14 @@ from torch import Tensor
 from .. import checks
 from ..conventions import CONVENTIONS
 from . import _derivatives
-from ._arguments import check_parameter, check_running, check_values, checked, values_of
+from ._arguments import (
+    check_floating,
+    check_parameter,
+    check_running,
+    check_values,
+    checked,
+    values_of,
+)
 from ._running import Running
 from ._stages import Given
 
@@ -55,6 +62,9 @@ def batch_norm(
     >>> print(mean)
     tensor([0.2000, 4.0000])
     """
+    check_floating("input", input)
+    if input.ndim < 2:  # as torch.nn says it
+        raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
     call, inputs = checked(input, weight, bias, 1, eps, None, None, None)
     check_running(running_mean, running_var)
     given = None

@@ -24,6 +24,7 @@ def batch_norm(
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
+    allow_one_value: bool = False,
     sync: Group | bool | None = None,
 ) -> tuple[Tensor, Statistics]:
     """... Everything has derivatives of every order, the statistics too.
@@ -42,7 +43,7 @@ def batch_norm(
     ------
     ValueError
         If an argument is out of range, has the wrong shape or is on another device than x; or if x
-        has one element a feature, and no process to share with.
+        has one element a feature, and no process to share with, unless allow_one_value.
     RuntimeError
         If a process of the group fails to take part, once the group's timeout is over.
 
@@ -58,8 +59,8 @@ def batch_norm(
     tensor([ 2., 40.])
     """
     call, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation, sync)
-    if not call.processes.is_shared:
-        checks.more_than_one_value(values_of(call, inputs), x.shape)
+    values = None if call.processes.is_shared else values_of(call, inputs)
+    checks.more_than_one_value(values, x.shape, allow_one_value)
     y, statistics = _derivatives.forward(call, inputs)
     return y, _statistics(x, statistics)
 

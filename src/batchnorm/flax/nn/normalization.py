@@ -12,7 +12,6 @@ from jax.nn import initializers
 from ... import checks
 from ... import jax as door
 from ...conventions import CONVENTIONS
-from ...jax.functions import batch_norm_of_any_count
 from .collection import Collection
 from .module import Initializer, Module
 from .state import ModuleState
@@ -131,11 +130,12 @@ class BatchNorm(Module):
             return y.astype(dtype)
 
         alone = self.is_initializing()
-        y, statistics = batch_norm_of_any_count(
+        y, statistics = door.batch_norm(
             x,
             **parameters,
             axis=features,
             eps=epsilon,
+            allow_one_value=True,
             axis_name=None if alone else axis_name,
             axis_index_groups=None if alone else axis_index_groups,
         )
