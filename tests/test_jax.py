@@ -497,3 +497,152 @@ def test_one_example_a_call():
         gradient = jax.grad(lambda x, f=function: (f(x, scale, bias)[0] * dy).sum())(x)
         wanted = truth.batch_norm_gradients(dy, x, scale, bias, **options)["x"]
         close(gradient, wanted, atol=1e-4)
+
+
+# ---- a mapped axis of jax.vmap as the batch
+
+
+def operations(function, *arrays) -> dict[str, list]:
+    """The types of operands and results of each operation, by its name."""
+    found: dict[str, list] = {}
+
+    def look(jaxpr):
+        for equation in jaxpr.eqns:
+            types = [[each.aval for each in side] for side in (equation.invars, equation.outvars)]
+            found.setdefault(equation.primitive.name, []).append(types)
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda each: hasattr(each, "eqns")
+            ):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    look(inner)
+
+    look(jax.make_jaxpr(function)(*arrays).jaxpr)
+    return found
+
+
+def over_batch(function, in_axes=0, out_axes=0):
+    return jax.vmap(function, in_axes, out_axes, axis_name="batch")
+
+
+by_example = partial(batch_norm, axis_name="batch")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_mapped_batch_is_one_batch(place, masked):
+    random = np.random.default_rng(1)
+    mask = random.uniform(size=X.shape) < 0.7 if masked else None
+    dy = random.normal(size=X.shape).astype(np.float32)
+    feature = 1 if place == 2 else 2
+    scale = jnp.arange(1.0, 1 + X.shape[feature])
+
+    def whole(x, scale):
+        return batch_norm(x, scale, scale, axis=feature, mask=mask, activation="silu")
+
+    def mapped(x, scale):
+        def one(x, mask):
+            return by_example(x, scale, scale, axis=min(feature, 1), mask=mask, activation="silu")
+
+        dims = place, None if mask is None else place
+        return over_batch(one, dims, (place, None))(x, mask)
+
+    def loss(function, x, scale):
+        y, statistics = function(x, scale)
+        return (y * dy).sum() + jnp.sin(statistics.mean * statistics.var).sum(), (y, statistics)
+
+    for transform in (lambda f, static_argnums: f, jax.jit):
+        gradient = transform(jax.grad(loss, argnums=(1, 2), has_aux=True), static_argnums=0)
+        got, wanted = gradient(mapped, X, scale), gradient(whole, X, scale)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(got[1][1].count, wanted[1][1].count)
+
+
+def test_a_mapped_batch_is_one_call_without_a_copy():
+    def step(x, scale):
+        def loss(scale):
+            y, statistics = over_batch(lambda x: by_example(x, scale), out_axes=(0, None))(x)
+            return (y**3).sum(), statistics
+
+        return jax.grad(loss, has_aux=True)(scale)
+
+    found = operations(step, X, jnp.ones(4))
+    for name in ("statistics", "normalize", "gradient_sums"):
+        ((operands, results),) = found[f"batch_norm_{name}"]
+        assert operands[0].shape == X.shape
+        assert {each.shape for each in operands} <= {X.shape, (4,)}, "nothing is repeated"
+        assert {each.shape for each in results} <= {X.shape, (4,)}
+    assert "transpose" not in found
+    evaluated = operations(jax.vmap(lambda x: normalize(x, x[0] * 0, jnp.ones(4))), X)
+    assert evaluated["batch_norm_normalize"][0][0][1].shape == (8, 4), "means of their own"
+    evaluated = operations(jax.vmap(lambda x: normalize(x, jnp.zeros(4), jnp.ones(4))), X)
+    assert evaluated["batch_norm_normalize"][0][0][1].shape == (4,)
+
+
+def test_vectors_of_a_mapped_batch():
+    x = X[:, 0]
+    wanted = truth.batch_norm(x)
+    y, statistics = over_batch(by_example, out_axes=(0, None))(x)
+    close(y, wanted.y, rtol=0, atol=1e-5)
+    close(statistics.var, wanted.var, rtol=1e-5)
+    np.testing.assert_array_equal(statistics.count, np.full(4, 8))
+    got = jax.grad(lambda x: (over_batch(by_example)(x)[0] ** 3).sum())(x)
+    np.testing.assert_allclose(got, jax.grad(loss)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_of_a_mapped_batch_is_mapped():
+    """Whatever is mapped and whatever is not, the result is that of the joined batch."""
+    scales = jnp.arange(1.0, 33.0).reshape(8, 4)
+    masks = np.random.default_rng(0).uniform(size=(8, 5, 1)) < 0.5
+    each = X.reshape(8, 5, 4)
+
+    def plainly(x, scale, mask):
+        joined = jnp.broadcast_to(x, each.shape)
+        weights = None if mask is None else jnp.broadcast_to(mask, (8, 5, 1))
+        y, statistics = batch_norm(joined, mask=weights)
+        return y if scale is None else y * jnp.broadcast_to(scale, (8, 4))[:, None], statistics
+
+    for x in (each, each[0]):
+        for scale in (None, scales[0], scales):
+            for mask in (None, masks[0], masks):
+                dims = [
+                    None if array is None or array.ndim < rank else 0
+                    for array, rank in ((x, 3), (scale, 2), (mask, 3))
+                ]
+                mapped = over_batch(lambda x, s, m: by_example(x, s, mask=m), dims, (0, None))
+                if dims == [None] * 3:
+                    continue
+                y, statistics = mapped(x, scale, mask)
+                wanted_y, wanted = plainly(x, scale, mask)
+                np.testing.assert_allclose(y, wanted_y, rtol=1e-5, atol=1e-4)
+                np.testing.assert_array_equal(statistics.count, wanted.count)
+                np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-5)
+
+
+def test_axes_that_are_mapped_within_each_other():
+    wanted = truth.batch_norm(X)
+    inner = over_batch(by_example, out_axes=(0, None))
+    y, statistics = jax.vmap(inner)(X)
+    for one, of_one, x in zip(y, statistics.var, X, strict=True):
+        apart = truth.batch_norm(x)
+        close(one, apart.y, rtol=0, atol=1e-5)
+        close(of_one, apart.var, rtol=1e-5)
+    both = partial(batch_norm, axis_name=("batch", "other"))
+    y, statistics = jax.vmap(
+        over_batch(both, out_axes=(0, None)), out_axes=(0, None), axis_name="other"
+    )(X)
+    close(y, wanted.y, rtol=0, atol=1e-5)
+    close(statistics.var, wanted.var, rtol=1e-5)
+    again = jax.vmap(over_batch(by_example), axis_name="batch")(X)[0]
+    close(again[0], truth.batch_norm(X[0]).y, rtol=0, atol=1e-5)
+
+
+def test_the_derivative_of_weights_of_zero():
+    with enable_x64(True):
+        x, weights = jnp.float64(X[:, 0]), jnp.ones(8).at[:3].set(0.0)[:, None]
+        step = jnp.zeros_like(weights).at[1].set(1.0)
+        y_dot, of_statistics = jax.jvp(lambda w: batch_norm(x, mask=w), [weights], [step])[1]
+        one, other = (truth.batch_norm(np.float64(x), mask=weights + h * step) for h in (0, 1e-6))
+        close(y_dot, (other.y - one.y) / 1e-6, rtol=1e-4, atol=1e-4)
+        close(of_statistics.var, (other.var - one.var) / 1e-6, rtol=1e-4, atol=1e-4)

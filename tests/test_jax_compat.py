@@ -72,16 +72,16 @@ def test_set_transpose(product):
 
 
 def test_set_batcher(product):
-    dims = []
+    seen = []
 
-    def rule(operands, dims_of_operands):
-        dims.extend(dims_of_operands)
-        return product(*operands), [dims_of_operands[1]] * 2
+    def rule(axis, operands, dims):
+        seen.append((axis.name, axis.size, dims))
+        return product(*operands), [dims[1]] * 2
 
     compat.set_batcher(product.primitive, rule)
-    results = jax.vmap(product, in_axes=(None, 0))(S, X)
+    results = jax.vmap(product, in_axes=(None, 0), axis_name="i")(S, X)
     np.testing.assert_array_equal(results[0], S * X)
-    assert dims == [None, 0]
+    assert [(name, size, [*dims]) for name, size, dims in seen] == [("i", 2, [None, 0])]
 
 
 def test_lowering(product):

@@ -323,6 +323,26 @@ def input_gradient(
     return _multiplied(own, standard.slope), g
 
 
+def weight_tangent(
+    problem: Problem, inputs: Inputs, moments: Moments, weights_dot: Array
+) -> tuple[Array, Array, Array]:
+    """The tangents of count, offset and var, for that of the weights; pivot and unit have none.
+
+    Σ ẇ,  Σ ẇ·(u − offset) / m  and  Σ ẇ·((u − offset)² − var) / m.
+    """
+    x, valid = _valid(inputs)
+    xp = namespace(x)
+    offset, var = (along(problem.features, each, x) for each in (moments.offset, moments.var))
+    centered = _coordinate(problem, x, moments) - offset
+    # That of an element which does not count may overflow, and then must not meet a tangent of 0.
+    square = xp.minimum(xp.square(centered), xp.finfo(x.dtype).max)
+    weights_dot = _where(valid, xp.broadcast_to(weights_dot, x.shape), 0.0)
+    parts = weights_dot, weights_dot * centered, weights_dot * (square - var)
+    count, first, second = (_sum(problem, part) for part in parts)
+    divisor = or_one(moments.count)
+    return count, first / divisor, second / divisor
+
+
 def tangent_sums(
     problem: Problem, inputs: Inputs, moments: Moments, x_dot: Array, residual_dot: Array | None
 ) -> tuple[Array, Array, Array]:

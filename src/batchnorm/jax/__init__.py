@@ -10,7 +10,8 @@ With `axis_name`, the statistics are those of the batch over all devices along a
 of training then has three collectives: two forward, of 3 floats of each feature, and one backward,
 of 2; a forward derivative has one of 2 as well. They are sums, as large for any number of devices.
 (Groups under `check_vma` are gathered instead: as many floats from each device of the group.)
-Under `jax.jit`, the batch is the whole array, however it is sharded.
+Under `jax.jit`, the batch is the whole array, however it is sharded. A `jax.vmap` over that axis is
+no loop: the kernels go over the whole batch at once.
 """
 
 try:

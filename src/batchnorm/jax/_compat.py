@@ -66,8 +66,12 @@ def _or_none(tangent: Any) -> Any:
 
 
 def set_batcher(primitive: Primitive, rule: Callable[..., tuple[list[Array], list[Any]]]) -> None:
-    """rule(operands, dims, **parameters) -> results, their dims; None where there is no batch."""
-    batching.primitive_batchers[primitive] = rule
+    """rule(axis, operands, dims, **parameters) -> results, their dims; None for what is not mapped.
+
+    axis.name and axis.size are those of the mapped axis. A rule is also asked where no operand is
+    mapped.
+    """
+    batching.fancy_primitive_batchers[primitive] = rule
 
 
 # ---- lowering

@@ -6,15 +6,18 @@ None stands for a tangent or a cotangent that is zero.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .. import definition
 from ..definition import Inputs, Problem
+from ..layout import per_feature, reduced_axes
 from ..moments import Moments
+from ..sums import total
 from . import _compat as compat
 from ._stages import (
     Array,
@@ -28,7 +31,6 @@ from ._stages import (
     statistics,
     tangent,
     tangent_sums,
-    wide,
 )
 from ._sync import Devices
 
@@ -41,10 +43,10 @@ def _or_zeros(array: Array | None, like: Array) -> Array:
 
 
 def _jvp(
-    stage: Stage, primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+    stage: Stage, primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, **parameters: Any
 ) -> tuple[list[Array], list[Any]]:
     """A stage is linear in its last operands; in the others it is as its definition is."""
-    bind = functools.partial(stage.bind, problem=problem, tree=tree)
+    bind = functools.partial(stage.bind, tree=tree, **parameters)
     fixed = len(primals) - sum(each is not None for each in tree.unflatten(primals)[2])
     parts = []
     if any(each is not None for each in tangents[fixed:]):
@@ -57,7 +59,7 @@ def _jvp(
             operands = list(primals)
             for i, value in zip(moving, values, strict=True):
                 operands[i] = value
-            return stage.by_definition(*operands, problem=problem, tree=tree)
+            return stage.by_definition(*operands, tree=tree, **parameters)
 
         at = [primals[i] for i in moving]
         parts.append(jax.jvp(of_moving, at, [tangents[i] for i in moving])[1])
@@ -66,15 +68,26 @@ def _jvp(
 
 
 def _statistics_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    problem: Problem,
+    tree: Any,
+    shared_over: Any,
 ) -> tuple[list[Array], list[Any]]:
+    """Those of what is here, which a stage that went over a mapped axis would not know."""
     (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
     results = statistics(problem, inputs)
     return results, _moments_tangent(problem, inputs, Moments(*results), dots)
 
 
 def _batch_norm_jvp(
-    primals: Sequence[Array], tangents: Sequence[Any], *, problem: Problem, tree: Any
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    problem: Problem,
+    tree: Any,
+    shared_over: Any,
 ) -> tuple[list[Array], list[Any]]:
     (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
     results = batch_norm(problem, inputs)
@@ -95,15 +108,9 @@ def _moments_tangent(
         _, s0, s1 = tangent_sums(plain, alone, standard, dots.x, None)
         of_offset, of_var = -s0, -2 * s1
     if dots.weights is not None:
-        x = inputs.x.astype(wide(inputs.x.dtype))
-
-        def by_weights(weights: Array) -> tuple[Array, Array, Array]:
-            found = definition.moments(problem, Inputs(x, weights=weights), jax.lax.stop_gradient)
-            count, _, unit, offset, var = cast(tuple[Array, ...], found)
-            ratio = unit / moments.unit
-            return count, offset * ratio, var * ratio * ratio
-
-        of_count, first, second = jax.jvp(by_weights, [inputs.weights], [dots.weights])[1]
+        of_count, first, second = definition.weight_tangent(
+            problem, inputs._replace(x=inputs.x.astype(moments.var.dtype)), moments, dots.weights
+        )
         of_offset = first if of_offset is None else first + of_offset
         of_var = second if of_var is None else second + of_var
     return [of_count, None, None, of_offset, of_var]
@@ -148,7 +155,9 @@ def _normalized_jvp(
     if devices.axis_name is None or (dots.x is None and dots.residual is None):
         return y, _own_output_tangent(problem, inputs, moments, dots)
     x_dot = _or_zeros(dots.x, inputs.x)
-    p, *own_sums = tangent_sums(problem, inputs, moments, x_dot, dots.residual)
+    p, *own_sums = tangent_sums(
+        problem, inputs, moments, x_dot, dots.residual, shared_over=devices.mapped
+    )
     sums = devices.sum(*own_sums, like=inputs.x)
     s0, s1 = (
         total if dot is None else dot + total
@@ -171,6 +180,7 @@ def _transposed(
     *operands: Any,
     problem: Problem,
     tree: Any,
+    shared_over: Any,
 ) -> list[Array | None]:
     """transpose(problem, inputs, moments, *cotangents) gives those of the linear operands.
 
@@ -204,41 +214,106 @@ def _gradient_sums_transpose(
 
 def _batched(
     stage: Stage,
+    axis: Any,
     operands: Sequence[Array],
     dims: Sequence[int | None],
     *,
     problem: Problem,
     tree: Any,
-) -> tuple[list[Array], list[int]]:
-    """The batch becomes one more feature axis, before the others."""
-    first, rank = problem.features[0], len(problem.features)
-    size = next(
-        array.shape[dim] for array, dim in zip(operands, dims, strict=True) if dim is not None
-    )
+    shared_over: tuple[Any, ...],
+) -> tuple[list[Array], list[int | None]]:
+    """Of a mapped axis, where it lies, a reduced one: no parameter is repeated, no array copied.
 
-    def folded(array: Array, dim: int | None) -> Array:
+    Where its elements have parameters or sums of their own, one more feature axis, the first.
+    """
+    others = tuple(name for name in shared_over if name != axis.name)
+    bind = functools.partial(stage.bind, tree=tree, shared_over=others)
+    kinds = _kinds(stage, tree)
+    mapped = {kind for kind, dim in zip(kinds, dims, strict=True) if dim is not None}
+    if not mapped:
+        results = bind(*operands, problem=problem)
+        return results, [None] * len(results)
+    has_no_sums = len(others) < len(shared_over) or stage in _WITHOUT_SUMS
+    is_reduced = has_no_sums and mapped == {"x"}
+    place = next(dim for dim in dims if dim is not None) if is_reduced else problem.features[0]
+    features = tuple(each + (each >= place) for each in problem.features)
+
+    def folded(operand: Array, dim: int | None, kind: str) -> Array:
+        if is_reduced and kind == "f":
+            return operand
         if dim is None:
-            array, dim = jnp.broadcast_to(array, (size, *array.shape)), 0
-        return jnp.moveaxis(array, dim, 0 if array.ndim == 1 + rank else first)
+            operand, dim = jnp.broadcast_to(operand, (axis.size, *operand.shape)), 0
+        return jnp.moveaxis(operand, dim, place if kind == "x" else 0)
 
-    operands = [folded(*each) for each in zip(operands, dims, strict=True)]
-    features = (first, *(axis + 1 for axis in problem.features))
-    inputs, moments, linear = tree.unflatten(operands)
-    results = stage(problem._replace(features=features), inputs, moments, *linear)
-    return results, [first if each.ndim == inputs.x.ndim else 0 for each in results]
+    results = bind(
+        *map(folded, operands, dims, kinds),
+        problem=problem._replace(features=features if is_reduced else (place, *features)),
+    )
+    places = {"f": None if is_reduced else 0}
+    return results, [places.get(kind, place) for kind in stage.results[: len(results)]]
+
+
+_WITHOUT_SUMS = {normalize, output_tangent, input_gradient}
+
+
+def _kinds(stage: Stage, tree: Any) -> list[str]:
+    """Of each operand: "f", of the feature shape, or "x", of that of x or broadcast to it."""
+    inputs, moments, linear = tree.unflatten(range(tree.num_leaves))
+    pairs = [*zip(inputs, "xffxx", strict=True), *zip(moments or (), "fffff", strict=False)]
+    pairs += zip(linear, stage.linear.replace("r", "x"), strict=False)
+    return [kind for operand, kind in pairs if operand is not None]
+
+
+def _statistics_batched(
+    axis: Any, operands: Sequence[Array], dims: Sequence[int | None], **parameters: Any
+) -> tuple[list[Array], list[int | None]]:
+    """Where the mapped axis shares statistics, each of its elements has all of them; but a count of
+    its own, since counts are added up.
+    """
+    results, dims_of_results = _batched(statistics, axis, operands, dims, **parameters)
+    if dims_of_results[0] is not None or all(dim is None for dim in dims):
+        return results, dims_of_results
+    features, shape = parameters["problem"].features, results[0].shape
+    if len(operands) == 1:
+        values = operands[0].size // axis.size // max(1, math.prod(shape))
+        return [jnp.full(shape, values, results[0].dtype), *results[1:]], dims_of_results
+
+    def count(weights: Array) -> Array:
+        summed = total(weights, reduced_axes(features, weights.ndim))
+        return jnp.broadcast_to(per_feature(features, summed), shape)
+
+    weights, dim = operands[1], dims[1]
+    if dim is None:
+        return [count(weights), *results[1:]], dims_of_results
+    return [jax.vmap(count, dim)(weights), *results[1:]], [0, *dims_of_results[1:]]
+
+
+def _tangent_sums_batched(
+    axis: Any, operands: Sequence[Array], dims: Sequence[int | None], **parameters: Any
+) -> tuple[list[Array], list[int | None]]:
+    """Where the mapped axis shares its sums, each of its elements has as large a part of them."""
+    (p, *sums), dims_of_results = _batched(tangent_sums, axis, operands, dims, **parameters)
+    if dims_of_results[-1] is None and any(dim is not None for dim in dims):
+        sums = [each / axis.size for each in sums]
+    return [p, *sums], dims_of_results
 
 
 def _batch_norm_batched(
-    operands: Sequence[Array], dims: Sequence[int | None], *, problem: Problem, tree: Any
-) -> tuple[list[Array], list[Any]]:
+    axis: Any,
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    tree: Any,
+    **parameters: Any,
+) -> tuple[list[Array], list[int | None]]:
     """Statistics are not batched where x is not."""
     if dims[0] is not None:
-        return _batched(batch_norm, operands, dims, problem=problem, tree=tree)
+        return _batched(batch_norm, axis, operands, dims, tree=tree, **parameters)
     inputs, *_ = tree.unflatten(operands)
-    moments = Moments(*statistics(problem, Inputs(inputs.x)))
+    moments = Moments(*statistics(parameters["problem"], Inputs(inputs.x)))
     flat, tree = jax.tree.flatten((inputs, moments, ()))
     dims = [*dims, *[None] * len(moments)]
-    y, dim_of_y = _batched(normalize, flat, dims, problem=problem, tree=tree)
+    y, dim_of_y = _batched(normalize, axis, flat, dims, tree=tree, **parameters)
     return [*moments, *y], [*[None] * len(moments), *dim_of_y]
 
 
@@ -260,10 +335,12 @@ def _rules(
         compat.set_transpose(stage.primitive, rule)
 
 
-_rules(statistics, jvp=_statistics_jvp)
+_rules(statistics, jvp=_statistics_jvp, batched=_statistics_batched)
 _rules(normalize)
 _rules(batch_norm, jvp=_batch_norm_jvp, batched=_batch_norm_batched)
-_rules(tangent_sums, input_gradient, zeros="f")  # which without dy reads x alone
+_rules(
+    tangent_sums, input_gradient, zeros="f", batched=_tangent_sums_batched
+)  # which without dy reads x alone
 _rules(input_gradient, tangent_sums)
 _rules(output_tangent, _output_tangent_transpose)
 _rules(gradient_sums, _gradient_sums_transpose)

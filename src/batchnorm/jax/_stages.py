@@ -50,21 +50,25 @@ def wide(dtype: Any) -> Any:
 class Stage:
     """A stage as a primitive; call it with a problem, inputs, moments and its linear operands.
 
-    `function` is its definition, in the dtype to compute in. `results` has a letter for each
-    result: x, r: of the shape and dtype of x, r only if there is a residual; f: of the feature
-    shape, in the dtype to compute in, as scale, bias, weights and moments are. With `has_kernel`,
-    the kernel of the same name serves on the CPU.
+    `function` is its definition, in the dtype to compute in. `linear` and `results` have a letter
+    for each linear operand and each result: x, r: of the shape and dtype of x, r only if there is a
+    residual; f: of the feature shape, in the dtype to compute in, as scale, bias, weights and
+    moments are. With `has_kernel`, the kernel of the same name serves on the CPU.
+
+    `shared_over` names mapped axes over which the results f are added up right after the call, or
+    pooled. Where jax.vmap maps one of them, the stage itself may go over it.
     """
 
     def __init__(
         self,
         name: str,
         function: Callable[..., Any],
+        linear: str,
         results: str,
         *,
         has_kernel: bool = False,
     ) -> None:
-        self.name, self.function, self.results = name, function, results
+        self.name, self.function, self.linear, self.results = name, function, linear, results
         self.primitive = compat.primitive(f"batch_norm_{name}", self.types, self.evaluate)
         compat.set_lowering(self.primitive, compat.lowering(self.by_definition))
         if has_kernel:
@@ -76,19 +80,24 @@ class Stage:
         inputs: Inputs,
         moments: Moments | None = None,
         *linear: Array | None,
+        shared_over: tuple[Any, ...] = (),
     ) -> list[Array]:
         operands, tree = jax.tree.flatten((inputs, moments, linear))
-        return self.bind(*compat.varying_alike(operands), problem=problem, tree=tree)
+        return self.bind(
+            *compat.varying_alike(operands), problem=problem, tree=tree, shared_over=shared_over
+        )
 
-    def bind(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
-        return self.primitive.bind(*operands, problem=problem, tree=tree)
+    def bind(self, *operands: Array, **parameters: Any) -> list[Array]:
+        return self.primitive.bind(*operands, **parameters)
 
     def evaluate(self, *operands: Array, **parameters: Any) -> list[Array]:
         """At once, as a compiled computation of its own."""
         with jax.disable_jit(False):
             return _jitted(self, *operands, **parameters)
 
-    def types(self, *operands: Any, problem: Problem, tree: Any) -> list[Any]:
+    def types(
+        self, *operands: Any, problem: Problem, tree: Any, shared_over: Any = ()
+    ) -> list[Any]:
         x, residual = operands[0], tree.unflatten(operands)[0].residual
         of_features = feature_shape(problem.features, x.shape), wide(x.dtype)
         return [
@@ -97,9 +106,8 @@ class Stage:
             if each != "r" or residual is not None
         ]
 
-    def lower_on_cpu(
-        self, context: Any, *operands: Any, problem: Problem, tree: Any
-    ) -> Sequence[Any]:
+    def lower_on_cpu(self, context: Any, *operands: Any, **parameters: Any) -> Sequence[Any]:
+        problem, tree = parameters["problem"], parameters["tree"]
         inputs, _, linear = tree.unflatten(compat.operand_types(context))
         if (
             compat.is_here(context)
@@ -113,9 +121,11 @@ class Stage:
             lowering = compat.lowering(self.by_kernel)
         else:
             lowering = compat.lowering(self.by_definition)
-        return lowering(context, *operands, problem=problem, tree=tree)
+        return lowering(context, *operands, **parameters)
 
-    def by_definition(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+    def by_definition(
+        self, *operands: Array, problem: Problem, tree: Any, shared_over: Any = ()
+    ) -> list[Array]:
         dtype = operands[0].dtype
         inputs, moments, linear = tree.unflatten([each.astype(wide(dtype)) for each in operands])
         given = (inputs, *linear) if moments is None else (inputs, moments, *linear)
@@ -123,7 +133,9 @@ class Stage:
         types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
         return [result.astype(kind.dtype) for kind, result in zip(types, results, strict=False)]
 
-    def by_kernel(self, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
+    def by_kernel(
+        self, *operands: Array, problem: Problem, tree: Any, shared_over: Any
+    ) -> list[Array]:
         inputs, moments, linear = tree.unflatten(operands)
         x, weights = inputs.x, inputs.weights
         if weights is not None:
@@ -144,9 +156,9 @@ class Stage:
         return list(values[: len(types)])
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree"))
-def _jitted(stage: Stage, *operands: Array, problem: Problem, tree: Any) -> list[Array]:
-    return stage.bind(*operands, problem=problem, tree=tree)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree", "shared_over"))
+def _jitted(stage: Stage, *operands: Array, **parameters: Any) -> list[Array]:
+    return stage.bind(*operands, **parameters)
 
 
 # ---- the handlers
@@ -221,12 +233,12 @@ def _gradients(problem: Problem, inputs: Inputs, moments: Moments, dy: Array) ->
 
 _moments = functools.partial(definition.moments, constant=jax.lax.stop_gradient)
 
-statistics = Stage("statistics", _moments, "fffff", has_kernel=True)
-normalize = Stage("normalize", definition.normalize, "x", has_kernel=True)
-batch_norm = Stage("batch_norm", _batch_norm, "fffffx", has_kernel=True)
-tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xff")
-output_tangent = Stage("output_tangent", definition.output_tangent, "x")
-gradient_sums = Stage("gradient_sums", definition.gradient_sums, "ff", has_kernel=True)
-input_gradient = Stage("input_gradient", definition.input_gradient, "xr", has_kernel=True)
-tangent = Stage("tangent", _tangent, "x")
-gradients = Stage("gradients", _gradients, "ffxr", has_kernel=True)
+statistics = Stage("statistics", _moments, "", "fffff", has_kernel=True)
+normalize = Stage("normalize", definition.normalize, "", "x", has_kernel=True)
+batch_norm = Stage("batch_norm", _batch_norm, "", "fffffx", has_kernel=True)
+tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xr", "xff")
+output_tangent = Stage("output_tangent", definition.output_tangent, "xff", "x")
+gradient_sums = Stage("gradient_sums", definition.gradient_sums, "x", "ff", has_kernel=True)
+input_gradient = Stage("input_gradient", definition.input_gradient, "xff", "xr", has_kernel=True)
+tangent = Stage("tangent", _tangent, "ffxr", "x")
+gradients = Stage("gradients", _gradients, "x", "ffxr", has_kernel=True)

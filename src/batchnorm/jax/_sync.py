@@ -20,6 +20,13 @@ class Devices(NamedTuple):
     groups: tuple[tuple[int, ...], ...] | None
     number: int
 
+    @property
+    def mapped(self) -> tuple[Any, ...]:
+        """The names of mapped axes all of whose elements share statistics."""
+        if self.axis_name is None or self.groups is not None:
+            return ()
+        return self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+
     def sum(self, *arrays: jax.Array, like: jax.Array | None = None) -> Sequence[jax.Array]:
         """The sum of each array over the devices, by one collective.
 

@@ -177,7 +177,8 @@ def _batch_statistics(problem: Problem, devices: Devices, inputs: Inputs) -> Sta
 
 def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
     x, weights = inputs.x, inputs.weights
-    moments = Moments(*stages.statistics(problem, Inputs(x, weights=weights)))
+    inputs = Inputs(x, weights=weights)
+    moments = Moments(*stages.statistics(problem, inputs, shared_over=devices.mapped))
     if weights is not None:
         wrong = jnp.any(~(weights >= 0), axis=reduced_axes(problem.features, x.ndim))
         moments = moments._replace(
