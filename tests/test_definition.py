@@ -115,10 +115,9 @@ def test_forward_derivatives_against_finite_differences(case: Good):
         )
         return definition.batch_norm(problem, moved)[0]
 
-    partial, s0, s1 = definition.tangent_sums(problem, inputs, moments, x_dot, residual_dot)
-    got = definition.output_tangent(
-        problem, inputs, moments, partial, s0 + bias_dot, s1 + scale_dot
-    )
+    partial, t0, t1 = definition.tangent_sums(problem, inputs, moments, x_dot, residual_dot)
+    s0, s1 = inputs.scale * t0 + bias_dot, inputs.scale * t1 + scale_dot
+    got = definition.output_tangent(problem, inputs, moments, partial, s0, s1)
     wanted = (y(step) - y(-step)) / (2 * step)
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
 
@@ -139,6 +138,7 @@ def test_on_the_strict_namespace(case: Good):
     given = Moments.given(*statistics[1:])
     definition.normalize(problem, inputs, given)
     definition.input_gradient(problem, inputs, given, None, *got.sums)
+    definition.input_gradient(problem, inputs, moments, strict(dy), *got.sums, are_scaled=True)
     partial, *sums = definition.tangent_sums(problem, inputs, moments, strict(dy), None)
     definition.output_tangent(problem, inputs, moments, partial, *sums)
     definition.update_running(*statistics[1:], statistics.merge(statistics), rate=0.1, correction=1)

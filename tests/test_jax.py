@@ -459,6 +459,28 @@ def test_mapped_axes_are_checked(keywords, error, message):
             jax.vmap(lambda x, f=function: f(x, **keywords), axis_name="i")(X[:4])
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [
+        np.array([[0, 2], [1, 3]]),
+        jnp.array([[0, 2], [1, 3]]),
+        [range(0, 4, 2), range(1, 4, 2)],
+        ((0, 2), (1, 3)),
+        [np.array([0, 2]), np.array([1, 3])],
+        [[np.int64(0), jnp.int32(2)], [1, 3]],
+    ],
+    ids=["NumPy", "JAX", "ranges", "tuples", "list of arrays", "scalars"],
+)
+def test_groups_of_every_kind(groups):
+    from batchnorm.jax._sync import devices
+
+    def check(x):
+        assert devices("i", groups).groups == ((0, 2), (1, 3))
+        return x
+
+    jax.vmap(check, axis_name="i")(X[:4])
+
+
 def test_statistics_over_two_mapped_axes():
     def normalized(x):
         return batch_norm(x, axis_name=("i", "j"))
@@ -620,6 +642,32 @@ def test_what_of_a_mapped_batch_is_mapped():
                 np.testing.assert_allclose(statistics.var, wanted.var, rtol=1e-5)
 
 
+def test_a_mapped_batch_with_scales_of_their_own():
+    """Derivatives of first and second order, in both modes, one of the scales being 0."""
+    with enable_x64(True):
+        x, scale = jnp.float64(X), jnp.float64(X[:, 0]).at[2, 1].set(0.0)
+
+        def ours(x, scale):
+            return over_batch(lambda x, scale: by_example(x, scale, activation="silu")[0])(x, scale)
+
+        def wanted(x, scale):
+            x_hat = (x - x.mean((0, 1))) / jnp.sqrt(x.var((0, 1)) + 1e-5)
+            return jax.nn.silu(x_hat * scale[:, None])
+
+        def derivatives(function):
+            def loss(x, scale):
+                return (function(x, scale) ** 3).sum()
+
+            def along(x, scale):
+                return jax.jvp(loss, (x, scale), (x**2, scale + 1))[1]
+
+            return jax.grad(loss, (0, 1))(x, scale), jax.grad(along, (0, 1))(x, scale)
+
+        got, exact = (jax.jit(partial(derivatives, each))() for each in (ours, wanted))
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(exact), strict=True):
+            close(one, other, rtol=1e-8, atol=1e-8)
+
+
 def test_axes_that_are_mapped_within_each_other():
     wanted = truth.batch_norm(X)
     inner = over_batch(by_example, out_axes=(0, None))
@@ -646,3 +694,88 @@ def test_the_derivative_of_weights_of_zero():
         one, other = (truth.batch_norm(np.float64(x), mask=weights + h * step) for h in (0, 1e-6))
         close(y_dot, (other.y - one.y) / 1e-6, rtol=1e-4, atol=1e-4)
         close(of_statistics.var, (other.var - one.var) / 1e-6, rtol=1e-4, atol=1e-4)
+
+
+# ---- numbers that are arrays
+
+
+def in_evaluation(x, eps):
+    return normalize(x, x[0, 0], jnp.abs(x[0, 1]), x[0, 2], eps=eps, activation="silu")
+
+
+def in_training(x, eps, **keywords):
+    return batch_norm(x, x[0, 2], eps=eps, activation="silu", **keywords)[0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        in_evaluation,
+        in_training,
+        partial(in_training, mask=np.arange(40).reshape(8, 5, 1) % 3 > 0),
+        lambda x, eps: over_batch(lambda x: in_training(x, eps, axis_name="batch"))(x[:, None]),
+    ],
+)
+def test_eps_may_be_an_array(function):
+    """Which is an operand: no program is made anew for another; and it has derivatives."""
+    with enable_x64(True):
+        x, eps, traced = jnp.float64(X), 0.3, []
+
+        def loss(x, eps):
+            traced.append(eps)
+            return (function(x, eps) ** 3).sum()
+
+        step = jax.jit(jax.value_and_grad(loss))
+        for value in (0.3, 0.01):
+            wanted = jax.value_and_grad(loss)(x, value)
+            traced.clear()
+            for one, other in zip(step(x, jnp.float64(value)), wanted, strict=True):
+                assert_exact(one, other)
+        assert not traced, "no program is made for the second"
+        at, h = jnp.float64(eps), 1e-5
+        assert_exact(jax.jit(function)(x, at), function(x, eps))
+        by_difference = (loss(x, eps + h) - loss(x, eps - h)) / (2 * h)
+        close(jax.grad(loss, 1)(x, at), by_difference, rtol=1e-6)
+        second = jax.grad(jax.grad(loss, 1))(x, at)
+        by_difference = (jax.grad(loss)(x, eps + h) - jax.grad(loss)(x, eps - h)) / (2 * h)
+        close(second, by_difference, rtol=1e-5, atol=1e-6)
+        many = jax.vmap(function, (None, 0))(x, jnp.array([0.3, 0.01]))
+        assert_exact(many[1], function(x, 0.01))
+
+
+def test_a_number_is_a_constant_in_double():
+    with enable_x64(True):
+        x = jnp.float64(X)
+        assert (batch_norm(x, eps=1e-9)[0] != batch_norm(x, eps=jnp.float32(1e-9))[0]).any()
+    assert "eps=1e-09" in str(jax.make_jaxpr(partial(batch_norm, eps=1e-9))(X))
+
+
+def test_rates_may_be_arrays():
+    mean, var = jnp.arange(4.0), jnp.arange(1.0, 5.0)
+    traced = []
+
+    def moved(rate):
+        traced.append(rate)
+        return update_running(mean, var, batch_statistics(X), rate=rate)
+
+    step = jax.jit(moved)
+    for rate in (0.0, 0.1, 1.0):
+        wanted = update_running(mean, var, batch_statistics(X), rate=rate)
+        for one, other in zip(step(rate), wanted, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert len(traced) == 1
+    for rate in (-0.1, 1.1):
+        assert np.isnan(step(rate)).all()
+
+
+def test_arrays_out_of_range_make_nan():
+    for eps in (0.0, -1e-5, jnp.inf, jnp.nan, 1e31):
+        assert np.isnan(batch_norm(X, eps=jnp.float32(eps))[0]).all()
+    for wrong, error in ((jnp.ones(1), ValueError), (jnp.int32(1), TypeError)):
+        for call in (partial(batch_norm, X, eps=wrong), partial(train_by, wrong)):
+            with pytest.raises(error, match=r"(eps|rate) must be"):
+                call()
+
+
+def train_by(rate):
+    return update_running(jnp.zeros(4), jnp.ones(4), batch_statistics(X), rate=rate)

@@ -200,7 +200,7 @@ def in_accuracy() -> None:
     np.testing.assert_array_equal(statistics.count, np.full((DEVICES, 3), 3001))
     np.testing.assert_allclose(statistics.mean[0], counted.mean(0), rtol=1e-6)
     np.testing.assert_allclose(statistics.var[0], counted.var(0), rtol=1e-6)
-    of_groups = partial(batch_norm, axis_name="i", axis_index_groups=GROUPS)
+    of_groups = partial(batch_norm, axis_name="i", axis_index_groups=np.array(GROUPS))
     y, _ = jax.pmap(of_groups, axis_name="i")(x[:, :1])  # one value on each device will do
     near(y, np.sign(x[:, :1] - x[[2, 3, 0, 1], :1]), 1e-2)
 

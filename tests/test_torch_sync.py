@@ -319,6 +319,38 @@ def large_means_are_not_rounded(groups):
 
 
 @in_processes
+def scales_of_their_own(groups):
+    """The loss of each process depends on the whole batch by its own scale, which may be 0."""
+    ranks = range(dist.get_world_size())
+    for dtype in (torch.float64, torch.float32):
+        batch = Batch("uneven", dtype, [*ranks])
+        scales = [batch.scale * each for each in (0, 1, -3, 2)]
+
+        def loss(normalize, x, dy, rank, scales=scales, batch=batch):
+            return (normalize(x, scales[rank], batch.bias) * dy).sum()
+
+        def ours(x, scale, bias):
+            return bt.batch_norm(x, scale, bias, axis=1, sync=True)[0]
+
+        x, _, _, _, _, dy, _ = batch.arguments(dist.get_rank())
+        got = torch.autograd.grad(loss(ours, x, dy, dist.get_rank()), x)[0]
+        whole = batch.x.detach().double().requires_grad_()
+        total = sum(
+            loss(
+                lambda x, *parameters, rank=rank, batch=batch: batch.part(
+                    plain(x, *(each.double() for each in parameters))[0], rank
+                ),
+                whole,
+                batch.part(batch.dy, rank),
+                rank,
+            )
+            for rank in ranks
+        )
+        wanted = batch.part(torch.autograd.grad(total, whole)[0], dist.get_rank())
+        near(got, wanted, TOLERANCE[dtype], str(dtype))
+
+
+@in_processes
 def transformations_of_functions(groups):
     batch = Batch("uneven", torch.float64, [0, 1, 2])
     rank = dist.get_rank()

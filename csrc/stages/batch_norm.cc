@@ -316,6 +316,7 @@ void input_gradient(const Problem& problem, Block<Sums>& block, bool through_sta
     Scales& scales = block.scales_of(c);
     if (!through_statistics) scales.g = 1;  // which is for g - share
     scales.dx /= scales.g;
+    if (of.slope == 0) scales.g = 0;
     for (double* each : {&of.share, &of.share_xhat, &scales.dx}) {
       *each = narrowed(problem.dtype, *each);
     }
@@ -392,7 +393,12 @@ void input_gradient(const Problem& problem, const Statistics& by, const double* 
   for_blocks<NoSums>(problem, 2, Way::at_once, [&](Block<NoSums>& block) {
     find_coefficients(problem, block, by);
     for (int64_t c = block.range.channel0; by.count && c < block.range.channel1; ++c) {
-      set_shares(problem, block, c, by.count[c], sum_g[c], sum_g_xhat[c]);
+      const double scale = problem.scale ? problem.scale[c] : 1, divisor = scale == 0 ? 1 : scale;
+      set_shares(problem, block, c, by.count[c], sum_g[c] / divisor, sum_g_xhat[c] / divisor);
+      if (scale == 0) {  // then g has no part in dx, but the sums have
+        Scales& scales = block.scales_of(c);
+        scales.dx_slope = block.range.at(block.coefficients, c).rstd * scales.x;
+      }
     }
     input_gradient(problem, block, by.count, dy, dx, dresidual);
   });

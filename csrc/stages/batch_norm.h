@@ -4,6 +4,7 @@
 //   normalize       y = act((x - mean) * rstd * scale + bias + residual)
 //   gradient_sums   sum g  and  sum g*xhat
 //   input_gradient  dx = scale * rstd * (g - w/m * (sum g + xhat * sum g*xhat))
+//                      = rstd * (scale * g - w/m * (sum scale*g + xhat * sum scale*g*xhat))
 //
 // where rstd = 1 / sqrt(var + eps), g = dy * act' and xhat = (x - mean) * rstd.
 //
@@ -98,7 +99,8 @@ void batch_norm(const Problem& problem, const NewStatistics& found, void* y);
 void gradient_sums(const Problem& problem, const Statistics& by, const void* dy, double* sum_g,
                    double* sum_g_xhat);
 
-// sum_g, sum_g_xhat: in, [channels].  dy: in, like x.
+// sum_g, sum_g_xhat: in, [channels]: of scale*g, which over several devices is not that of one of
+// them.  dy: in, like x.
 // dx: out, like x.  dresidual: out, like x, receives g; or null.
 void input_gradient(const Problem& problem, const Statistics& by, const double* sum_g,
                     const double* sum_g_xhat, const void* dy, void* dx, void* dresidual);

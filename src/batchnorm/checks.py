@@ -67,17 +67,17 @@ def feature_axes(axis: Any, shape: Shape) -> tuple[int, ...]:
 
 
 # With which neither a variance of float32 plus eps nor the inverse of its root overflows.
-_SMALLEST_EPS, _LARGEST_EPS = 1e-37, 1e30
+SMALLEST_EPS, LARGEST_EPS = 1e-37, 1e30
 
 
-def positive_eps(eps: Any) -> float:
+def positive_eps(eps: Any, name: str = "eps") -> float:
     if not is_real(eps):
-        raise TypeError(f"eps must be a positive number, but got {eps!r}.")
+        raise TypeError(f"{name} must be a positive number, but got {eps!r}.")
     if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, but got {eps}.")
-    if not _SMALLEST_EPS <= eps <= _LARGEST_EPS:
+        raise ValueError(f"{name} must be positive and finite, but got {eps}.")
+    if not SMALLEST_EPS <= eps <= LARGEST_EPS:
         raise ValueError(
-            f"eps must be within [{_SMALLEST_EPS}, {_LARGEST_EPS}], but got {eps!r}. In "
+            f"{name} must be within [{SMALLEST_EPS}, {LARGEST_EPS}], but got {eps!r}. In "
             "float32, where a variance is added, a smaller one vanishes, a larger one overflows."
         )
     return float(eps)

@@ -7,6 +7,7 @@ always inside the root.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Convention:
     correction: int
     eps: float
 
-    def rate(self, momentum: float) -> float:
+    def rate(self, momentum: Any) -> Any:
         """The weight of the new value, for this framework's momentum (and the other way round)."""
         return momentum if self.momentum_weighs_new else 1 - momentum
 

@@ -10,11 +10,12 @@ by Reducing Internal Covariate Shift" (2015, https://arxiv.org/abs/1502.03167), 
 
 Forward derivatives take the same way, with a sum over the elements in between:
 
-    tangent_sums    p = act′·(slope·ẋ + ṙ),   s₀ = −slope/m·Σ w·ẋ,   s₁ = −slope/m·Σ w·ẋ·x̂
-    output_tangent  ẏ = p + act′·(s₀ + s₁·x̂)
+    tangent_sums    p = act′·(slope·ẋ + ṙ),   t₀ = −rstd/m·Σ w·ẋ,   t₁ = −rstd/m·Σ w·ẋ·x̂
+    output_tangent  ẏ = p + act′·(s₀ + s₁·x̂),   s₀ = scale·t₀ + ḃ,   s₁ = scale·t₁ + ṡ
 
-where r is the residual, and bias and scale have their part in s₀ and s₁. Transposed, in reverse
-order, these two are gradient_sums and input_gradient.
+where rstd is 1/√(var + eps), r is the residual, b the bias and s the scale. Transposed, in reverse
+order, these two are gradient_sums and input_gradient. What is summed over several devices are t₀
+and t₁, or scale·Σ g and scale·Σ g·x̂: each device has a scale of its own.
 
 w is the weight (the mask) of an element, 1 without one; sums run over the reduced axes. Every
 function computes in the dtype that it is given. An element whose weight is 0 takes no part in the
@@ -173,12 +174,10 @@ def _coordinate(problem: Problem, x: Array, moments: Moments) -> Array:
 
 def _deviation(problem: Problem, moments: Moments) -> Array:
     """√(var + eps), in units of unit."""
-    xp = namespace(moments.var)
+    var = moments.with_eps(problem.eps).var
+    xp = namespace(var)
     if moments.unit is None:
-        return xp.sqrt(moments.var + problem.eps)
-    eps = problem.eps
-    root = math.sqrt(eps) if isinstance(eps, float) else xp.sqrt(eps)
-    var = moments.var + xp.square(root / moments.unit)  # unit² may overflow
+        return xp.sqrt(var)
     return xp.sqrt(xp.maximum(var, xp.full_like(var, xp.finfo(var.dtype).smallest_normal)))
 
 
@@ -243,6 +242,7 @@ class _Standard(NamedTuple):
 
     v: Array
     enlarge: Array  # of the feature shape
+    rstd: Array
     slope: Sequence[Array]  # its factors
     z: Array | None  # None without an activation, which alone needs it
     share: Array | None  # w / m; None where mean and variance do not depend on x
@@ -253,9 +253,9 @@ def _standard(problem: Problem, inputs: Inputs, moments: Moments) -> _Standard:
     x, valid = _valid(inputs)
     features, xp = problem.features, namespace(x)
     deviation = _deviation(problem, moments)
-    rstd = 1.0 / deviation
-    one = xp.ones_like(rstd)
-    reduce, enlarge = xp.minimum(rstd, one), xp.maximum(rstd, one)
+    inverse = 1.0 / deviation
+    one = xp.ones_like(inverse)
+    reduce, enlarge = xp.minimum(inverse, one), xp.maximum(inverse, one)
     u = _coordinate(problem, x, moments)
     v = u * along(features, reduce, x)
     if moments.offset is not None:
@@ -263,13 +263,13 @@ def _standard(problem: Problem, inputs: Inputs, moments: Moments) -> _Standard:
     z = None if problem.activation is None else _affine(problem, inputs, moments, u)
     if moments.unit is not None:
         deviation = deviation * moments.unit
-    slope: Sequence[Array] = _slope(inputs, moments, deviation)
-    slope = [along(features, factor, x) for factor in slope]
+    slope = [along(features, each, x) for each in _slope(inputs, moments, deviation)]
     share = None
     if moments.count is not None:
         share = along(features, or_one(moments.count), x)
         share = 1.0 / share if inputs.weights is None else inputs.weights / share
-    return _Standard(_where(valid, v, 0.0), enlarge, slope, z, share, valid)
+    rstd = along(features, 1.0 / deviation, x)
+    return _Standard(_where(valid, v, 0.0), enlarge, rstd, slope, z, share, valid)
 
 
 def _through(problem: Problem, standard: _Standard, dy: Array) -> Array:
@@ -311,16 +311,23 @@ def input_gradient(
     dy: Array | None,
     sum_g: Array,
     sum_g_x_hat: Array,
+    *,
+    are_scaled: bool = False,
 ) -> tuple[Array, Array]:
-    """dx; and g, the residual's gradient. No dy stands for zeros."""
+    """dx; and g, the residual's gradient. No dy stands for zeros.
+
+    `are_scaled`: whether the sums are of scale·g, as those of several devices.
+    """
     standard = _standard(problem, inputs, moments)
     g = namespace(inputs.x).zeros_like(standard.v)
     if dy is not None:
         g = _through(problem, standard, dy)
-    own = g
-    if standard.share is not None:
-        own = g - _times_share(problem, inputs, standard, sum_g, sum_g_x_hat)
-    return _multiplied(own, standard.slope), g
+    if standard.share is None:
+        return _multiplied(g, standard.slope), g
+    share = _times_share(problem, inputs, standard, sum_g, sum_g_x_hat)
+    if are_scaled:
+        return _multiplied(g, standard.slope) - standard.rstd * share, g
+    return _multiplied(g - share, standard.slope), g
 
 
 def weight_tangent(
@@ -346,10 +353,10 @@ def weight_tangent(
 def tangent_sums(
     problem: Problem, inputs: Inputs, moments: Moments, x_dot: Array, residual_dot: Array | None
 ) -> tuple[Array, Array, Array]:
-    """p, s₀ and s₁, for the tangents of x and residual."""
+    """p, t₀ and t₁, for the tangents of x and residual."""
     standard = _standard(problem, inputs, moments)
     partial = _multiplied(x_dot, standard.slope)
-    weighed = -_where(_inside(inputs), standard.share * partial, 0.0)
+    weighed = -_where(_inside(inputs), standard.share * (x_dot * standard.rstd), 0.0)
     sums = _sums(problem, standard, weighed)
     if residual_dot is not None:
         partial = partial + residual_dot

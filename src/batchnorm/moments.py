@@ -98,6 +98,14 @@ class Moments(NamedTuple):
             None if count is None else narrow(count), pivot, unit, narrow(offset), narrow(var)
         )
 
+    def with_eps(self, eps: float | Array) -> "Moments":
+        """These with var + eps in the place of var."""
+        if self.unit is None:
+            return self._replace(var=self.var + eps)
+        xp = namespace(self.var)
+        root = math.sqrt(eps) if isinstance(eps, float) else xp.sqrt(eps)
+        return self._replace(var=self.var + xp.square(root / self.unit))  # unit² may overflow
+
     def statistics(self) -> Statistics:
         """These, rounded to one mean and one variance."""
         count, pivot, unit, offset, var = self

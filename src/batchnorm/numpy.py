@@ -185,6 +185,7 @@ def update_running(
     mean, var = _real("mean", mean), _real("var", var)
     pairs = zip(_STATISTICS, rows, strict=True)
     batch = Statistics(*(_real(*pair, _NUMBERS).astype(np.float64) for pair in pairs))
+    rate = checks.fraction("rate", rate)
     return moved(mean, var, batch, np.float64, rate=rate, correction=correction)
 
 

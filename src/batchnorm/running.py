@@ -2,16 +2,24 @@
 
 from typing import Any
 
-from . import checks, definition
+from . import definition
 from .arrays import Array, namespace
 from .moments import Statistics
 
 
 def moved(
-    mean: Array, var: Array, statistics: Statistics, dtype: Any, *, rate: float, correction: int
+    mean: Array,
+    var: Array,
+    statistics: Statistics,
+    dtype: Any,
+    *,
+    rate: float | Array,
+    correction: int,
 ) -> tuple[Array, Array]:
-    """The running mean and variance, moved: computed in `dtype`, and in the dtypes that came."""
-    rate = checks.fraction("rate", rate)
+    """The running mean and variance, moved: computed in `dtype`, and in the dtypes that came.
+
+    The door has looked at the rate.
+    """
     if correction not in (0, 1):
         raise ValueError(
             "correction must be 0 (running variance divided by the count) or 1 (by the count - 1), "

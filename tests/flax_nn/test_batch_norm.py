@@ -203,7 +203,7 @@ def test_an_empty_batch_changes_nothing():
         ({"axis": (1, -2)}, ValueError, "axis must not name an axis of x twice"),
         ({"axis": 1.0}, TypeError, "axis must be an integer"),
         ({"x": X.astype(np.complex64)}, ValueError, "x must hold real numbers"),
-        ({"epsilon": 0.0}, ValueError, "eps must be positive"),
+        ({"epsilon": 0.0}, ValueError, "epsilon must be positive"),
         ({"axis_name": "i"}, ValueError, "axis_name must name axes that are mapped"),
         ({"axis_index_groups": [[0]]}, ValueError, "axis_index_groups needs an axis_name"),
     ],
@@ -226,6 +226,24 @@ def test_momentum_is_refused(momentum, error, message):
         _, params = nn.BatchNorm.init(KEY, X)
     with nn.stateful(state), pytest.raises(error, match=message):
         nn.BatchNorm.call(params, X, momentum=momentum)
+    with nn.stateful(), pytest.raises(error, match=message):
+        nn.BatchNorm.init(KEY, X, momentum=momentum)
+
+
+def test_momentum_and_epsilon_of_a_schedule():
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init(KEY, X)
+
+    def step(momentum, epsilon):
+        with nn.stateful(state) as new_state:
+            y = nn.BatchNorm.call(params, X, momentum=momentum, epsilon=epsilon)
+        return y, new_state.as_dict()
+
+    compiled = jax.jit(step)
+    for momentum, epsilon in ((0.9, 1e-5), (0.5, 0.1)):
+        got, wanted = compiled(momentum, epsilon), step(momentum, epsilon)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_state_of_an_inner_transformation_is_refused():

@@ -130,7 +130,10 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
     weights.set(i, random() % 3 == 0 ? 0 : (random() % 4) * 0.5);
   }
   std::vector<double> scale(C), bias(C), count(C), mean(C), var(C), sum_g(C), sum_g_xhat(C);
-  for (int64_t c = 0; c < C; ++c) scale[c] = 1 + 0.1 * normal(random), bias[c] = normal(random);
+  for (int64_t c = 0; c < C; ++c) {
+    scale[c] = c % 5 == 1 ? 0 : 1 + 0.1 * normal(random);
+    bias[c] = normal(random);
+  }
 
   const Problem problem = {shape,
                            dtype,
@@ -145,6 +148,7 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
                            nullptr};
   const NewStatistics found = {count.data(), mean.data(), var.data()};
   const Statistics by = {count.data(), mean.data(), var.data()};
+  const double of_another = one_call ? 0 : 1;
   if (one_call) {
     batch_norm(problem, found, y.bytes);
     batch_norm_gradients(problem, by, dy.bytes, sum_g.data(), sum_g_xhat.data(), dx.bytes,
@@ -153,7 +157,14 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
     statistics(problem, found);
     normalize(problem, by, y.bytes);
     gradient_sums(problem, by, dy.bytes, sum_g.data(), sum_g_xhat.data());
-    input_gradient(problem, by, sum_g.data(), sum_g_xhat.data(), dy.bytes, dx.bytes, dr.bytes);
+    // Beside another device, whose scale is larger by 1 and whose gradients are as large.
+    std::vector<double> scaled_g(C), scaled_g_xhat(C);
+    for (int64_t c = 0; c < C; ++c) {
+      scaled_g[c] = (scale[c] + of_another) * sum_g[c];
+      scaled_g_xhat[c] = (scale[c] + of_another) * sum_g_xhat[c];
+    }
+    input_gradient(problem, by, scaled_g.data(), scaled_g_xhat.data(), dy.bytes, dx.bytes,
+                   dr.bytes);
   }
 
   const std::string name =
@@ -204,7 +215,7 @@ void check(const Shape& shape, Dtype dtype, Activation activation, int64_t weigh
       const bool at_kink = activation == Activation::relu && std::fabs(z) < 1e-4;
       expect(name + "y", y.get(i), act(z, activation), tolerance * (1 + std::fabs(z)));
       if (at_kink) return;
-      expect(name + "dx", dx.get(i), scale[c] * rstd * (g - share),
+      expect(name + "dx", dx.get(i), rstd * (scale[c] * g - (scale[c] + of_another) * share),
              tolerance * (2 + std::fabs(xhat)) * rstd);
       expect(name + "dresidual", dr.get(i), g, tolerance);
     });

@@ -1,5 +1,6 @@
 """The arguments of the functions: checked, and in the dtypes that the stages take."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -20,21 +21,30 @@ def problem_and_inputs(
     bias: ArrayLike | None = None,
     *,
     axis: Axis,
-    eps: float = 1.0,
+    eps: float | jax.Array = 1.0,
     mask: ArrayLike | None = None,
     residual: ArrayLike | None = None,
     activation: str | None = None,
-) -> tuple[Problem, Inputs]:
+) -> tuple[Problem, jax.Array | None, Inputs]:
+    """An eps that is an array is none of the problem, where eps then is 0."""
     x = floating("x", x)
-    problem = Problem(
-        checks.feature_axes(axis, x.shape), checks.positive_eps(eps), checks.activation(activation)
-    )
-    return problem, Inputs(
-        x,
-        None if scale is None else parameter("scale", scale, problem, x),
-        None if bias is None else parameter("bias", bias, problem, x),
-        None if residual is None else _residual(residual, x),
-        None if mask is None else _weights(mask, problem, x),
+    of_problem, of_array = 0.0, None
+    if isinstance(eps, jax.Array):
+        of_array = _within("eps", eps, checks.SMALLEST_EPS, checks.LARGEST_EPS)
+    else:
+        of_problem = checks.positive_eps(eps)
+    features = checks.feature_axes(axis, x.shape)
+    problem = Problem(features, of_problem, checks.activation(activation))
+    return (
+        problem,
+        of_array,
+        Inputs(
+            x,
+            None if scale is None else parameter("scale", scale, problem, x),
+            None if bias is None else parameter("bias", bias, problem, x),
+            None if residual is None else _residual(residual, x),
+            None if mask is None else _weights(mask, problem, x),
+        ),
     )
 
 
@@ -49,6 +59,24 @@ def parameter(name: str, value: ArrayLike, problem: Problem, x: jax.Array) -> ja
     array = floating(name, value)
     checks.feature_shape(name, array.shape, feature_shape(problem.features, x.shape), x.shape)
     return array.astype(wide(x.dtype))
+
+
+def fraction(name: str, value: float | jax.Array) -> float | jax.Array:
+    """A momentum or a rate: a number within [0, 1]."""
+    if isinstance(value, jax.Array):
+        return _within(name, value, 0, 1)
+    return checks.fraction(name, value)
+
+
+def _within(name: str, value: jax.Array, smallest: float, largest: float) -> jax.Array:
+    """An array without axes, NaN where it is out of range."""
+    array = floating(name, value)
+    if array.ndim:
+        raise ValueError(
+            f"{name} must be a number or an array without axes, but its shape is {array.shape}."
+        )
+    array = array.astype(wide(array.dtype))
+    return jnp.where((array >= smallest) & (array <= largest), array, math.nan)
 
 
 def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:

@@ -129,28 +129,42 @@ def _own_output_tangent(problem: Problem, inputs: Inputs, moments: Moments, dots
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def normalized(problem: Problem, devices: Devices, inputs: Inputs, moments: Moments) -> jax.Array:
-    """x normalized by `moments`, which are its own; the derivative is that of both together."""
-    return normalize(problem, inputs, moments)[0]
+def normalized(
+    problem: Problem, devices: Devices, inputs: Inputs, moments: Moments, eps: Array | None
+) -> jax.Array:
+    """x normalized by `moments`, which are its own; the derivative is that of both together.
+
+    eps, if any, is that of the problem.
+    """
+    return _normalized(problem, inputs, moments, eps)
+
+
+def _normalized(problem: Problem, inputs: Inputs, moments: Moments, eps: Array | None) -> jax.Array:
+    return normalize(problem, inputs, moments if eps is None else moments.with_eps(eps))[0]
 
 
 def _normalized_jvp(
     problem: Problem,
     devices: Devices,
-    primals: tuple[Inputs, Moments],
-    tangents: tuple[Inputs, Moments],
+    primals: tuple[Inputs, Moments, Array | None],
+    tangents: tuple[Inputs, Moments, Array | None],
 ) -> tuple[jax.Array, jax.Array]:
-    inputs, moments = primals
+    inputs, moments, eps = primals
     dots = Inputs(*map(compat.none_if_zero, tangents[0]))
     if dots.weights is not None:
         # By way of the moments, whose derivatives know of the weights.
-        def by_moments(inputs: Inputs, moments: Moments) -> Array:
-            return normalize(problem, inputs, moments)[0]
-
         def instantiated(primal: Array, tangent: Any) -> Array:
             return _or_zeros(compat.none_if_zero(tangent), primal)
 
+        by_moments = functools.partial(_normalized, problem)
         return jax.jvp(by_moments, primals, jax.tree.map(instantiated, primals, tangents))
+    if eps is not None:
+        moments = moments.with_eps(eps)
+        eps_dot = compat.none_if_zero(tangents[2])
+        if eps_dot is not None:  # changes x̂ as another scale would
+            relative = eps_dot / moments.unit / moments.unit / moments.var
+            of_scale = -0.5 * relative if inputs.scale is None else -0.5 * relative * inputs.scale
+            dots = dots._replace(scale=of_scale if dots.scale is None else dots.scale + of_scale)
     y = normalize(problem, inputs, moments)[0]
     if devices.axis_name is None or (dots.x is None and dots.residual is None):
         return y, _own_output_tangent(problem, inputs, moments, dots)
@@ -159,9 +173,11 @@ def _normalized_jvp(
         problem, inputs, moments, x_dot, dots.residual, shared_over=devices.mapped
     )
     sums = devices.sum(*own_sums, like=inputs.x)
+    if inputs.scale is not None:
+        sums = [inputs.scale * each for each in sums]
     s0, s1 = (
-        total if dot is None else dot + total
-        for dot, total in zip((dots.bias, dots.scale), sums, strict=True)
+        of_all if dot is None else dot + of_all
+        for dot, of_all in zip((dots.bias, dots.scale), sums, strict=True)
     )
     return y, output_tangent(problem, inputs, moments, p, s0, s1)[0]
 

@@ -5,7 +5,7 @@ Three of them go forward and six are linear, in three pairs of transposes:
     statistics      x             ->  the moments
     normalize       x             ->  y
     batch_norm      x             ->  the moments, y:  both, where there are no weights
-    tangent_sums    ẋ, ṙ          ->  p, s₀, s₁
+    tangent_sums    ẋ, ṙ          ->  p, t₀, t₁
     output_tangent  p, s₀, s₁     ->  ẏ
     gradient_sums   dy            ->  Σ g, Σ g·x̂
     input_gradient  dy, s₀, s₁    ->  dx, dr
@@ -13,8 +13,9 @@ Three of them go forward and six are linear, in three pairs of transposes:
     gradients       dy            ->  Σ g, Σ g·x̂, dx, dr:  gradient_sums and input_gradient
 
 `batchnorm.definition` has the formulas. The derivative of a batch norm is tangent_sums, a sum over
-the devices, and output_tangent; bias and scale have a part in s₀ and s₁. Transposed, in reverse
-order, these are gradient_sums, a sum over the devices, and input_gradient: the two passes over
+the devices, and output_tangent; s₀ and s₁ are these times the scale, and what bias and scale have a
+part in them. Transposed, in reverse order, these are gradient_sums, a sum over the devices, and
+input_gradient: the two passes over
 memory that reverse mode needs, with the sum put between them by JAX itself. What p carries from the
 one to the other is in reverse mode dy, which costs nothing. On one device nothing comes between two
 stages, and batch_norm and the last pair do both at once.
@@ -223,6 +224,8 @@ def _tangent(
     residual_dot: Array | None,
 ) -> Array:
     p, *own = definition.tangent_sums(problem, inputs, moments, x_dot, residual_dot)
+    if inputs.scale is not None:
+        own = [inputs.scale * each for each in own]
     return definition.output_tangent(problem, inputs, moments, p, s0 + own[0], s1 + own[1])
 
 
@@ -232,6 +235,7 @@ def _gradients(problem: Problem, inputs: Inputs, moments: Moments, dy: Array) ->
 
 
 _moments = functools.partial(definition.moments, constant=jax.lax.stop_gradient)
+_input_gradient = functools.partial(definition.input_gradient, are_scaled=True)
 
 statistics = Stage("statistics", _moments, "", "fffff", has_kernel=True)
 normalize = Stage("normalize", definition.normalize, "", "x", has_kernel=True)
@@ -239,6 +243,6 @@ batch_norm = Stage("batch_norm", _batch_norm, "", "fffffx", has_kernel=True)
 tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xr", "xff")
 output_tangent = Stage("output_tangent", definition.output_tangent, "xff", "x")
 gradient_sums = Stage("gradient_sums", definition.gradient_sums, "x", "ff", has_kernel=True)
-input_gradient = Stage("input_gradient", definition.input_gradient, "xff", "xr", has_kernel=True)
+input_gradient = Stage("input_gradient", _input_gradient, "xff", "xr", has_kernel=True)
 tangent = Stage("tangent", _tangent, "ffxr", "x")
 gradients = Stage("gradients", _gradients, "x", "ffxr", has_kernel=True)

@@ -1,5 +1,6 @@
 """The devices that share statistics."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from .. import checks
 from . import _compat as compat
 
 AxisName = Any  # a hashable, or a tuple of them
-Groups = Sequence[Sequence[int]]
+Groups = Sequence[Sequence[int]]  # or whatever iterates as such: an array, ranges
 
 
 class Devices(NamedTuple):
@@ -63,12 +64,12 @@ def _checked(groups: Any, axis_name: Any, size: int) -> tuple[tuple[int, ...], .
         return None
     if axis_name is None:
         raise ValueError("axis_index_groups needs an axis_name, but axis_name is None.")
-    if not isinstance(groups, (tuple, list)) or not all(
-        isinstance(group, (tuple, list)) and all(map(checks.is_integer, group)) for group in groups
-    ):
+    try:
+        groups = [[operator.index(each) for each in group] for group in groups]
+    except TypeError:
         raise TypeError(
             f"axis_index_groups must be a sequence of sequences of integers, but got {groups!r}."
-        )
+        ) from None
     if sorted(index for group in groups for index in group) != list(range(size)):
         raise ValueError(
             f"axis_index_groups must hold each index of axis_name={axis_name!r}, of size {size}, "
@@ -76,4 +77,4 @@ def _checked(groups: Any, axis_name: Any, size: int) -> tuple[tuple[int, ...], .
         )
     if len({len(group) for group in groups}) > 1:
         raise ValueError(f"axis_index_groups must be of one size, but got {groups!r}.")
-    return tuple(tuple(map(int, group)) for group in groups)
+    return tuple(map(tuple, groups))

@@ -15,7 +15,7 @@ from ..moments import Moments, Statistics, pooled
 from ..running import moved
 from . import _compat as compat
 from . import _stages as stages
-from ._arguments import Axis, floating, parameter, problem_and_inputs
+from ._arguments import Axis, floating, fraction, parameter, problem_and_inputs
 from ._derivatives import normalized
 from ._sync import AxisName, Devices, Groups, devices
 
@@ -27,7 +27,7 @@ def batch_norm(
     bias: ArrayLike | None = None,
     *,
     axis: Axis = -1,
-    eps: float = 1e-5,
+    eps: float | jax.Array = 1e-5,
     mask: ArrayLike | None = None,
     residual: ArrayLike | None = None,
     activation: str | None = None,
@@ -40,6 +40,9 @@ def batch_norm(
 
     Parameters
     ----------
+    eps : float or array without axes
+        ... A number is a constant of the compiled function; an array, traced or not, one of its
+        operands, which makes NaN where it is out of range.
     axis_name : hashable or tuple of hashables, optional
         The mapped axis, or axes, over whose devices the statistics are taken.
     axis_index_groups : sequence of sequences of ints, optional
@@ -64,13 +67,13 @@ def batch_norm(
     >>> print(statistics.mean)
     [ 2. 40.]
     """
-    problem, inputs = problem_and_inputs(
+    problem, of_array, inputs = problem_and_inputs(
         x, scale, bias, axis=axis, eps=eps, mask=mask, residual=residual, activation=activation
     )
     shared = devices(axis_name, axis_index_groups)
     values = values_per_feature(problem.features, inputs.x.shape)
     checks.more_than_one_value(values * shared.number, inputs.x.shape, allow_one_value)
-    return _batch_norm(problem, shared, inputs)
+    return _batch_norm(problem, shared, inputs, of_array)
 
 
 @documented()
@@ -82,7 +85,7 @@ def normalize(
     bias: ArrayLike | None = None,
     *,
     axis: Axis = -1,
-    eps: float = 1e-5,
+    eps: float | jax.Array = 1e-5,
     residual: ArrayLike | None = None,
     activation: str | None = None,
 ) -> jax.Array:
@@ -96,12 +99,12 @@ def normalize(
     [[0.]
      [1.]]
     """
-    problem, inputs = problem_and_inputs(
+    problem, of_array, inputs = problem_and_inputs(
         x, scale, bias, axis=axis, eps=eps, residual=residual, activation=activation
     )
     mean = parameter("mean", mean, problem, inputs.x)
     var = parameter("var", var, problem, inputs.x)
-    return _normalize(problem, inputs, Moments.given(mean, var))
+    return _normalize(problem, inputs, Moments.given(mean, var), of_array)
 
 
 @documented()
@@ -123,7 +126,7 @@ def batch_statistics(
     >>> print(batch_statistics(x[:4]).merge(batch_statistics(x[4:])).var)
     [33. 33.]
     """
-    problem, inputs = problem_and_inputs(x, axis=axis, mask=mask)
+    problem, _, inputs = problem_and_inputs(x, axis=axis, mask=mask)
     return _batch_statistics(problem, devices(axis_name, axis_index_groups), inputs)
 
 
@@ -133,10 +136,15 @@ def update_running(
     var: ArrayLike,
     statistics: Statistics,
     *,
-    rate: float,
+    rate: float | jax.Array,
     correction: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """...
+
+    Parameters
+    ----------
+    rate : float or array without axes
+        ... An array, traced or not, makes NaN where it is out of range.
 
     Examples
     --------
@@ -148,7 +156,7 @@ def update_running(
     [1.] [1.5]
     """
     mean, var = floating("mean", mean), floating("var", var)
-    dtype = stages.wide(statistics.mean.dtype)
+    dtype, rate = stages.wide(statistics.mean.dtype), fraction("rate", rate)
     return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
 
 
@@ -156,17 +164,24 @@ def update_running(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _batch_norm(problem: Problem, devices: Devices, inputs: Inputs) -> tuple[jax.Array, Statistics]:
+def _batch_norm(
+    problem: Problem, devices: Devices, inputs: Inputs, eps: jax.Array | None
+) -> tuple[jax.Array, Statistics]:
     x = inputs.x
-    if devices.axis_name is None and inputs.weights is None and compat.varies_as(x, inputs):
+    is_plain = devices.axis_name is None and inputs.weights is None and eps is None
+    if is_plain and compat.varies_as(x, inputs):
         *found, y = stages.batch_norm(problem, inputs)
         return y, Moments(*found).statistics()
     moments = _moments(problem, devices, inputs)
-    return normalized(problem, devices, inputs, moments), moments.statistics()
+    return normalized(problem, devices, inputs, moments, eps), moments.statistics()
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _normalize(problem: Problem, inputs: Inputs, moments: Moments) -> jax.Array:
+def _normalize(
+    problem: Problem, inputs: Inputs, moments: Moments, eps: jax.Array | None
+) -> jax.Array:
+    if eps is not None:
+        moments = moments.with_eps(eps)
     return stages.normalize(problem, inputs, moments)[0]
 
 

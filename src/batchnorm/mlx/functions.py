@@ -122,4 +122,5 @@ def update_running(
     check_floating("mean", mean)
     check_floating("var", var)
     dtype = statistics.mean.dtype
+    rate = checks.fraction("rate", rate)
     return moved(mean, var, statistics, dtype, rate=rate, correction=correction)

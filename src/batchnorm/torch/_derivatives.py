@@ -177,7 +177,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
     stages = Stages(call.problem, inputs, watched=watched)
     if call.processes.is_shared and not isinstance(by, Given):
         own = stages.gradient_sums(by, dy)
-        sums = call.processes.sum(own)
+        sums = call.processes.sum(own if scale is None else own * scale.to(own.dtype))
         dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual)
         dscale, dbias = stages.parameter_gradients(own)
     else:

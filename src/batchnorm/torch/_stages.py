@@ -129,7 +129,7 @@ class Stages:
             if self.runs(native.kernels.batch_norm_gradients, operands):
                 return dscale, dbias, dx, dresidual
         sums = self.gradient_sums(by, dy)
-        dx, dresidual = self.input_gradient(by, sums, dy, with_dresidual)
+        dx, dresidual = self.input_gradient_by_definition(by, sums, dy, with_dresidual)
         return *self.parameter_gradients(sums), dx, dresidual
 
     def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
@@ -146,6 +146,7 @@ class Stages:
     def input_gradient(
         self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool
     ) -> tuple[Tensor, Tensor | None]:
+        """By sums of scale·g, which those of several processes are."""
         x = self.inputs.x
         if self.is_native:
             dx = torch.empty_like(x)
@@ -153,11 +154,22 @@ class Stages:
             operands = {"sums": sums, "dx": dx, "dresidual": dresidual, **_named(by, dy)}
             if self.runs(native.kernels.input_gradient, operands):
                 return dx, dresidual
+        return self.input_gradient_by_definition(by, sums, dy, with_dresidual, are_scaled=True)
+
+    def input_gradient_by_definition(
+        self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool, *, are_scaled: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        x = self.inputs.x
         self.check("dy", dy)
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         dtype = inputs.x.dtype
         dx, g = definition.input_gradient(
-            self.problem, inputs, moments, dy.to(dtype), *sums.to(dtype).unbind(0)
+            self.problem,
+            inputs,
+            moments,
+            dy.to(dtype),
+            *sums.to(dtype).unbind(0),
+            are_scaled=are_scaled,
         )
         return dx.to(x.dtype), g.to(x.dtype) if with_dresidual else None
 

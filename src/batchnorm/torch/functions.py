@@ -135,6 +135,7 @@ def update_running(
         check_floating(name, value)
         check_memory(name, value)
     dtype = statistics.mean.dtype
+    rate = checks.fraction("rate", rate)
     return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
 
 

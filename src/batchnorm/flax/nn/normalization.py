@@ -28,8 +28,8 @@ class BatchNorm(Module):
         batch_stats: Collection | None = None,
         use_running_average: bool = False,
         axis: int | Sequence[int] = -1,
-        momentum: float = _CONVENTION.momentum,
-        epsilon: float = _CONVENTION.eps,
+        momentum: float | jax.Array = _CONVENTION.momentum,
+        epsilon: float | jax.Array = _CONVENTION.eps,
         dtype: Any = jnp.float32,
         bias: bool = True,
         scale: bool = True,
@@ -99,6 +99,10 @@ class BatchNorm(Module):
         >>> print(state["/"]["mean"])
         [ 1. 20.]
         """
+        if not isinstance(epsilon, jax.Array):
+            epsilon = checks.positive_eps(epsilon, "epsilon")
+        if not isinstance(momentum, jax.Array):
+            momentum = checks.fraction("momentum", momentum)
         x = jnp.asarray(x)
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             # flax.nn.BatchNorm drops the imaginary part; its other errors are ValueErrors, too.
@@ -140,7 +144,7 @@ class BatchNorm(Module):
             axis_index_groups=None if alone else axis_index_groups,
         )
         if averages and not alone:
-            rate = _CONVENTION.rate(checks.fraction("momentum", momentum))
+            rate = _CONVENTION.rate(momentum)
             mean, var = averages
             mean.value, var.value = door.update_running(
                 mean.value, var.value, statistics, rate=rate
