@@ -461,24 +461,13 @@ def test_mapped_axes_are_checked(keywords, error, message):
 
 @pytest.mark.parametrize(
     "groups",
-    [
-        np.array([[0, 2], [1, 3]]),
-        jnp.array([[0, 2], [1, 3]]),
-        [range(0, 4, 2), range(1, 4, 2)],
-        ((0, 2), (1, 3)),
-        [np.array([0, 2]), np.array([1, 3])],
-        [[np.int64(0), jnp.int32(2)], [1, 3]],
-    ],
-    ids=["NumPy", "JAX", "ranges", "tuples", "list of arrays", "scalars"],
+    [np.array([[0]]), jnp.array([[0]]), [range(1)], ((0,),), [np.array([0])], [[jnp.int32(0)]]],
+    ids=["NumPy", "JAX", "ranges", "tuples", "a list of arrays", "scalars"],
 )
 def test_groups_of_every_kind(groups):
-    from batchnorm.jax._sync import devices
-
-    def check(x):
-        assert devices("i", groups).groups == ((0, 2), (1, 3))
-        return x
-
-    jax.vmap(check, axis_name="i")(X[:4])
+    of_group = partial(batch_norm, axis_name="i", axis_index_groups=groups)
+    y, _ = jax.pmap(of_group, axis_name="i")(X[None])
+    np.testing.assert_allclose(y[0], batch_norm(X)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_statistics_over_two_mapped_axes():

@@ -201,17 +201,3 @@ def test_group_sum():
     with pytest.raises(NotImplementedError):
         mapped(without_groups_of_ours)(X, S)
     np.testing.assert_array_equal(mapped(lambda x, s: compat.group_sum(x, "i", [[0]]))(X, S), X)
-
-
-def test_none_if_zero():
-    @jax.custom_jvp
-    def function(x, s):
-        return x
-
-    def rule(primals, tangents):
-        x_dot, s_dot = map(compat.none_if_zero, tangents)
-        assert s_dot is None
-        return primals[0], x_dot
-
-    function.defjvp(rule, symbolic_zeros=True)
-    np.testing.assert_array_equal(jax.jvp(lambda x: function(x, S), [X], [X])[1], X)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
@@ -191,15 +190,3 @@ def group_sum(array: Array, axis_name: Any, groups: list[list[int]]) -> Array:
         return jax.lax.psum(array, axis_name, axis_index_groups=groups)
     except NotImplementedError:
         return jax.lax.all_gather(array, axis_name, axis_index_groups=groups).sum(0)
-
-
-# ---- custom_jvp
-
-
-def none_if_zero(tangent: Any) -> Any:
-    """A tangent that a rule of custom_jvp was given.
-
-    For: no work for arguments that are not differentiated. Breaks: where symbolic_zeros hands out
-    another type. Then: instantiate zeros instead, which costs a pass over x or two.
-    """
-    return None if isinstance(tangent, SymbolicZero) else tangent

@@ -23,10 +23,12 @@ from ._stages import (
     Array,
     Stage,
     batch_norm,
+    by_normalize,
     gradient_sums,
     gradients,
     input_gradient,
     normalize,
+    normalized,
     output_tangent,
     statistics,
     tangent,
@@ -73,7 +75,7 @@ def _statistics_jvp(
     *,
     problem: Problem,
     tree: Any,
-    shared_over: Any,
+    devices: Devices,
 ) -> tuple[list[Array], list[Any]]:
     """Those of what is here, which a stage that went over a mapped axis would not know."""
     (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
@@ -87,7 +89,7 @@ def _batch_norm_jvp(
     *,
     problem: Problem,
     tree: Any,
-    shared_over: Any,
+    devices: Devices,
 ) -> tuple[list[Array], list[Any]]:
     (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
     results = batch_norm(problem, inputs)
@@ -128,50 +130,31 @@ def _own_output_tangent(problem: Problem, inputs: Inputs, moments: Moments, dots
     return tangent(problem, inputs, moments, s0, s1, x_dot, dots.residual)[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def normalized(
-    problem: Problem, devices: Devices, inputs: Inputs, moments: Moments, eps: Array | None
-) -> jax.Array:
-    """x normalized by `moments`, which are its own; the derivative is that of both together.
-
-    eps, if any, is that of the problem.
-    """
-    return _normalized(problem, inputs, moments, eps)
-
-
-def _normalized(problem: Problem, inputs: Inputs, moments: Moments, eps: Array | None) -> jax.Array:
-    return normalize(problem, inputs, moments if eps is None else moments.with_eps(eps))[0]
-
-
 def _normalized_jvp(
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
     problem: Problem,
+    tree: Any,
     devices: Devices,
-    primals: tuple[Inputs, Moments, Array | None],
-    tangents: tuple[Inputs, Moments, Array | None],
-) -> tuple[jax.Array, jax.Array]:
-    inputs, moments, eps = primals
-    dots = Inputs(*map(compat.none_if_zero, tangents[0]))
+) -> tuple[list[Array], list[Any]]:
+    inputs, moments, (eps,) = tree.unflatten(primals)
+    dots, _, (eps_dot,) = tree.unflatten(tangents)
     if dots.weights is not None:
         # By way of the moments, whose derivatives know of the weights.
-        def instantiated(primal: Array, tangent: Any) -> Array:
-            return _or_zeros(compat.none_if_zero(tangent), primal)
-
-        by_moments = functools.partial(_normalized, problem)
-        return jax.jvp(by_moments, primals, jax.tree.map(instantiated, primals, tangents))
+        by_moments = functools.partial(by_normalize, problem=problem, tree=tree, devices=devices)
+        return jax.jvp(by_moments, list(primals), list(map(_or_zeros, tangents, primals)))
     if eps is not None:
         moments = moments.with_eps(eps)
-        eps_dot = compat.none_if_zero(tangents[2])
-        if eps_dot is not None:  # changes x̂ as another scale would
-            relative = eps_dot / moments.unit / moments.unit / moments.var
-            of_scale = -0.5 * relative if inputs.scale is None else -0.5 * relative * inputs.scale
-            dots = dots._replace(scale=of_scale if dots.scale is None else dots.scale + of_scale)
-    y = normalize(problem, inputs, moments)[0]
+    if eps_dot is not None:  # changes x̂ as another scale would
+        of_scale = -0.5 * eps_dot / moments.unit / moments.unit / moments.var
+        of_scale = of_scale if inputs.scale is None else of_scale * inputs.scale
+        dots = dots._replace(scale=of_scale if dots.scale is None else dots.scale + of_scale)
+    y = normalize(problem, inputs, moments)
     if devices.axis_name is None or (dots.x is None and dots.residual is None):
-        return y, _own_output_tangent(problem, inputs, moments, dots)
+        return y, [_own_output_tangent(problem, inputs, moments, dots)]
     x_dot = _or_zeros(dots.x, inputs.x)
-    p, *own_sums = tangent_sums(
-        problem, inputs, moments, x_dot, dots.residual, shared_over=devices.mapped
-    )
+    p, *own_sums = tangent_sums(problem, inputs, moments, x_dot, dots.residual, devices=devices)
     sums = devices.sum(*own_sums, like=inputs.x)
     if inputs.scale is not None:
         sums = [inputs.scale * each for each in sums]
@@ -179,10 +162,7 @@ def _normalized_jvp(
         of_all if dot is None else dot + of_all
         for dot, of_all in zip((dots.bias, dots.scale), sums, strict=True)
     )
-    return y, output_tangent(problem, inputs, moments, p, s0, s1)[0]
-
-
-normalized.defjvp(_normalized_jvp, symbolic_zeros=True)
+    return y, output_tangent(problem, inputs, moments, p, s0, s1)
 
 
 # ---- transposes
@@ -196,7 +176,7 @@ def _transposed(
     *operands: Any,
     problem: Problem,
     tree: Any,
-    shared_over: Any,
+    devices: Devices,
 ) -> list[Array | None]:
     """transpose(problem, inputs, moments, *cotangents) gives those of the linear operands.
 
@@ -236,21 +216,19 @@ def _batched(
     *,
     problem: Problem,
     tree: Any,
-    shared_over: tuple[Any, ...],
+    devices: Devices,
 ) -> tuple[list[Array], list[int | None]]:
     """Of a mapped axis, where it lies, a reduced one: no parameter is repeated, no array copied.
 
     Where its elements have parameters or sums of their own, one more feature axis, the first.
     """
-    others = tuple(name for name in shared_over if name != axis.name)
-    bind = functools.partial(stage.bind, tree=tree, shared_over=others)
+    bind = functools.partial(stage.bind, tree=tree, devices=devices.without(axis.name))
     kinds = _kinds(stage, tree)
     mapped = {kind for kind, dim in zip(kinds, dims, strict=True) if dim is not None}
     if not mapped:
         results = bind(*operands, problem=problem)
         return results, [None] * len(results)
-    has_no_sums = len(others) < len(shared_over) or stage in _WITHOUT_SUMS
-    is_reduced = has_no_sums and mapped == {"x"}
+    is_reduced = mapped == {"x"} and (stage in _WITHOUT_SUMS or axis.name in devices.mapped)
     place = next(dim for dim in dims if dim is not None) if is_reduced else problem.features[0]
     features = tuple(each + (each >= place) for each in problem.features)
 
@@ -314,6 +292,27 @@ def _tangent_sums_batched(
     return [p, *sums], dims_of_results
 
 
+def _normalized_batched(
+    axis: Any,
+    operands: Sequence[Array],
+    dims: Sequence[int | None],
+    *,
+    tree: Any,
+    devices: Devices,
+    **parameters: Any,
+) -> tuple[list[Array], list[int | None]]:
+    """Without the devices of a mapped axis, the derivative knows them by the moments alone."""
+    parameters |= {"tree": tree, "devices": devices}
+    kinds = zip(dims, _kinds(normalized, tree), strict=True)
+    mapped = {kind for dim, kind in kinds if dim is not None}
+    if mapped == {"x"} or axis.name not in devices.mapped:
+        return _batched(normalized, axis, operands, dims, **parameters)
+    by_moments = functools.partial(by_normalize, **parameters)
+    if not mapped:
+        return by_moments(*operands), [None]
+    return jax.vmap(by_moments, dims)(*operands), [0]
+
+
 def _batch_norm_batched(
     axis: Any,
     operands: Sequence[Array],
@@ -353,6 +352,7 @@ def _rules(
 
 _rules(statistics, jvp=_statistics_jvp, batched=_statistics_batched)
 _rules(normalize)
+_rules(normalized, jvp=_normalized_jvp, batched=_normalized_batched)
 _rules(batch_norm, jvp=_batch_norm_jvp, batched=_batch_norm_batched)
 _rules(
     tangent_sums, input_gradient, zeros="f", batched=_tangent_sums_batched

@@ -1,9 +1,10 @@
 """The stages of batch normalization as primitives of JAX, native on the CPU.
 
-Three of them go forward and six are linear, in three pairs of transposes:
+Four of them go forward and six are linear, in three pairs of transposes:
 
     statistics      x             ->  the moments
     normalize       x             ->  y
+    normalized      x             ->  y:  by moments that are those of x, in the derivative, too
     batch_norm      x             ->  the moments, y:  both, where there are no weights
     tangent_sums    ẋ, ṙ          ->  p, t₀, t₁
     output_tangent  p, s₀, s₁     ->  ẏ
@@ -39,6 +40,7 @@ from ..definition import Inputs, Problem
 from ..layout import feature_shape, weights_shape
 from ..moments import Moments
 from . import _compat as compat
+from ._sync import ALONE, Devices
 
 Array = Any
 
@@ -56,8 +58,9 @@ class Stage:
     residual; f: of the feature shape, in the dtype to compute in, as scale, bias, weights and
     moments are. With `has_kernel`, the kernel of the same name serves on the CPU.
 
-    `shared_over` names mapped axes over which the results f are added up right after the call, or
-    pooled. Where jax.vmap maps one of them, the stage itself may go over it.
+    Over `devices`, the results f are added up, or pooled, right after the call; where jax.vmap maps
+    their axis, the stage itself may go over it. `is_made_of` is for a stage that is another one:
+    what it is lowered to.
     """
 
     def __init__(
@@ -68,10 +71,11 @@ class Stage:
         results: str,
         *,
         has_kernel: bool = False,
+        is_made_of: Callable[..., list[Array]] | None = None,
     ) -> None:
         self.name, self.function, self.linear, self.results = name, function, linear, results
         self.primitive = compat.primitive(f"batch_norm_{name}", self.types, self.evaluate)
-        compat.set_lowering(self.primitive, compat.lowering(self.by_definition))
+        compat.set_lowering(self.primitive, compat.lowering(is_made_of or self.by_definition))
         if has_kernel:
             compat.set_lowering(self.primitive, self.lower_on_cpu, "cpu")
 
@@ -81,11 +85,11 @@ class Stage:
         inputs: Inputs,
         moments: Moments | None = None,
         *linear: Array | None,
-        shared_over: tuple[Any, ...] = (),
+        devices: Devices = ALONE,
     ) -> list[Array]:
         operands, tree = jax.tree.flatten((inputs, moments, linear))
         return self.bind(
-            *compat.varying_alike(operands), problem=problem, tree=tree, shared_over=shared_over
+            *compat.varying_alike(operands), problem=problem, tree=tree, devices=devices
         )
 
     def bind(self, *operands: Array, **parameters: Any) -> list[Array]:
@@ -97,7 +101,7 @@ class Stage:
             return _jitted(self, *operands, **parameters)
 
     def types(
-        self, *operands: Any, problem: Problem, tree: Any, shared_over: Any = ()
+        self, *operands: Any, problem: Problem, tree: Any, devices: Devices = ALONE
     ) -> list[Any]:
         x, residual = operands[0], tree.unflatten(operands)[0].residual
         of_features = feature_shape(problem.features, x.shape), wide(x.dtype)
@@ -125,7 +129,7 @@ class Stage:
         return lowering(context, *operands, **parameters)
 
     def by_definition(
-        self, *operands: Array, problem: Problem, tree: Any, shared_over: Any = ()
+        self, *operands: Array, problem: Problem, tree: Any, devices: Devices = ALONE
     ) -> list[Array]:
         dtype = operands[0].dtype
         inputs, moments, linear = tree.unflatten([each.astype(wide(dtype)) for each in operands])
@@ -135,7 +139,7 @@ class Stage:
         return [result.astype(kind.dtype) for kind, result in zip(types, results, strict=False)]
 
     def by_kernel(
-        self, *operands: Array, problem: Problem, tree: Any, shared_over: Any
+        self, *operands: Array, problem: Problem, tree: Any, devices: Devices
     ) -> list[Array]:
         inputs, moments, linear = tree.unflatten(operands)
         x, weights = inputs.x, inputs.weights
@@ -157,7 +161,7 @@ class Stage:
         return list(values[: len(types)])
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree", "shared_over"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree", "devices"))
 def _jitted(stage: Stage, *operands: Array, **parameters: Any) -> list[Array]:
     return stage.bind(*operands, **parameters)
 
@@ -214,6 +218,20 @@ def _batch_norm(problem: Problem, inputs: Inputs) -> tuple[Moments, Array]:
     return moments, y
 
 
+def _with_eps(moments: Moments, eps: Array | None) -> Moments:
+    return moments if eps is None else moments.with_eps(eps)
+
+
+def _normalized(problem: Problem, inputs: Inputs, moments: Moments, eps: Array | None) -> Array:
+    return definition.normalize(problem, inputs, _with_eps(moments, eps))
+
+
+def by_normalize(*operands: Array, problem: Problem, tree: Any, devices: Devices) -> list[Array]:
+    """What `normalized` is, but for its derivative."""
+    inputs, moments, (eps,) = tree.unflatten(operands)
+    return normalize(problem, inputs, _with_eps(moments, eps))
+
+
 def _tangent(
     problem: Problem,
     inputs: Inputs,
@@ -239,6 +257,7 @@ _input_gradient = functools.partial(definition.input_gradient, are_scaled=True)
 
 statistics = Stage("statistics", _moments, "", "fffff", has_kernel=True)
 normalize = Stage("normalize", definition.normalize, "", "x", has_kernel=True)
+normalized = Stage("normalized", _normalized, "f", "x", is_made_of=by_normalize)
 batch_norm = Stage("batch_norm", _batch_norm, "", "fffffx", has_kernel=True)
 tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xr", "xff")
 output_tangent = Stage("output_tangent", definition.output_tangent, "xff", "x")

@@ -1,11 +1,11 @@
 """The devices that share statistics."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import checks
 from . import _compat as compat
@@ -28,6 +28,13 @@ class Devices(NamedTuple):
             return ()
         return self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
 
+    def without(self, axis_name: Any) -> "Devices":
+        """Those that are left when one axis is no longer mapped."""
+        if axis_name not in self.mapped:
+            return self
+        others = tuple(name for name in self.mapped if name != axis_name)
+        return self._replace(axis_name=others) if others else ALONE
+
     def sum(self, *arrays: jax.Array, like: jax.Array | None = None) -> Sequence[jax.Array]:
         """The sum of each array over the devices, by one collective.
 
@@ -42,6 +49,9 @@ class Devices(NamedTuple):
         if like is not None:
             total, _ = compat.varying_alike([total, like])
         return list(total)
+
+
+ALONE = Devices(None, None, 1)
 
 
 def devices(axis_name: AxisName | None, groups: Groups | None) -> Devices:
@@ -64,17 +74,18 @@ def _checked(groups: Any, axis_name: Any, size: int) -> tuple[tuple[int, ...], .
         return None
     if axis_name is None:
         raise ValueError("axis_index_groups needs an axis_name, but axis_name is None.")
-    try:
-        groups = [[operator.index(each) for each in group] for group in groups]
-    except TypeError:
+    # By NumPy, as JAX would trace even how its arrays are iterated over.
+    each = groups if isinstance(groups, (tuple, list)) else np.atleast_1d(groups)
+    lists = [np.asarray(group).tolist() for group in each]
+    if not all(isinstance(group, list) and all(map(checks.is_integer, group)) for group in lists):
         raise TypeError(
             f"axis_index_groups must be a sequence of sequences of integers, but got {groups!r}."
-        ) from None
-    if sorted(index for group in groups for index in group) != list(range(size)):
+        )
+    if sorted(index for group in lists for index in group) != list(range(size)):
         raise ValueError(
             f"axis_index_groups must hold each index of axis_name={axis_name!r}, of size {size}, "
             f"exactly once, but got {groups!r}."
         )
-    if len({len(group) for group in groups}) > 1:
+    if len({len(group) for group in lists}) > 1:
         raise ValueError(f"axis_index_groups must be of one size, but got {groups!r}.")
-    return tuple(map(tuple, groups))
+    return tuple(map(tuple, lists))

@@ -14,9 +14,9 @@ from ..layout import reduced_axes, values_per_feature
 from ..moments import Moments, Statistics, pooled
 from ..running import moved
 from . import _compat as compat
+from . import _derivatives  # noqa: F401  (gives the stages their rules)
 from . import _stages as stages
 from ._arguments import Axis, floating, fraction, parameter, problem_and_inputs
-from ._derivatives import normalized
 from ._sync import AxisName, Devices, Groups, devices
 
 
@@ -173,7 +173,10 @@ def _batch_norm(
         *found, y = stages.batch_norm(problem, inputs)
         return y, Moments(*found).statistics()
     moments = _moments(problem, devices, inputs)
-    return normalized(problem, devices, inputs, moments, eps), moments.statistics()
+    if eps is not None:
+        eps = jnp.broadcast_to(eps, moments.var.shape)
+    (y,) = stages.normalized(problem, inputs, moments, eps, devices=devices)
+    return y, moments.statistics()
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
@@ -193,7 +196,7 @@ def _batch_statistics(problem: Problem, devices: Devices, inputs: Inputs) -> Sta
 def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
     x, weights = inputs.x, inputs.weights
     inputs = Inputs(x, weights=weights)
-    moments = Moments(*stages.statistics(problem, inputs, shared_over=devices.mapped))
+    moments = Moments(*stages.statistics(problem, inputs, devices=devices))
     if weights is not None:
         wrong = jnp.any(~(weights >= 0), axis=reduced_axes(problem.features, x.ndim))
         moments = moments._replace(
