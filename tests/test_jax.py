@@ -350,12 +350,13 @@ def test_a_jaxlib_that_refuses_the_kernels():
         """
         import warnings
         import jax, jax.numpy as jnp, numpy as np
-        from batchnorm.jax import batch_norm
 
         def refuse(*arguments, **keywords):
             raise RuntimeError("another version")
 
         jax.ffi.register_ffi_target = refuse
+        from batchnorm.jax import batch_norm
+
         x = np.random.default_rng(0).normal(3, 2, (50, 4)).astype("float32")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

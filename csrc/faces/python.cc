@@ -666,6 +666,15 @@ PyObject* py_set_last_level_cache_bytes(PyObject*, PyObject* value) {
   Py_RETURN_NONE;
 }
 
+// (major, minor) of XLA's foreign function interface that the handlers are built for; None without.
+PyObject* py_xla_api_version(PyObject*, PyObject*) {
+#ifdef BATCHNORM_XLA
+  return Py_BuildValue("(ii)", xla_api_version[0], xla_api_version[1]);
+#else
+  Py_RETURN_NONE;
+#endif
+}
+
 // {name: capsule}, as jax.ffi.register_ffi_target wants them; empty without an XLA face.
 PyObject* py_xla_handlers(PyObject*, PyObject*) {
   PyObject* handlers = PyDict_New();
@@ -707,6 +716,7 @@ PyMethodDef methods[] = {
     {"last_level_cache_bytes", py_last_level_cache_bytes, METH_NOARGS, nullptr},
     {"set_last_level_cache_bytes", py_set_last_level_cache_bytes, METH_O, nullptr},
     {"xla_handlers", py_xla_handlers, METH_NOARGS, nullptr},
+    {"xla_api_version", py_xla_api_version, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -340,6 +340,8 @@ XlaHandler named(const char* name, XLA_FFI_Handler* handler) {
 
 }  // namespace
 
+const int xla_api_version[2] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+
 const XlaHandler xla_handlers[] = {
     named("statistics", statistics_handler),
     named("normalize", normalize_handler),

@@ -11,4 +11,7 @@ struct XlaHandler {
 // Ends with a null name. What each handler takes and gives is said in xla.cc.
 extern const XlaHandler xla_handlers[];
 
+// Of the interface that they are built for: major, minor.
+extern const int xla_api_version[2];
+
 }  // namespace batchnorm

@@ -70,8 +70,7 @@ def moments(problem: Problem, inputs: Inputs, constant: Constant = unchanged) ->
 def normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Array:
     """act((x − mean) / √(var + eps) · scale + bias + residual)."""
     x, _ = _valid(inputs)
-    y = output(problem, inputs, moments, _coordinate(problem, x, moments))
-    return _where(_finite(inputs), y, math.nan)
+    return _known(inputs, output(problem, inputs, moments, _coordinate(problem, x, moments)))
 
 
 def batch_norm(
@@ -80,7 +79,7 @@ def batch_norm(
     """`moments` and `normalize` in one, with a pass over x less; differentiable to any order."""
     x, _ = _valid(inputs)
     u, found = _centered(problem, inputs._replace(x=x), constant)
-    return _where(_finite(inputs), output(problem, inputs, found, u), math.nan), found
+    return _known(inputs, output(problem, inputs, found, u)), found
 
 
 def output(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Array:
@@ -207,9 +206,13 @@ def _inside(inputs: Inputs) -> Array | None:
     return None if inputs.weights is None else inputs.weights > 0
 
 
-def _finite(inputs: Inputs) -> Array | None:
-    """Where an element has an output; None for everywhere, where there are no weights."""
-    return None if inputs.weights is None else namespace(inputs.x).isfinite(inputs.x)
+def _known(inputs: Inputs, y: Array) -> Array:
+    """y, with NaN where with weights an element has no output: where it is not finite.
+
+    No constant NaN, which what looks for NaN would take for one that was computed.
+    """
+    x = inputs.x
+    return y if inputs.weights is None else namespace(x).where(namespace(x).isfinite(x), y, x - x)
 
 
 def takes_part(x: Array, weights: Array) -> Array:

@@ -21,5 +21,13 @@ except ModuleNotFoundError as error:
 
 from ..moments import Statistics
 from .functions import batch_norm, batch_statistics, normalize, update_running
+from .programs import in_plain_jax
 
-__all__ = ["Statistics", "batch_norm", "batch_statistics", "normalize", "update_running"]
+__all__ = [
+    "Statistics",
+    "batch_norm",
+    "batch_statistics",
+    "in_plain_jax",
+    "normalize",
+    "update_running",
+]

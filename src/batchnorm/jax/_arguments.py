@@ -1,6 +1,5 @@
 """The arguments of the functions: checked, and in the dtypes that the stages take."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -76,7 +75,12 @@ def _within(name: str, value: jax.Array, smallest: float, largest: float) -> jax
             f"{name} must be a number or an array without axes, but its shape is {array.shape}."
         )
     array = array.astype(wide(array.dtype))
-    return jnp.where((array >= smallest) & (array <= largest), array, math.nan)
+    return nan_where(~((array >= smallest) & (array <= largest)), array)
+
+
+def nan_where(wrong: jax.Array, values: jax.Array) -> jax.Array:
+    """No constant NaN, which jax_debug_nans would take for one that was computed."""
+    return values * jnp.sqrt(jnp.where(wrong, -1.0, 1.0))
 
 
 def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:

@@ -4,11 +4,16 @@ tests/test_jax_compat.py has a test for each, of the same name. Here None stands
 cotangent that is known to be zero, in whatever way JAX says so.
 """
 
+import functools
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax._src import checkify, config
+from jax.experimental import jet
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -73,6 +78,77 @@ def set_batcher(primitive: Primitive, rule: Callable[..., tuple[list[Array], lis
     batching.fancy_primitive_batchers[primitive] = rule
 
 
+def set_jet(primitive: Primitive, function: Callable[..., list[Array]]) -> None:
+    """The series of a function that does the same, for jax.experimental.jet.
+
+    Breaks: where jet renames the form of itself whose terms are as its rules have them, without
+    factorials, which it had no name for before 0.10. Then: wrong terms beyond the first.
+    """
+    of_function = getattr(jet, "jet2", jet.jet)
+
+    def rule(primals: Sequence[Array], series: Sequence[Any], **parameters: Any) -> Any:
+        bound = functools.partial(function, **parameters)
+        return of_function(bound, tuple(primals), tuple(series))
+
+    jet.jet_rules[primitive] = rule  # type: ignore[assignment]
+
+
+def set_checks(primitive: Primitive) -> None:
+    """Let checkify look for NaN in the results.
+
+    Breaks: where JAX moves its table of rules, which it does not export. Then: checkify sees no NaN
+    that a batch norm makes.
+    """
+    checkify.error_checks[primitive] = functools.partial(checkify.nan_error_check, primitive)
+
+
+# ---- programs
+#
+# For: a program without our primitives, for those who read programs. Breaks: where a jaxpr or its
+# equations can't be replaced in part. Then: adapt it here, or evaluate the equations one by one.
+
+
+def program(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> tuple[Any, Any]:
+    """The jaxpr of a function at these arguments, and the structure of its results."""
+    return jax.make_jaxpr(function, return_shape=True)(*arguments, **keywords)
+
+
+def evaluated(jaxpr: ClosedJaxpr, leaves: Sequence[Array]) -> list[Array]:
+    results: list[Array] = jaxpr_as_fun(jaxpr)(*leaves)
+    return results
+
+
+def with_functions(value: Any, functions: dict[Primitive, Callable[..., Any]]) -> Any:
+    """A jaxpr, or whatever holds some, with calls of functions in the place of primitives."""
+    if isinstance(value, ClosedJaxpr):
+        return value.replace(jaxpr=with_functions(value.jaxpr, functions))
+    if isinstance(value, Jaxpr):
+        return value.replace(eqns=[_with_function(each, functions) for each in value.eqns])
+    if type(value) in (tuple, list):
+        return type(value)(with_functions(each, functions) for each in value)
+    return value
+
+
+def _with_function(equation: Any, functions: dict[Primitive, Callable[..., Any]]) -> Any:
+    function = functions.get(equation.primitive)
+    if function is None:
+        parameters = {
+            name: with_functions(each, functions) for name, each in equation.params.items()
+        }
+        return equation.replace(params=parameters)
+
+    def in_place(*operands: Array) -> list[Array]:
+        wanted = [_varying(result.aval) for result in equation.outvars]
+        return list(map(_made_varying, function(*operands, **equation.params), wanted))
+
+    types = [operand.aval for operand in equation.invars]
+    is_checked = any(_varying(each) for each in types)
+    axes = list(equation.ctx.cur_abstract_mesh.shape.items()) if is_checked else None
+    with equation.ctx.manager, config._check_vma(is_checked):
+        (call,) = jax.make_jaxpr(jax.jit(in_place), axis_env=axes)(*types).eqns
+    return call.replace(invars=equation.invars, outvars=equation.outvars)
+
+
 # ---- lowering
 #
 # For: the choice between native and jnp where the platform is known, and with it whether XLA will
@@ -114,6 +190,19 @@ def is_here(context: mlir.LoweringRuleContext) -> bool:
     return True
 
 
+def xla_api_version() -> tuple[int, int] | None:
+    """Of the interface for foreign functions of this jaxlib, (major, minor), by its own header.
+
+    For: no kernels for a jaxlib that is older than they. Breaks: where jaxlib comes without its
+    headers. Then: None, and JAX does not start with a jaxlib that refuses the kernels.
+    """
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
+    if not header.is_file():
+        return None
+    defined = dict(re.findall(r"#define XLA_FFI_API_(\w+) (\d+)", header.read_text()))
+    return int(defined["MAJOR"]), int(defined["MINOR"])
+
+
 # ---- types
 
 
@@ -135,8 +224,13 @@ def varying_axes(array: Array) -> frozenset[Any]:
     For: operands of one primitive, which must vary alike under check_vma. Breaks: where JAX names
     it anew, as 0.10 did. Then: without it, no operation of ours works under check_vma.
     """
-    kind = jax.typeof(array)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    return _varying(jax.typeof(array))
+
+
+def _varying(kind: Any) -> frozenset[Any]:
+    found: frozenset[Any]
+    found = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    return found
 
 
 def varies_as(x: Array, arrays: Any) -> bool:
@@ -150,18 +244,17 @@ def varying_alike(arrays: Sequence[Array]) -> Sequence[Array]:
 
     For: the same. Breaks: where pcast is replaced, as it replaced pvary in 0.8. Then: as above.
     """
-    axes = [varying_axes(array) for array in arrays]
-    union = frozenset().union(*axes)
+    union = frozenset().union(*map(varying_axes, arrays))
+    return [_made_varying(array, union) for array in arrays]
 
-    def varying(array: Array, own: frozenset[Any]) -> Array:
-        if own == union:
-            return array
-        missing = tuple(union - own)
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(array, missing, to="varying")
-        return jax.lax.pvary(array, missing)  # type: ignore[attr-defined]
 
-    return [varying(*each) for each in zip(arrays, axes, strict=True)]
+def _made_varying(array: Array, axes: frozenset[Any]) -> Array:
+    missing = tuple(axes - varying_axes(array))
+    if not missing:
+        return array
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(array, missing, to="varying")
+    return jax.lax.pvary(array, missing)  # type: ignore[attr-defined]
 
 
 # ---- mapped axes

@@ -345,6 +345,8 @@ def _rules(
 ) -> None:
     compat.set_jvp(stage.primitive, jvp or functools.partial(_jvp, stage))
     compat.set_batcher(stage.primitive, batched or functools.partial(_batched, stage))
+    compat.set_jet(stage.primitive, stage.by_definition)
+    compat.set_checks(stage.primitive)
     if transpose is not None:
         rule = functools.partial(_transposed, stage, transpose, zeros)
         compat.set_transpose(stage.primitive, rule)

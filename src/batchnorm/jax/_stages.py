@@ -50,6 +50,10 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+# For whoever can't look into a primitive.
+BY_DEFINITION: dict[Any, Callable[..., list[Array]]] = {}
+
+
 class Stage:
     """A stage as a primitive; call it with a problem, inputs, moments and its linear operands.
 
@@ -75,6 +79,7 @@ class Stage:
     ) -> None:
         self.name, self.function, self.linear, self.results = name, function, linear, results
         self.primitive = compat.primitive(f"batch_norm_{name}", self.types, self.evaluate)
+        BY_DEFINITION[self.primitive] = self.by_definition
         compat.set_lowering(self.primitive, compat.lowering(is_made_of or self.by_definition))
         if has_kernel:
             compat.set_lowering(self.primitive, self.lower_on_cpu, "cpu")
@@ -163,6 +168,9 @@ class Stage:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("problem", "tree", "devices"))
 def _jitted(stage: Stage, *operands: Array, **parameters: Any) -> list[Array]:
+    if not isinstance(operands[0], jax.core.Tracer):
+        # As jax_debug_nans runs it again, to see which operation makes the first one.
+        return stage.by_definition(*operands, **parameters)
     return stage.bind(*operands, **parameters)
 
 
@@ -181,6 +189,10 @@ def _targets() -> dict[str, str]:
 def _registered() -> tuple[dict[str, str], str | None]:
     """The names, and why XLA refused them, if it did."""
     handlers = native.kernels.xla_handlers()
+    built_for, here = native.kernels.xla_api_version(), compat.xla_api_version()
+    if built_for is not None and here is not None and here < built_for:
+        # Told of them before it has started a backend, such a jaxlib would fail to start any.
+        return {}, f"they are built for version {built_for} of its interface, and it has {here}"
     targets = {name: f"batchnorm_{name}_{version('batchnorm')}" for name in handlers}
     try:
         for name, handler in handlers.items():
@@ -207,6 +219,8 @@ def _report() -> str:
 
 
 native.register_report("JAX", _report)
+if native.kernels is not None:
+    _registered()  # for compiled programs that are loaded before one is made here
 
 
 # ---- the stages

@@ -1,7 +1,6 @@
 """The functions of `batchnorm.jax`; each is one dispatch where it is not jitted already."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from ..running import moved
 from . import _compat as compat
 from . import _derivatives  # noqa: F401  (gives the stages their rules)
 from . import _stages as stages
-from ._arguments import Axis, floating, fraction, parameter, problem_and_inputs
+from ._arguments import Axis, floating, fraction, nan_where, parameter, problem_and_inputs
 from ._sync import AxisName, Devices, Groups, devices
 
 
@@ -200,8 +199,7 @@ def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
     if weights is not None:
         wrong = jnp.any(~(weights >= 0), axis=reduced_axes(problem.features, x.ndim))
         moments = moments._replace(
-            count=jnp.where(wrong, math.nan, moments.count),
-            var=jnp.where(wrong, math.nan, moments.var),
+            count=nan_where(wrong, moments.count), var=nan_where(wrong, moments.var)
         )
     if devices.axis_name is None:
         return moments
