@@ -30,6 +30,8 @@ from cases import (
 from compare import ROUNDING, close, near
 from doors import BFLOAT16, BY_DEFINITION, DOORS, FLOAT16, FLOAT32, FLOAT64, Door
 
+from batchnorm.moments import Statistics
+
 
 @pytest.mark.parametrize("case", GOOD, ids=str)
 def test_output_and_statistics(door: Door, dtype: np.dtype, case: Good):
@@ -441,6 +443,25 @@ def test_update_running(door: Door, correction: int):
     near(door.numpy(new_var), 0.75 * var + 0.25 * x.var(0, ddof=correction), ROUNDING[FLOAT32])
 
 
+def test_narrow_running_statistics_move_on(door: Door, dtype: np.dtype):
+    x = np.random.default_rng(0).normal(3.5, 2, (50, 3)).astype(np.float32)
+    statistics = door.call("batch_statistics", x)
+    mean, var = (door.array(each((3,)).astype(dtype)) for each in (np.zeros, np.ones))
+    for _ in range(2000):
+        mean, var = door.update_running(mean, var, statistics, rate=0.01)
+    assert door.numpy(mean).dtype == door.numpy(var).dtype == np.promote_types(dtype, FLOAT32)
+    near(door.numpy(mean), x.mean(0, dtype=np.float64), 1e-5)
+    near(door.numpy(var), x.var(0, dtype=np.float64), 1e-5)
+
+
+def test_narrow_running_statistics_do_not_overflow(door: Door):
+    statistics = door.call("batch_statistics", np.float32([[1e5], [3e5]]))
+    mean, var = (door.array(np.ones(1, np.float16)) for _ in range(2))
+    mean, var = door.update_running(mean, var, statistics, rate=0.5)
+    near(door.numpy(mean), [100000.5], ROUNDING[FLOAT32])
+    near(door.numpy(var), [0.5e10 + 0.5], ROUNDING[FLOAT32])
+
+
 def test_update_running_leaves_a_feature_with_one_value(door: Door):
     statistics = door.call("batch_statistics", np.float32([[5.0]]))
     ones = door.array(np.ones(1, np.float32))
@@ -493,6 +514,59 @@ def test_merged_parts_are_the_whole(door: Door):
     np.testing.assert_allclose(door.numpy(merged.count), 90)
     np.testing.assert_allclose(door.numpy(merged.mean), whole.mean, rtol=1e-6)
     np.testing.assert_allclose(door.numpy(merged.var), whole.var, rtol=1e-3)
+
+
+def _merged(door: Door, *sets):
+    """Of (count, mean, var) each, of one feature for each set of the list."""
+    first, *others = (
+        Statistics(*(door.array(np.float32(each)) for each in zip(*features, strict=True)))
+        for features in sets
+    )
+    for other in others:
+        first = first.merge(other)
+    return [door.numpy(each) for each in first]
+
+
+def test_an_empty_set_changes_nothing(door: Door):
+    some = [
+        *((7.0, 0.1, 3.3), (1.0, -3e38, 0.0), (3e7, 1e-40, 1e-38), (2.0, 1e30, np.inf)),
+        *((2.0, np.inf, np.nan), (2.0, -np.inf, 1.0), (2.0, np.nan, np.nan), (0.0, 0.0, 0.0)),
+        (np.nan, np.nan, np.nan),
+    ]
+    nothing = [(0.0, 0.0, 0.0)] * len(some)
+    for sets in ((some, nothing), (nothing, some), (nothing, some, nothing)):
+        merged = _merged(door, *sets)
+        np.testing.assert_array_equal(merged, np.float32(some).T)
+
+
+INF, NAN = np.inf, np.nan
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "mean", "var"),
+    [
+        ((3, INF, NAN), (5, 1, 2), INF, NAN),
+        ((3, -INF, NAN), (5, 1, 2), -INF, NAN),
+        ((3, INF, NAN), (5, INF, NAN), INF, NAN),
+        ((3, INF, NAN), (5, -INF, NAN), NAN, NAN),
+        ((3, NAN, NAN), (5, 1, 2), NAN, NAN),
+        ((3, NAN, NAN), (5, INF, NAN), NAN, NAN),
+        ((3, INF, 0), (5, 1, 2), INF, INF),  # the one is infinitely far from the other
+        ((3, 1e30, INF), (5, 1e30, INF), 1e30, INF),
+        ((3, 0, INF), (5, 1, 2), 0.625, INF),
+        ((1, INF, NAN), (2**25, 1, 2), INF, NAN),  # of which it is no part that a float32 holds
+        ((4, 3e38, 0), (4, -3e38, 0), 0, INF),  # whose difference no float32 holds
+        ((4, 3e38, 0), (12, -3e38, 0), -1.5e38, INF),
+        ((1, 0, 0), (2**20, 1e20, 0), 1e20, 1e40 / 2**20),  # nor the square of it
+        ((3, 1234.567, 0), (5, 1234.567, 0), 1234.567, 0),
+    ],
+)
+def test_merged_at_the_ends_of_the_range(door: Door, one, other, mean, var):
+    for sets in (([one], [other]), ([other], [one])):
+        count, got_mean, got_var = _merged(door, *sets)
+        np.testing.assert_array_equal(count, [np.float32(one[0] + other[0])])
+        np.testing.assert_allclose(got_mean, [np.float32(mean)], rtol=1e-5)
+        np.testing.assert_allclose(got_var, [np.float32(var)], rtol=1e-5)
 
 
 # ---- bad input

@@ -455,6 +455,10 @@ PyObject* py_normalize(Call& call) {
   const Statistics by = given_statistics(call, reader);
   void* y = reader.like_x(call.array(kY), Access::in_place);
   if (!reader.is_usable()) return call.refusal(reader);
+  const auto is_negative = [](double value) { return value < 0; };
+  if (call.has(kVar) && std::any_of(by.var, by.var + problem.shape.channels, is_negative)) {
+    return PyUnicode_InternFromString(kNames[kVar]);  // NaN to one door, an error to another
+  }
   without_gil([&] { normalize(problem, by, y); });
   Py_RETURN_NONE;
 }

@@ -1,5 +1,6 @@
 """The namespace of an array: what `definition` and its rooms know of a framework."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from array_api_compat import array_namespace
@@ -15,3 +16,8 @@ def namespace(x: Array) -> Any:
     if kind not in _NAMESPACES:
         _NAMESPACES[kind] = array_namespace(x)
     return _NAMESPACES[kind]
+
+
+def quiet(xp: Any) -> AbstractContextManager[Any]:
+    """Where what is not finite is meant, of which NumPy warns."""
+    return xp.errstate(all="ignore") if hasattr(xp, "errstate") else nullcontext()

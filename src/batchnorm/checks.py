@@ -92,16 +92,29 @@ def fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def correction(value: Any) -> int:
+    if not is_integer(value):
+        raise TypeError(f"correction must be 0 or 1, but got {value!r}.")
+    if value not in (0, 1):
+        raise ValueError(
+            "correction must be 0 (running variance divided by the count) or 1 (by the count - 1), "
+            f"but got {value!r}."
+        )
+    return int(value)
+
+
 def activation(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value in ACTIVATIONS):
         return value
     raise ValueError(f"activation must be {CHOICES}, but got {value!r}.")
 
 
-def feature_shape(name: str, shape: Shape, expected: Shape, x_shape: Shape) -> None:
+def feature_shape(
+    name: str, shape: Shape, expected: Shape, x_shape: Shape, x_name: str = "x"
+) -> None:
     if shape != expected and tuple(shape) != tuple(expected):
         raise ValueError(
-            f"{name} must have the feature shape {tuple(expected)} of x, whose shape is "
+            f"{name} must have the feature shape {tuple(expected)} of {x_name}, whose shape is "
             f"{tuple(x_shape)}, but its shape is {tuple(shape)}."
         )
 

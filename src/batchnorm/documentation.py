@@ -114,7 +114,8 @@ correction : 0 or 1
 
 Returns
 -------
-mean, var : {array}, of the dtypes that came
+mean, var : {array}, of the dtypes that came, or float32 where those are narrower
+    In which a small step would be rounded away.
 
 Raises
 ------

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .arrays import Array, namespace
+from .arrays import Array, namespace, quiet
 
 Constant = Callable[[Array], Array]
 
@@ -43,6 +43,15 @@ class Statistics(NamedTuple):
         Returns
         -------
         Statistics
+            Infinite means are added up as infinite numbers are: the mean of all is infinite, too,
+            and NaN where the two have unlike signs.
+
+        Raises
+        ------
+        TypeError
+            If other is no Statistics, or not of the same kind of arrays.
+        ValueError
+            If its features are not as many, or of another shape.
 
         Examples
         --------
@@ -53,12 +62,47 @@ class Statistics(NamedTuple):
         >>> bool(np.allclose(pooled.var, x.var(axis=0)))
         True
         """
+        check_statistics("other", other)
+        shape = tuple(self.mean.shape)
+        for name, array in other._asdict().items():
+            if not hasattr(array, "shape"):
+                raise TypeError(f"other.{name} must be an array, but got {type(array).__name__}.")
+            if tuple(array.shape) != shape:
+                raise ValueError(
+                    f"other.{name} must have the shape {shape} of the statistics that it is merged "
+                    f"with, but its shape is {tuple(array.shape)}."
+                )
+        try:
+            with quiet(namespace(self.mean)):
+                return self._pooled(other)
+        except TypeError as error:
+            raise TypeError(
+                f"other must be of {type(self.mean).__name__}, as the statistics that it is merged "
+                f"with, but it is of {type(other.mean).__name__}: {error}"
+            ) from error
+
+    def _pooled(self, other: "Statistics") -> "Statistics":
         count = self.count + other.count
-        fraction = other.count / or_one(count)
+        xp = namespace(count)
+        own, others = (each.count / or_one(count) for each in (self, other))
         shift = other.mean - self.mean
-        mean = self.mean + fraction * shift
-        var = self.var + fraction * (other.var - self.var + (1 - fraction) * shift * shift)
-        return Statistics(count, mean, var)
+        mean = self.mean + others * shift  # of equal means exactly that
+        mean = xp.where(xp.isfinite(shift), mean, own * self.mean + others * other.mean)
+        var = own * self.var + others * other.var + (own * shift) * (others * shift)
+        return Statistics(
+            *(
+                xp.where(other.count == 0, one, xp.where(self.count == 0, another, both))
+                for one, another, both in zip(self, other, (count, mean, var), strict=True)
+            )
+        )
+
+
+def check_statistics(name: str, value: object) -> None:
+    if not isinstance(value, Statistics):
+        raise TypeError(
+            f"{name} must be a Statistics, as batch_statistics returns it and batch_norm does "
+            f"beside y, but got {type(value).__name__}."
+        )
 
 
 class Moments(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from . import checks, definition, layout, native
+from . import checks, definition, layout, native, ndarrays
 from .definition import Inputs, Problem
 from .documentation import documented
-from .moments import Moments, Statistics
+from .moments import Moments, Statistics, check_statistics
 from .running import moved
 
 __all__ = [
@@ -86,7 +86,8 @@ def batch_norm(
     >>> print(statistics.mean)
     [ 2. 40.]
     """
-    x, scale, bias, mask, residual = _settled(x, scale, bias, mask, residual)
+    names = "x", "scale", "bias", "mask", "residual"
+    x, scale, bias, mask, residual = _settled(names, x, scale, bias, mask, residual)
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
     values = layout.values_per_feature(call.features, call.x.shape)
     checks.more_than_one_value(values, call.x.shape, allow_one_value)
@@ -123,12 +124,15 @@ def normalize(
     [[0.]
      [1.]]
     """
-    x, mean, var, scale, bias, residual = _settled(x, mean, var, scale, bias, residual)
+    names = "x", "mean", "var", "scale", "bias", "residual"
+    x, mean, var, scale, bias, residual = _settled(names, x, mean, var, scale, bias, residual)
     call = _Call(x, axis).with_options(scale, bias, eps, residual, activation)
     mean, var = call.parameter("mean", mean), call.parameter("var", var)
     call.arguments |= {"mean": mean, "var": var}
 
     def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
+        if (var < 0).any():  # which a kernel leaves to us
+            raise ValueError(f"var must be >= 0, but it holds {var.min()}.")
         moments = Moments.given(mean.astype(np.float64), var.astype(np.float64))
         return {"y": definition.normalize(problem, inputs, moments)}
 
@@ -151,7 +155,7 @@ def batch_statistics(
     >>> print(whole.count, whole.mean, whole.var)
     [10. 10.] [ 9. 10.] [33. 33.]
     """
-    x, mask = _settled(x, mask)
+    x, mask = _settled(("x", "mask"), x, mask)
     call = _Call(x, axis, mask)
 
     def by_definition(problem: Problem, inputs: Inputs) -> dict[str, Any]:
@@ -181,12 +185,13 @@ def update_running(
     >>> print(mean, var)
     [1.] [1.5]
     """
-    mean, var, *rows = _settled(mean, var, *statistics)
+    check_statistics("statistics", statistics)
+    mean, var, *rows = _settled(("mean", "var", *_STATISTICS), mean, var, *statistics)
     mean, var = _real("mean", mean), _real("var", var)
     pairs = zip(_STATISTICS, rows, strict=True)
-    batch = Statistics(*(_real(*pair, _NUMBERS).astype(np.float64) for pair in pairs))
-    rate = checks.fraction("rate", rate)
-    return moved(mean, var, batch, np.float64, rate=rate, correction=correction)
+    batch = Statistics(*(_real(*pair, _NUMBERS).astype(np.float64, copy=False) for pair in pairs))
+    rate = checks.fraction("rate", _number(rate))
+    return moved(mean, var, batch, _at_least_float32, rate=rate, correction=correction)
 
 
 @documented(wide="float64")
@@ -216,7 +221,9 @@ def batch_norm_gradients(
     >>> print(gradients.x.ravel().round(3), gradients.scale.round(3))
     [ 0.109 -0.152  0.044] [-1.019]
     """
-    settled = _settled(dy, x, scale, bias, mask, residual, *statistics)
+    check_statistics("statistics", statistics)
+    names = "dy", "x", "scale", "bias", "mask", "residual", *_STATISTICS
+    settled = _settled(names, dy, x, scale, bias, mask, residual, *statistics)
     dy, x, scale, bias, mask, residual, *given = settled
     call = _Call(x, axis, mask).with_options(scale, bias, eps, residual, activation)
     dy = _real("dy", dy)
@@ -272,7 +279,7 @@ class _Call:
         activation: str | None,
     ) -> "_Call":
         arguments = self.arguments
-        arguments["eps"] = checks.positive_eps(eps)
+        arguments["eps"] = checks.positive_eps(_number(eps))
         arguments["activation"] = checks.activation(activation)
         if scale is not None:
             arguments["scale"] = self.parameter("scale", scale)
@@ -297,6 +304,7 @@ class _Call:
             return np.empty_like(self.x)
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a NumPy array, but got {type(out).__name__}.")
+        ndarrays.check_kinds("out", out)
         _check_shape("out", out, self.x)
         if out.dtype != self.x.dtype or not out.flags.writeable:
             raise ValueError(
@@ -352,14 +360,22 @@ class _Call:
         return problem, Inputs(*(None if each is None else _wide(each) for each in arrays))
 
 
-def _settled(*arguments: Any) -> Sequence[Any]:
+def _settled(names: Sequence[str], *arguments: Any) -> Sequence[Any]:
     """Arrays of the arguments, before any is looked at: making one may run code that moves others.
 
     What is a kind of array stays of that kind, since a plain view would not see it move in memory.
     """
     if _SETTLED.issuperset(map(type, arguments)):
         return arguments
-    return [None if each is None else np.asanyarray(each) for each in arguments]
+    return [
+        each if type(each) in _SETTLED else ndarrays.converted(name, each, np.asanyarray)
+        for name, each in zip(names, arguments, strict=True)
+    ]
+
+
+def _number(value: Any) -> Any:
+    """The number in an array without axes."""
+    return value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
 
 
 def _in(out: Array | None, y: Array) -> Array:
@@ -383,6 +399,10 @@ def _bits(argument: Any) -> Any:
 def _wide(array: Array) -> Array:
     kind = array.dtype
     return array.astype(np.promote_types(kind, np.float64) if kind.kind == "f" else np.float64)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return dtype if dtype.itemsize >= 4 else np.float32
 
 
 def _real(name: str, value: npt.ArrayLike, kinds: str = "f") -> Array:

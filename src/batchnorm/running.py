@@ -1,8 +1,9 @@
 """What `update_running` does behind every door, once a door has looked at its arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
-from . import definition
+from . import checks, definition
 from .arrays import Array, namespace
 from .moments import Statistics
 
@@ -11,21 +12,24 @@ def moved(
     mean: Array,
     var: Array,
     statistics: Statistics,
-    dtype: Any,
+    wide: Callable[[Any], Any],
     *,
     rate: float | Array,
     correction: int,
 ) -> tuple[Array, Array]:
-    """The running mean and variance, moved: computed in `dtype`, and in the dtypes that came.
+    """The running mean and variance, moved: in what `wide` makes of their dtypes.
 
-    The door has looked at the rate.
+    In less than float32, a small step would be rounded away, and the average stop. The door has
+    looked at the rate.
     """
-    if correction not in (0, 1):
-        raise ValueError(
-            "correction must be 0 (running variance divided by the count) or 1 (by the count - 1), "
-            f"but got {correction!r}."
-        )
+    correction = checks.correction(correction)
     expected = tuple(statistics.mean.shape)
+    for name, array in (("statistics.count", statistics.count), ("statistics.var", statistics.var)):
+        if tuple(array.shape) != expected:
+            raise ValueError(
+                f"{name} must have the shape {expected} of statistics.mean, "
+                f"but its shape is {tuple(array.shape)}."
+            )
     for name, array in (("mean", mean), ("var", var)):
         if tuple(array.shape) != expected:
             raise ValueError(
@@ -33,7 +37,6 @@ def moved(
                 f"but its shape is {tuple(array.shape)}."
             )
     cast = namespace(mean).astype
-    new_mean, new_var = definition.update_running(
-        cast(mean, dtype), cast(var, dtype), statistics, rate=rate, correction=int(correction)
-    )
-    return cast(new_mean, mean.dtype), cast(new_var, var.dtype)
+    mean, var = cast(mean, wide(mean.dtype)), cast(var, wide(var.dtype))
+    new = definition.update_running(mean, var, statistics, rate=rate, correction=correction)
+    return cast(new[0], mean.dtype), cast(new[1], var.dtype)

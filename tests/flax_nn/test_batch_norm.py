@@ -251,3 +251,20 @@ def test_state_of_an_inner_transformation_is_refused():
         _, params = nn.BatchNorm.init(KEY, X)
     with nn.stateful(state), pytest.raises(ValueError, match="transform"):
         jax.vmap(lambda x: nn.BatchNorm.call(params, x))(X)
+
+
+def test_averages_kept_in_bfloat16_move_on():
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init(KEY, X)
+    state = jax.tree.map(lambda average: average.astype(jnp.bfloat16), state)
+    for _ in range(300):
+        with nn.stateful(state) as state:
+            nn.BatchNorm.call(params, X, momentum=0.97)
+    for name, wanted in (("mean", X.mean((0, 1))), ("var", X.var((0, 1)))):
+        assert state["/"][name].dtype == jnp.float32
+        np.testing.assert_allclose(state["/"][name], wanted, rtol=1e-3)
+
+
+def test_a_masked_array_is_refused():
+    with pytest.raises(TypeError, match=r"x must not be a masked array.* mask=~x\.mask"):
+        nn.BatchNorm.init(KEY, np.ma.masked_less(X, 0))

@@ -9,6 +9,8 @@ from jax.typing import ArrayLike
 from .. import checks
 from ..definition import Inputs, Problem
 from ..layout import feature_shape, weights_shape
+from ..moments import Statistics, check_statistics
+from ..ndarrays import converted
 from ._stages import wide
 
 Axis = int | Sequence[int]
@@ -47,10 +49,27 @@ def problem_and_inputs(
     )
 
 
+def array_of(name: str, value: ArrayLike) -> jax.Array:
+    """An array of JAX; of another framework's, too, where JAX can make one of it."""
+    return value if isinstance(value, jax.Array) else converted(name, value, jnp.asarray)
+
+
 def floating(name: str, value: ArrayLike) -> jax.Array:
-    array = jnp.asarray(value)
-    checks.floating(name, array.dtype, jnp.issubdtype(array.dtype, jnp.floating))
+    array = array_of(name, value)
+    is_floating = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize > 1
+    checks.floating(name, array.dtype, is_floating)
     return array
+
+
+def real(name: str, value: ArrayLike) -> jax.Array:
+    array = array_of(name, value)
+    is_real = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.bool_, jnp.integer))
+    return array if is_real else floating(name, array)
+
+
+def statistics_of(value: Statistics) -> Statistics:
+    check_statistics("statistics", value)
+    return Statistics(*(real(f"statistics.{name}", each) for name, each in value._asdict().items()))
 
 
 def parameter(name: str, value: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
@@ -92,9 +111,7 @@ def _residual(residual: ArrayLike, x: jax.Array) -> jax.Array:
 
 
 def _weights(mask: ArrayLike, problem: Problem, x: jax.Array) -> jax.Array:
-    array = jnp.asarray(mask)
-    is_real = not jnp.issubdtype(array.dtype, jnp.complexfloating)
-    checks.floating("mask", array.dtype, is_real)
+    array = real("mask", mask)
     checks.broadcasts("mask", array.shape, x.shape)
     shape = weights_shape(problem.features, array.shape, x.shape)
     return jnp.broadcast_to(array.astype(wide(x.dtype)), shape)

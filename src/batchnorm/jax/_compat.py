@@ -263,12 +263,13 @@ def _made_varying(array: Array, axes: frozenset[Any]) -> Array:
 def axis_size(axis_name: Any) -> int | None:
     """The number of devices along a mapped axis, or axes; None where it is not mapped.
 
-    For: an error by our name. Breaks: where JAX raises another error than NameError. Then: that one
-    is raised, which says the same less plainly.
+    For: an error by our name. Breaks: where JAX raises another error than NameError; ValueError for
+    an integer, which JAX takes for an axis of an array. Then: that one is raised, which says the
+    same less plainly.
     """
     try:
         size: int = jax.lax.psum(1, axis_name)
-    except NameError:
+    except (NameError, ValueError):
         return None
     return size
 

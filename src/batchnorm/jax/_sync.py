@@ -56,7 +56,15 @@ ALONE = Devices(None, None, 1)
 
 def devices(axis_name: AxisName | None, groups: Groups | None) -> Devices:
     size = 1
+    if isinstance(axis_name, list):
+        axis_name = tuple(axis_name)
     if axis_name is not None:
+        try:
+            hash(axis_name)
+        except TypeError as error:
+            raise TypeError(
+                f"axis_name must be hashable, or a tuple of hashables, but got {axis_name!r}."
+            ) from error
         found = compat.axis_size(axis_name)
         if found is None:
             raise ValueError(

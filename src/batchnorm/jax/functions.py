@@ -15,7 +15,15 @@ from ..running import moved
 from . import _compat as compat
 from . import _derivatives  # noqa: F401  (gives the stages their rules)
 from . import _stages as stages
-from ._arguments import Axis, floating, fraction, nan_where, parameter, problem_and_inputs
+from ._arguments import (
+    Axis,
+    floating,
+    fraction,
+    nan_where,
+    parameter,
+    problem_and_inputs,
+    statistics_of,
+)
 from ._sync import AxisName, Devices, Groups, devices
 
 
@@ -155,8 +163,8 @@ def update_running(
     [1.] [1.5]
     """
     mean, var = floating("mean", mean), floating("var", var)
-    dtype, rate = stages.wide(statistics.mean.dtype), fraction("rate", rate)
-    return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
+    batch, rate = statistics_of(statistics), fraction("rate", rate)
+    return moved(mean, var, batch, stages.wide, rate=rate, correction=correction)
 
 
 # ---- the computations

@@ -42,8 +42,7 @@ def _weights(mask: mx.array | None, x: mx.array) -> mx.array | None:
     """The mask, NaN where it is negative."""
     if mask is None:
         return None
-    checks.instance("mask", mask, mx.array)
-    checks.floating("mask", mask.dtype, not mx.issubdtype(mask.dtype, mx.complexfloating))
+    check_real("mask", mask)
     checks.broadcasts("mask", mask.shape, x.shape)
     return mask if mask.dtype == mx.bool_ else mx.where(mask < 0, math.nan, mask)
 
@@ -58,6 +57,11 @@ def group_of_several(group: mx.distributed.Group | None) -> mx.distributed.Group
 def check_floating(name: str, value: mx.array) -> None:
     checks.instance(name, value, mx.array)
     checks.floating(name, value.dtype, mx.issubdtype(value.dtype, mx.floating))
+
+
+def check_real(name: str, value: mx.array) -> None:
+    checks.instance(name, value, mx.array)
+    checks.floating(name, value.dtype, not mx.issubdtype(value.dtype, mx.complexfloating))
 
 
 def _residual(residual: mx.array | None, x: mx.array) -> mx.array | None:

@@ -5,10 +5,17 @@ import mlx.core as mx
 from .. import checks
 from ..documentation import documented
 from ..layout import values_per_feature
-from ..moments import Statistics
+from ..moments import Statistics, check_statistics
 from ..running import moved
 from . import _stages
-from ._arguments import Axis, check_floating, check_parameters, checked, group_of_several
+from ._arguments import (
+    Axis,
+    check_floating,
+    check_parameters,
+    check_real,
+    checked,
+    group_of_several,
+)
 
 
 @documented()
@@ -79,6 +86,8 @@ def normalize(
            [1]], dtype=float32)
     """
     problem, inputs = checked(x, scale, bias, axis, eps, None, residual, activation)
+    check_floating("mean", mean)
+    check_floating("var", var)
     check_parameters(x, problem.features, mean=mean, var=var)
     return _stages.normalize(problem, inputs, mean, var).astype(x.dtype)
 
@@ -121,6 +130,8 @@ def update_running(
     """
     check_floating("mean", mean)
     check_floating("var", var)
-    dtype = statistics.mean.dtype
+    check_statistics("statistics", statistics)
+    for name, value in statistics._asdict().items():
+        check_real(f"statistics.{name}", value)
     rate = checks.fraction("rate", rate)
-    return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
+    return moved(mean, var, statistics, _stages.wide, rate=rate, correction=correction)

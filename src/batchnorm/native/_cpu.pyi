@@ -69,7 +69,10 @@ def normalize(
     y: Array,
     team: CapsuleType | None = None,
 ) -> str | None:
-    """By statistics, or by mean and var; with weights, y is NaN where x is not finite."""
+    """By statistics, or by mean and var; with weights, y is NaN where x is not finite.
+
+    A var with a negative element cannot be used, however it lies.
+    """
 
 def batch_norm_gradients(
     *,

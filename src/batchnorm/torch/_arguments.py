@@ -54,8 +54,7 @@ def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask as weights, of the rank of x, NaN where they are negative."""
     if mask is None:
         return None
-    checks.instance("mask", mask, Tensor)
-    checks.floating("mask", mask.dtype, not mask.dtype.is_complex)
+    check_real("mask", mask)
     check_memory("mask", mask)
     check_device("mask", mask, x)
     checks.broadcasts("mask", mask.shape, x.shape)
@@ -72,15 +71,33 @@ def values_of(call: Call, inputs: Inputs) -> int:
 
 
 def check_floating(name: str, value: object) -> None:
-    checks.instance(name, value, Tensor)
+    _check_dense(name, value)
     assert isinstance(value, Tensor)
     checks.floating(name, value.dtype, value.dtype.is_floating_point)
 
 
-def check_parameter(name: str, value: Tensor, x: Tensor, features: tuple[int, ...]) -> None:
+def check_real(name: str, value: object) -> None:
+    _check_dense(name, value)
+    assert isinstance(value, Tensor)
+    checks.floating(name, value.dtype, not value.dtype.is_complex)
+
+
+def _check_dense(name: str, value: object) -> None:
+    checks.instance(name, value, Tensor)
+    assert isinstance(value, Tensor)
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, but its layout is {value.layout}. "
+            f"Pass {name}.to_dense()."
+        )
+
+
+def check_parameter(
+    name: str, value: Tensor, x: Tensor, features: tuple[int, ...], x_name: str = "x"
+) -> None:
     check_floating(name, value)
-    check_device(name, value, x)
-    checks.feature_shape(name, value.shape, feature_shape(features, x.shape), x.shape)
+    check_device(name, value, x, x_name)
+    checks.feature_shape(name, value.shape, feature_shape(features, x.shape), x.shape, x_name)
 
 
 def check_device(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None:

@@ -33,7 +33,8 @@ def batch_norm(
     ----------
     input : tensor of shape (N, C, ...)
     running_mean, running_var : tensor of shape (C,)
-        May be None in training.
+        May be None in training, where they are changed in place and keep their dtypes: in bfloat16
+        and float16, an average stops as soon as its steps are smaller than a rounding.
     weight, bias : tensor of shape (C,), optional
     training : bool
         Whether to normalize by the statistics of the input.
@@ -65,20 +66,26 @@ def batch_norm(
     check_floating("input", input)
     if input.ndim < 2:  # as torch.nn says it
         raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
+    for name, value in {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }.items():
+        if value is not None:
+            check_parameter(name, value, input, (1,), x_name="input")
+    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
     call, inputs = checked(input, weight, bias, 1, eps, None, None, None)
     check_running(running_mean, running_var)
     given = None
     if running_mean is not None and running_var is not None:
         given = Given(running_mean, running_var)
-        for name, value in given._asdict().items():
-            check_parameter(f"running_{name}", value, input, call.problem.features)
-    if not training:
+    if not checks.boolean("training", training):
         if given is None:
             raise ValueError(
                 "Expected running_mean and running_var to be defined when training=False"
             )
         return _derivatives.normalize(call, inputs, given)
-    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
     check_values(values_of(call, inputs), input.shape)
     running = None if given is None else Running(*given, None, rate)
     return _derivatives.training_step(call, inputs, running)

@@ -4,10 +4,18 @@ from torch import Tensor
 
 from .. import checks
 from ..documentation import documented
-from ..moments import Statistics
+from ..moments import Statistics, check_statistics
 from ..running import moved
 from . import _derivatives
-from ._arguments import Axis, check_floating, check_parameter, checked, values_of
+from ._arguments import (
+    Axis,
+    check_device,
+    check_floating,
+    check_parameter,
+    check_real,
+    checked,
+    values_of,
+)
 from ._compat import check_memory
 from ._stages import Given, wide
 from ._sync import Group
@@ -131,12 +139,16 @@ def update_running(
     >>> update_running(torch.zeros(1), torch.ones(1), statistics, rate=0.5, correction=1)
     (tensor([1.]), tensor([1.5000]))
     """
+    check_statistics("statistics", statistics)
     for name, value in (("mean", mean), ("var", var)):
         check_floating(name, value)
         check_memory(name, value)
-    dtype = statistics.mean.dtype
+    for name, value in statistics._asdict().items():
+        check_real(f"statistics.{name}", value)
+        check_device(f"statistics.{name}", value, mean, "mean")
+    check_device("var", var, mean, "mean")
     rate = checks.fraction("rate", rate)
-    return moved(mean, var, statistics, dtype, rate=rate, correction=correction)
+    return moved(mean, var, statistics, wide, rate=rate, correction=correction)
 
 
 def _statistics(x: Tensor, statistics: Tensor) -> Statistics:

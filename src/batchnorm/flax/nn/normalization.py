@@ -12,6 +12,7 @@ from jax.nn import initializers
 from ... import checks
 from ... import jax as door
 from ...conventions import CONVENTIONS
+from ...ndarrays import converted
 from .collection import Collection
 from .module import Initializer, Module
 from .state import ModuleState
@@ -103,7 +104,7 @@ class BatchNorm(Module):
             epsilon = checks.positive_eps(epsilon, "epsilon")
         if not isinstance(momentum, jax.Array):
             momentum = checks.fraction("momentum", momentum)
-        x = jnp.asarray(x)
+        x = converted("x", x, jnp.asarray)
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             # flax.nn.BatchNorm drops the imaginary part; its other errors are ValueErrors, too.
             raise ValueError(f"x must hold real numbers, but its dtype is {x.dtype}.")
