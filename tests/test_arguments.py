@@ -18,10 +18,14 @@ import torch
 import truth
 from compare import near
 from doors import JAX, MLX, NUMPY, TORCH, Door
+from torch.masked import masked_tensor
 
 import batchnorm.numpy
 import batchnorm.torch
 from batchnorm.numpy import Statistics
+
+# Which PyTorch says of nested and of masked tensors.
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of .* is in prototype stage")
 
 SHAPE, FEATURES = (6, 4), (4,)
 OPTIONAL = ("scale", "bias", "mask", "residual", "out")
@@ -92,6 +96,8 @@ def with_a_meaning(shape) -> Iterator[Wrong]:
 def of_other_frameworks(door: Door, shape) -> Iterator[Wrong]:
     """What no array of this door can be made of, or none without losing something."""
     yield Wrong("a sparse tensor", torch.ones(shape).to_sparse())
+    yield Wrong("a nested tensor", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    yield Wrong("a masked tensor", masked_tensor(torch.ones(shape), torch.ones(shape) > 0))
     yield Wrong("random keys of JAX", jax.random.split(jax.random.key(0), FEATURES))
     if door is not TORCH:
         yield Wrong("a tensor without memory", torch.ones(shape, device="meta"))
@@ -114,8 +120,19 @@ def wrong_arrays(door: Door, shape, *, kinds: str) -> Iterator[Wrong]:
     for kind in kinds:
         for dtype in dtypes[kind]:
             yield Wrong(np.dtype(dtype).name, door.array(np.ones(shape, dtype)))
+    if door is JAX:
+        yield Wrong("float8", jnp.ones(shape, jnp.float8_e4m3fn))
     if door in (NUMPY, JAX):
-        for dtype in (object, "U3", "M8[s]", "m8[s]", [("a", "f4")], "S3", "V2"):
+        for dtype in (
+            ml_dtypes.float8_e4m3fn,
+            object,
+            "U3",
+            "M8[s]",
+            "m8[s]",
+            [("a", "f4")],
+            "S3",
+            "V2",
+        ):
             yield Wrong(f"of dtype {dtype}", np.zeros(shape, dtype))
 
 

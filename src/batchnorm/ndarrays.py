@@ -36,7 +36,8 @@ def check_kinds(name: str, value: Any) -> None:
         if any(getattr(kind, each) is not getattr(np.ndarray, each) for each in _ARITHMETIC):
             raise TypeError(
                 f"{name} must be a plain array, but got {kind.__name__}, whose arithmetic is its "
-                f"own (as that of units is) and would be lost. Pass numpy.asarray({name})."
+                "own (as that of units is) and would be lost. Pass its elements alone, as "
+                f"numpy.asarray({name}) gives them, if those are meant."
             )
 
 

@@ -85,6 +85,16 @@ def check_real(name: str, value: object) -> None:
 def _check_dense(name: str, value: object) -> None:
     checks.instance(name, value, Tensor)
     assert isinstance(value, Tensor)
+    if isinstance(value, torch.masked.MaskedTensor):
+        raise TypeError(
+            f"{name} must not be a masked tensor. Pass {name}.get_data(), and mask=x.get_mask() "
+            "for the statistics of x."
+        )
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor. Pass torch.nested.to_padded_tensor({name}, 0.0), "
+            "and a mask for the statistics of x."
+        )
     if value.layout is not torch.strided:
         raise TypeError(
             f"{name} must be a dense tensor, but its layout is {value.layout}. "
