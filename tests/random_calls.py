@@ -297,7 +297,7 @@ def numpy_update_running(random: Random) -> Call:
         wanted = moved((values["mean"], values["var"]), batch, rate, correction)
         for name, one, other in zip(("mean", "var"), got, wanted, strict=True):
             within = 1e-14 * (np.abs(other) + np.abs(values[name].astype(Wide)))
-            check(name, one, Near(other, within), values[name].dtype)
+            check(name, one, Near(other, within), np.promote_types(values[name].dtype, FLOAT32))
 
     text = "".join(f"\n  {name}: {each}" for name, each in placed.items())
     return Call("numpy.update_running", None, run, f"rate={rate}, correction={correction}{text}")
@@ -449,7 +449,7 @@ def torch_update_running(random: Random) -> Call:
         wanted = moved((values["mean"], values["var"]), batch, rate, correction)
         for name, one, other in zip(("mean", "var"), got, wanted, strict=True):
             within = 1e-14 * (np.abs(other) + np.abs(values[name].astype(Wide)))
-            check(name, one, Near(other, within), values[name].dtype)
+            check(name, one, Near(other, within), np.promote_types(values[name].dtype, FLOAT32))
 
     text = "".join(f"\n  {name}: {each}" for name, each in placed.items())
     return Call("torch.update_running", None, run, f"rate={rate}, correction={correction}{text}")

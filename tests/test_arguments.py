@@ -402,9 +402,15 @@ FUNCTIONAL = {
 }
 
 
-@pytest.mark.parametrize("training", [True, False])
+OF_FUNCTIONAL = inspect.signature(batchnorm.torch.functional.batch_norm).parameters
+
+
 @pytest.mark.parametrize(
-    "argument", inspect.signature(batchnorm.torch.functional.batch_norm).parameters
+    ("argument", "training"),
+    [
+        *((name, True) for name in OF_FUNCTIONAL),
+        *((name, False) for name in OF_FUNCTIONAL if name != "momentum"),  # which is not read
+    ],
 )
 def test_each_argument_of_functional(argument: str, training: bool):
     mean, var = torch.zeros(FEATURES), torch.ones(FEATURES)

@@ -192,6 +192,7 @@ def test_axis_size():
 
     jax.vmap(function, axis_name="i")(X)
     assert compat.axis_size("i") is None
+    assert compat.axis_size(3) is None
 
 
 def test_group_sum():

@@ -74,7 +74,6 @@ def batch_norm(
     }.items():
         if value is not None:
             check_parameter(name, value, input, (1,), x_name="input")
-    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
     call, inputs = checked(input, weight, bias, 1, eps, None, None, None)
     check_running(running_mean, running_var)
     given = None
@@ -86,6 +85,7 @@ def batch_norm(
                 "Expected running_mean and running_var to be defined when training=False"
             )
         return _derivatives.normalize(call, inputs, given)
+    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
     check_values(values_of(call, inputs), input.shape)
     running = None if given is None else Running(*given, None, rate)
     return _derivatives.training_step(call, inputs, running)
