@@ -454,6 +454,17 @@ def test_narrow_running_statistics_move_on(door: Door, dtype: np.dtype):
     near(door.numpy(var), x.var(0, dtype=np.float64), 1e-5)
 
 
+@pytest.mark.parametrize(
+    "door", [door for door in DOORS if FLOAT64 in door.dtypes], ids=lambda door: door.name
+)
+def test_running_statistics_wider_than_the_batch_stay_so(door: Door):
+    statistics = door.call("batch_statistics", np.float32([[1], [2]]))
+    mean, var = (door.array(np.full(1, 1 / 3)) for _ in range(2))
+    mean, var = door.update_running(mean, var, statistics, rate=0.5)
+    near(door.numpy(mean), [(1 / 3 + 1.5) / 2], 1e-15)
+    near(door.numpy(var), [(1 / 3 + 0.25) / 2], 1e-15)
+
+
 def test_narrow_running_statistics_do_not_overflow(door: Door):
     statistics = door.call("batch_statistics", np.float32([[1e5], [3e5]]))
     mean, var = (door.array(np.ones(1, np.float16)) for _ in range(2))

@@ -191,7 +191,7 @@ def update_running(
     pairs = zip(_STATISTICS, rows, strict=True)
     batch = Statistics(*(_real(*pair, _NUMBERS).astype(np.float64, copy=False) for pair in pairs))
     rate = checks.fraction("rate", _number(rate))
-    return moved(mean, var, batch, _at_least_float32, rate=rate, correction=correction)
+    return moved(mean, var, batch, np.promote_types, rate=rate, correction=correction)
 
 
 @documented(wide="float64")
@@ -399,10 +399,6 @@ def _bits(argument: Any) -> Any:
 def _wide(array: Array) -> Array:
     kind = array.dtype
     return array.astype(np.promote_types(kind, np.float64) if kind.kind == "f" else np.float64)
-
-
-def _at_least_float32(dtype: Any) -> Any:
-    return dtype if dtype.itemsize >= 4 else np.float32
 
 
 def _real(name: str, value: npt.ArrayLike, kinds: str = "f") -> Array:

@@ -12,15 +12,15 @@ def moved(
     mean: Array,
     var: Array,
     statistics: Statistics,
-    wide: Callable[[Any], Any],
+    promoted: Callable[[Any, Any], Any],
     *,
     rate: float | Array,
     correction: int,
 ) -> tuple[Array, Array]:
-    """The running mean and variance, moved: in what `wide` makes of their dtypes.
+    """The running mean and variance, moved: in their dtypes, or float32 where those are narrower.
 
-    In less than float32, a small step would be rounded away, and the average stop. The door has
-    looked at the rate.
+    In which a small step would be rounded away, and the average stop. `promoted` gives the dtype of
+    both of two, as the framework promotes. The door has looked at the rate.
     """
     correction = checks.correction(correction)
     expected = tuple(statistics.mean.shape)
@@ -36,7 +36,14 @@ def moved(
                 f"{name} must have the shape {expected} of the batch's statistics, "
                 f"but its shape is {tuple(array.shape)}."
             )
-    cast = namespace(mean).astype
-    mean, var = cast(mean, wide(mean.dtype)), cast(var, wide(var.dtype))
+    xp = namespace(mean)
+    kept = [promoted(each.dtype, xp.float32) for each in (mean, var)]
+    dtype = promoted(promoted(*kept), statistics.mean.dtype)
+    mean, var = _cast(mean, dtype), _cast(var, dtype)
     new = definition.update_running(mean, var, statistics, rate=rate, correction=correction)
-    return cast(new[0], mean.dtype), cast(new[1], var.dtype)
+    new_mean, new_var = map(_cast, new, kept)
+    return new_mean, new_var
+
+
+def _cast(array: Array, dtype: Any) -> Array:
+    return array if array.dtype == dtype else namespace(array).astype(array, dtype)

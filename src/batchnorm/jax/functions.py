@@ -164,7 +164,7 @@ def update_running(
     """
     mean, var = floating("mean", mean), floating("var", var)
     batch, rate = statistics_of(statistics), fraction("rate", rate)
-    return moved(mean, var, batch, stages.wide, rate=rate, correction=correction)
+    return moved(mean, var, batch, jnp.promote_types, rate=rate, correction=correction)
 
 
 # ---- the computations

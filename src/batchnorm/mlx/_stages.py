@@ -60,13 +60,9 @@ def statistics(
     return definition.moments(problem, _cast(_of_this_size(inputs)), mx.stop_gradient).statistics()
 
 
-def wide(dtype: mx.Dtype) -> mx.Dtype:
-    """In which to compute with arrays of `dtype`."""
-    return mx.float64 if dtype == mx.float64 else mx.float32
-
-
 def _dtype(x: mx.array) -> mx.Dtype:
-    return wide(x.dtype)
+    """In which to compute."""
+    return mx.float64 if x.dtype == mx.float64 else mx.float32
 
 
 def _of_this_size(inputs: Inputs) -> Inputs:

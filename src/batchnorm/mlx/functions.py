@@ -134,4 +134,4 @@ def update_running(
     for name, value in statistics._asdict().items():
         check_real(f"statistics.{name}", value)
     rate = checks.fraction("rate", rate)
-    return moved(mean, var, statistics, _stages.wide, rate=rate, correction=correction)
+    return moved(mean, var, statistics, mx.result_type, rate=rate, correction=correction)

@@ -1,5 +1,6 @@
 """The functions that every door has, on tensors."""
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -148,7 +149,7 @@ def update_running(
         check_device(f"statistics.{name}", value, mean, "mean")
     check_device("var", var, mean, "mean")
     rate = checks.fraction("rate", rate)
-    return moved(mean, var, statistics, wide, rate=rate, correction=correction)
+    return moved(mean, var, statistics, torch.promote_types, rate=rate, correction=correction)
 
 
 def _statistics(x: Tensor, statistics: Tensor) -> Statistics:
