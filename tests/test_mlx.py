@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import truth
-from cases import HARD, HUGE, LARGE_FLOAT16
+from cases import HARD, HUGE, LARGE_FLOAT16, LARGE_MEAN
 from compare import close
 from mlx.utils import tree_flatten
 
@@ -588,16 +588,178 @@ def test_compile_with_state(shape):
     close(mx.compile(second)(x), second(x), rtol=1e-4, atol=1e-4)
 
 
-def test_compiled_for_any_size(monkeypatch):
-    mean, var = normal(3), mx.ones(3)
-    evaluation = mx.compile(lambda x: normalize(x, mean, var), shapeless=True)
-    for x in (normal(6, 3), normal(8, 3)):
-        close(evaluation(x), normalize(x, mean, var))
-    monkeypatch.setattr("batchnorm.mlx._stages.SMALL", 0)
-    training = mx.compile(training_function(), shapeless=True)
-    training(normal(6, 3))
-    with pytest.raises(ValueError, match="reshape"):  # and not normalized by another count
-        training(normal(8, 3))
+# The first is traced: from few to many, the other way round, and where axes have length 1.
+SIZES = [
+    [(6, 3), (8, 3), (20000, 3), (2, 3)],
+    [(20000, 3), (7, 3)],
+    [(2, 3, 5, 4), (9, 3, 1, 30), (2, 3, 1, 1), (30, 3, 40, 20)],
+    [(2, 3, 1, 1), (1, 3, 5, 4)],
+    [(1, 3, 1, 4), (4, 3, 5, 1)],
+]
+EVERYTHING = ("mask", "residual", "silu")
+
+
+@pytest.mark.parametrize("options", [(), ("mask",), ("residual", "silu"), EVERYTHING], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_functions_compiled_for_any_size(sizes, options):
+    axis, activation = 1, "silu" if "silu" in options else None
+
+    def forward(x, scale, bias, mask, residual):
+        options = {"axis": axis, "mask": mask, "residual": residual, "activation": activation}
+        return batch_norm(x, scale, bias, **options)
+
+    def loss(x, scale, bias, residual, mask, dy):
+        return (forward(x, scale, bias, mask, residual)[0] * dy).sum()
+
+    compiled = mx.compile(forward, shapeless=True)
+    of_statistics = mx.compile(
+        lambda x, mask: batch_statistics(x, axis=axis, mask=mask), shapeless=True
+    )
+    argnums = (0, 1, 2, 3) if "residual" in options else (0, 1, 2)
+    derivative = mx.compile(mx.grad(loss, argnums=argnums), shapeless=True)
+    for shape in sizes:
+        x, dy, scale, bias = 5 + normal(*shape), normal(*shape), normal(3), normal(3)
+        mask = residual = None
+        if "mask" in options:  # of which two, at least, count
+            mask = mx.array(RNG.integers(0, 3, shape)).reshape(-1, 3).at[:2].add(1).reshape(shape)
+        if "residual" in options:
+            residual = normal(*shape)
+        given = {"axis": axis, "mask": mask, "residual": residual, "activation": activation}
+        wanted = truth.batch_norm(x, scale, bias, **given)
+        y, statistics = compiled(x, scale, bias, mask, residual)
+        close(y, wanted.y)
+        for one in (statistics, of_statistics(x, mask)):
+            for got, name in zip(one, Statistics._fields, strict=True):
+                close(got, np.broadcast_to(getattr(wanted, name), (3,)), what=name)
+        gradients = truth.batch_norm_gradients(dy, x, scale, bias, **given)
+        for got, name in zip(
+            derivative(x, scale, bias, residual, mask, dy),
+            ("x", "scale", "bias", "residual"),
+            strict=False,
+        ):
+            close(got, gradients[name], 1e-4, 1e-4, name)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_normalize_compiled_for_any_size(sizes):
+    def loss(x, mean, var, scale, bias, dy):
+        return (normalize(x, mean, var, scale, bias, axis=1) * dy).sum()
+
+    derivative = mx.compile(mx.value_and_grad(loss, argnums=(0, 1, 2, 3, 4)), shapeless=True)
+    for shape in sizes:
+        x, dy = normal(*shape), normal(*shape)
+        mean, scale, bias, var = *(normal(3) for _ in range(3)), mx.array([1.0, 2.0, 3.0])
+        wide_x, g, mean_of, var_of, scale_of = (
+            np.float64(each) if each.ndim > 1 else np.float64(each).reshape(3, *[1] * (x.ndim - 2))
+            for each in (x, dy, mean, var, scale)
+        )
+        rstd = 1 / np.sqrt(var_of + 1e-5)
+        x_hat = (wide_x - mean_of) * rstd
+        axes = tuple(axis for axis in range(x.ndim) if axis != 1)
+        value, gradients = derivative(x, mean, var, scale, bias, dy)
+        along = np.float64(bias).reshape(scale_of.shape)
+        close(value, (g * (x_hat * scale_of + along)).sum(), 1e-4, 1e-2)
+        wanted = [
+            g * rstd * scale_of,
+            -(g * rstd * scale_of).sum(axes),
+            -(g * x_hat * scale_of * rstd**2 / 2).sum(axes),
+            (g * x_hat).sum(axes),
+            g.sum(axes),
+        ]
+        for got, each in zip(gradients, wanted, strict=True):
+            close(got, each, 1e-4, 2e-3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(6, 3), (8, 3), (40000, 3)],
+        [(40000, 3), (5, 3)],
+        [(1, 5, 1, 3), (4, 1, 1, 3), (8, 70, 70, 3)],
+    ],
+    ids=str,
+)
+def test_a_layer_compiled_for_any_size(sizes, masked):
+    layer = layer_with_parameters(3, momentum=0.3)
+    mean, var = np.zeros(3), np.ones(3)
+
+    @partial(mx.compile, inputs=layer.state, outputs=layer.state, shapeless=True)
+    def step(x, mask, dy):
+        return mlx.nn.value_and_grad(layer, lambda x: (layer(x, mask=mask) * dy).sum())(x)
+
+    for shape in sizes:
+        x, dy = 3 + normal(*shape), normal(*shape)
+        mask = (
+            mx.array(RNG.integers(0, 2, shape) * 1.0).reshape(-1, 3).at[:2].add(1)
+            if masked
+            else None
+        )
+        mask = None if mask is None else mask.reshape(shape)
+        wanted = truth.batch_norm(x, layer.weight, layer.bias, mask=mask)
+        gradients = truth.batch_norm_gradients(dy, x, layer.weight, layer.bias, mask=mask)
+        value, got = step(x, mask, dy)
+        close(value, (wanted.y * np.array(dy)).sum(), 1e-4, 1e-2)
+        close(got["weight"], gradients["scale"], 1e-4, 1e-3)
+        close(got["bias"], gradients["bias"], 1e-4, 1e-3)
+        mean = 0.7 * mean + 0.3 * wanted.mean
+        var = 0.7 * var + 0.3 * wanted.var * wanted.count / (wanted.count - 1)
+        close(layer.running_mean, mean)
+        close(layer.running_var, var)
+    layer.eval()
+    evaluation = mx.compile(lambda x: layer(x), shapeless=True)
+    for shape in sizes:
+        x = normal(*shape)
+        close(evaluation(x), (np.array(x) - mean) / np.sqrt(var + 1e-5) * layer.weight + layer.bias)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_for_any_size(tmp_path, training):
+    layer, file = layer_with_parameters(3, track_running_stats=training), str(tmp_path / "l.mlxfn")
+    layer.train(training)
+    mx.export_function(file, lambda x: layer(x), 2 + normal(6, 3), shapeless=True)
+    imported = mx.import_function(file)
+    for shape in [(6, 3), (2, 3), (30000, 3)]:
+        x = 5 + normal(*shape)
+        close(imported(x)[0], truth.batch_norm(x, layer.weight, layer.bias).y)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("hard", HARD, ids=str)
+def test_hard_inputs_compiled_for_any_size(hard, masked):
+    def function(x):
+        return batch_norm(x, eps=hard.eps, mask=mx.ones_like(x) if masked else None)
+
+    compiled = mx.compile(function, shapeless=True)
+    for rows in (5, 1_000_000 if hard is LARGE_MEAN else 20_000):
+        x = hard.x(rows)
+        wanted = truth.batch_norm(x, eps=hard.eps)
+        close(compiled(mx.array(x))[0], wanted.y, rtol=0, atol=min(hard.tolerance, 2e-3))
+
+
+@pytest.mark.parametrize("has_float64", [True, False])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16, mx.float64])
+def test_dtypes_compiled_for_any_size(monkeypatch, dtype, has_float64):
+    if not has_float64:  # as on a GPU
+        monkeypatch.setattr("batchnorm.mlx._stages._has_float64", lambda: False)
+    compiled = mx.compile(lambda x: batch_norm(x), shapeless=True)
+    kept = mx.float64 if dtype == mx.float64 else mx.float32
+    for shape in [(6, 3), (2000, 3)]:
+        x = (3 + normal(*shape)).astype(dtype)
+        y, statistics = compiled(x)
+        assert (y.dtype, {each.dtype for each in statistics}) == (dtype, {kept})
+        wanted = truth.batch_norm(np.array(x.astype(mx.float64)))
+        tolerance = 1e-5 if dtype in (mx.float32, mx.float64) else 1e-2
+        close(y.astype(mx.float64), wanted.y, tolerance, tolerance)
+        close(statistics.var, wanted.var)
+
+
+@pytest.mark.parametrize("function", [batch_norm, batch_statistics, BatchNorm(3).train()])
+@pytest.mark.parametrize("shape", [(1, 3), (0, 3)])
+def test_any_size_is_traced_with_several_values(function, shape):
+    compiled = mx.compile(lambda x: function(x), shapeless=True)
+    with pytest.raises(ValueError, match="more than one value"):
+        compiled(mx.zeros(shape))
 
 
 @pytest.mark.usefixtures("any_size")

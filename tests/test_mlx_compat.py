@@ -2,6 +2,9 @@
 
 import mlx.core as mx
 import mlx.nn
+import pytest
+
+from batchnorm.mlx._compat import is_traced_for_any_size
 
 
 class Everything(set):
@@ -44,3 +47,28 @@ def test_extra_repr_stands_in_repr():
             return "size=2"
 
     assert repr(Described()) == "Described(size=2)"
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        lambda function: function,
+        lambda function: mx.grad(lambda x: function(x).sum()),
+        mx.vmap,
+        mx.compile,
+    ],
+    ids=["alone", "grad", "vmap", "compile"],
+)
+def test_a_broadcast_of_equal_shapes_is_an_operation_in_a_shapeless_trace_alone(within, tmp_path):
+    def function(x):
+        seen.append(is_traced_for_any_size())
+        return x * 2
+
+    seen, x = [], mx.ones((4, 3))
+    within(function)(x)
+    mx.compile(within(function))(x)
+    assert set(seen) == {False}
+    seen.clear()
+    mx.compile(within(function), shapeless=True)(x)
+    mx.export_function(str(tmp_path / "f.mlxfn"), within(function), x, shapeless=True)
+    assert set(seen) == {True}

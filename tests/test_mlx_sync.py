@@ -98,6 +98,10 @@ def process(path):
         arguments = (x[part], dy[part], v[part], mask, scale, bias, group)
         for key, value in results(*arguments, compiled=name == "uneven").items():
             arrays[f"{name}/{key}"] = np.array(value)
+    try:
+        mx.compile(lambda x: batch_norm(x, group=group), shapeless=True)(mx.zeros((4, 3)))
+    except ValueError as error:
+        arrays["refusal"] = str(error)
     np.savez(f"{path}{group.rank()}.npz", **arrays)
 
 
@@ -154,6 +158,11 @@ def test_two_processes_do_as_one(both, name):
             actual = np.concatenate([first, second])
         size = np.abs(expected).max()
         close(actual, expected, 1e-4, 2e-5 * size + 1e-6, key)
+
+
+def test_a_group_is_refused_in_a_program_for_any_size(both):
+    for each in both:
+        assert "group must be None in a program for any size" in str(each["refusal"])
 
 
 if __name__ == "__main__":

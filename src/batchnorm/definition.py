@@ -35,11 +35,16 @@ from .sums import total
 
 
 class Problem(NamedTuple):
-    """What a call does, apart from its arrays; eps may be an array without axes."""
+    """What a call does, apart from its arrays; eps may be an array without axes.
+
+    With `any_size`, the sizes of the arrays are of one call alone out of many that the operations
+    are to serve, and nothing may be made of those of reduced axes. The inputs then have weights.
+    """
 
     features: Axes
     eps: Any = 1.0
     activation: str | None = None
+    any_size: bool = False
 
 
 class Inputs(NamedTuple):
@@ -113,7 +118,7 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
     """
     features, x, weights = problem.features, inputs.x, inputs.weights
     xp = namespace(x)
-    axes = reduced_axes(features, x.ndim)
+    axes, at_once = reduced_axes(features, x.ndim), problem.any_size
     if is_empty(x):
         nothing = per_feature(features, total(x, axes))
         return x, Moments(nothing, nothing, nothing + 1.0, nothing, nothing)
@@ -126,12 +131,12 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
         heaviest = constant(xp.max(weights, axis=axes, keepdims=True))
         heaviest = xp.where(heaviest > 0, heaviest, 1.0)
         weights = weights / heaviest
-        count = total(weights, axes)
+        count = total(weights, axes, at_once)
         divisor = or_one(count)
         low, high = (xp.where(inside, fixed, end) for end in (math.inf, -math.inf))
         fixed = xp.where(inside, fixed, 0.0)
 
-    mean = total(_times(weights, fixed), axes) / divisor
+    mean = total(_times(weights, fixed), axes, at_once) / divisor
     mean = xp.where(xp.isfinite(mean), mean, 0.0)
     smallest = xp.min(low, axis=axes, keepdims=True)
     largest = xp.max(high, axis=axes, keepdims=True)
@@ -144,9 +149,9 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
 
     u = _from(x, pivot, unit)
     counted = _where(inside, u, 0.0)  # before a square of what has no weight overflows
-    offset = total(_times(weights, counted), axes) / divisor
+    offset = total(_times(weights, counted), axes, at_once) / divisor
     # Rounding can leave a variance of 0 a little below it.
-    squares = total(_times(weights, xp.square(counted)), axes) / divisor
+    squares = total(_times(weights, xp.square(counted)), axes, at_once) / divisor
     var = xp.abs(squares - xp.square(offset))
     count = xp.full_like(pivot, divisor) if weights is None else count * heaviest
     found = (per_feature(features, each) for each in (count, pivot, unit, offset, var))
@@ -281,7 +286,8 @@ def _through(problem: Problem, standard: _Standard, dy: Array) -> Array:
 
 
 def _sum(problem: Problem, x: Array) -> Array:
-    return per_feature(problem.features, total(x, reduced_axes(problem.features, x.ndim)))
+    axes = reduced_axes(problem.features, x.ndim)
+    return per_feature(problem.features, total(x, axes, problem.any_size))
 
 
 def _sums(problem: Problem, standard: _Standard, g: Array) -> tuple[Array, Array]:

@@ -51,6 +51,13 @@ def per_feature(features: Axes, reduced: Array) -> Array:
 
 
 def along(features: Axes, parameter: Array, x: Array) -> Array:
-    """`parameter`, of the feature shape, with axes of length 1 where x is reduced."""
+    """`parameter`, of the feature shape, with axes of length 1 where x is reduced.
+
+    In MLX the axes before the first feature axis are left out. Its derivatives always sum over what
+    is not there, but over an axis of length 1 only if x was longer when a program was traced.
+    """
+    xp = namespace(x)
     shape = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
-    return namespace(x).reshape(parameter, tuple(shape))
+    return xp.reshape(
+        parameter, tuple(shape[features[0] if xp.__name__.startswith("mlx") else 0 :])
+    )

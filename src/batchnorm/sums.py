@@ -21,11 +21,13 @@ from .layout import Axes, is_empty
 _SHORT, _BLOCK, _LEAST = 1024, 256, 32
 
 
-def total(x: Array, axes: Axes) -> Array:
-    """Σ x over `axes`, which stay with length 1; over none, x."""
+def total(x: Array, axes: Axes, at_once: bool = False) -> Array:
+    """Σ x over `axes`, which stay with length 1; over none, x. `at_once`, for axes of any size."""
     if not axes:
         return x
     xp = namespace(x)
+    if at_once:
+        return xp.sum(x, axis=axes, keepdims=True)
     if is_empty(x):  # MLX 0.32 can hang in a sum of nothing
         shape = tuple([1 if axis in axes else size for axis, size in enumerate(x.shape)])
         return xp.zeros(shape, dtype=x.dtype)

@@ -1,9 +1,14 @@
 """Batch normalization of MLX arrays: `BatchNorm` in the place of `mlx.nn.BatchNorm`, and functions.
 
 Everything is built from MLX's own operations by `batchnorm.definition`: nothing is evaluated early,
-and every transformation of MLX applies; but a batch norm that is compiled with `shapeless=True`
-knows one size of batch alone. Computation is in float32; in float64 of float64 arrays, and in the
-batch norm of a small array on the CPU.
+and every transformation of MLX applies. Computation is in float32; in float64 of float64 arrays,
+and in the batch norm of a small array on the CPU.
+
+A program for any size (`shapeless=True` of `mx.compile` and `mx.export_function`) is right at any
+number of values of each feature from two on, whichever it was traced with. Of large arrays it takes
+about four times as long as one for each size: its sums are in float64 on the CPU. On one value of
+each feature, or none, such a program must not be called: there reductions of MLX 0.32 itself end
+the process, those of a gradient of `normalize` included. It has no `group`.
 """
 
 try:

@@ -8,6 +8,7 @@ import mlx.core as mx
 from .. import checks
 from ..definition import Inputs, Problem
 from ..layout import feature_shape
+from ._compat import is_traced_for_any_size
 
 Axis = int | Sequence[int]
 
@@ -26,7 +27,9 @@ def checked(
     features = checks.feature_axes(axis, x.shape)
     check_parameters(x, features, scale=scale, bias=bias)
     inputs = Inputs(x, scale, bias, _residual(residual, x), _weights(mask, x))
-    return Problem(features, checks.positive_eps(eps), checks.activation(activation)), inputs
+    any_size = len(features) < x.ndim and is_traced_for_any_size()
+    options = checks.positive_eps(eps), checks.activation(activation), any_size
+    return Problem(features, *options), inputs
 
 
 def check_parameters(x: mx.array, features: tuple[int, ...], **named: mx.array | None) -> None:

@@ -10,6 +10,28 @@ from ..conventions import CONVENTIONS
 _STATISTICS = (CONVENTIONS["mlx"].mean, CONVENTIONS["mlx"].var)
 
 
+_CONSTANT = mx.array(0.0)
+
+
+class _Graph(list[str]):
+    """A file in memory, in which a graph is written."""
+
+    write = list.append
+
+
+def is_traced_for_any_size() -> bool:
+    """Whether a program is being traced that serves arrays of other sizes (`shapeless=True`).
+
+    There every array has the sizes of one call, as if they were known.
+    """
+    # For: sums over as many elements as there will be. Breaks it: a broadcast of arrays of one
+    # shape that is an operation elsewhere too, or none there. Then: slow calls, or programs that
+    # are right at one size.
+    graph = _Graph()
+    mx.export_to_dot(graph, mx.broadcast_arrays(_CONSTANT, _CONSTANT)[0])
+    return "Broadcast" in graph[0]
+
+
 class Module(nn.Module):  # type: ignore[misc, name-defined]
     """A module whose running statistics stay float32 and are never trained."""
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from .. import definition
 from ..definition import Inputs, Problem
-from ..layout import is_empty, per_feature, reduced_axes, values_per_feature
+from ..layout import along, is_empty, reduced_axes, values_per_feature
 from ..moments import Moments, Statistics, pooled
 from ._sync import adding_up
 
@@ -18,11 +18,13 @@ SMALL = 2**15
 def batch_norm(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group | None = None
 ) -> tuple[mx.array, Moments]:
+    if problem.any_size:
+        return _of_any_size(problem, inputs, group)
     if group is not None:
         return _over_devices(problem, inputs, group)
     if _is_small(inputs):
         return _plainly(problem, inputs)
-    return definition.batch_norm(problem, _cast(_of_this_size(inputs)), mx.stop_gradient)
+    return definition.batch_norm(problem, _cast(inputs), mx.stop_gradient)
 
 
 def training_step(
@@ -37,7 +39,7 @@ def training_step(
     """y, and the running mean and variance moved by the statistics of x."""
     y, moments = batch_norm(problem, inputs)
     statistics = moments.statistics()
-    if inputs.weights is None:  # a number, and fewer operations
+    if inputs.weights is None and not problem.any_size:  # a number, and fewer operations
         count = values_per_feature(problem.features, inputs.x.shape)
         statistics = statistics._replace(count=count)
     new = definition.update_running(mean, var, statistics, rate=rate, correction=correction)
@@ -48,31 +50,23 @@ def normalize(problem: Problem, inputs: Inputs, mean: mx.array, var: mx.array) -
     """As in evaluation, where weights say only what takes no part in a gradient."""
     dtype = _dtype(inputs.x)
     given = Moments.given(mean.astype(dtype), var.astype(dtype))
-    y: mx.array = definition.normalize(problem, _cast(inputs, dtype), given)
-    return y
+    problem, inputs, order = _features_last(problem, _cast(inputs, dtype))
+    return _in_order(definition.normalize(problem, inputs, given), order)
 
 
 def statistics(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group | None = None
 ) -> Statistics:
+    if problem.any_size:
+        return _of_any_size(problem, inputs, group)[1].statistics()
     if group is not None:
-        return _pooled(problem, _cast(_not_empty(_of_this_size(inputs))), group).statistics()
-    return definition.moments(problem, _cast(_of_this_size(inputs)), mx.stop_gradient).statistics()
+        return _pooled(problem, _cast(_not_empty(inputs)), group).statistics()
+    return definition.moments(problem, _cast(inputs), mx.stop_gradient).statistics()
 
 
 def _dtype(x: mx.array) -> mx.Dtype:
     """In which to compute."""
     return mx.float64 if x.dtype == mx.float64 else mx.float32
-
-
-def _of_this_size(inputs: Inputs) -> Inputs:
-    """Such that a program for any size (mx.compile, shapeless) refuses another, and is not wrong.
-
-    The count is made of the size in the first call. Of what is traced, a reshape minds another. It
-    would be a tenth of the time of `_plainly`, whose programs are wrong for another size.
-    """
-    x = inputs.x
-    return inputs._replace(x=mx.reshape(mx.expand_dims(x, 0), x.shape))
 
 
 def _cast(inputs: Inputs, dtype: mx.Dtype | None = None) -> Inputs:
@@ -81,10 +75,16 @@ def _cast(inputs: Inputs, dtype: mx.Dtype | None = None) -> Inputs:
 
 
 def _is_small(inputs: Inputs) -> bool:
-    """Whether x is small, of the same weight everywhere, and on a device that has float64."""
-    x = inputs.x
-    small = inputs.weights is None and x.dtype != mx.float64 and 0 < x.size <= SMALL
-    return bool(small and mx.default_device().type == mx.cpu)
+    return 0 < inputs.x.size <= SMALL and _suits_plain_formulas(inputs)
+
+
+def _suits_plain_formulas(inputs: Inputs) -> bool:
+    """Whether x is of the same weight everywhere, and narrower than what the device has."""
+    return inputs.weights is None and inputs.x.dtype != mx.float64 and _has_float64()
+
+
+def _has_float64() -> bool:
+    return bool(mx.default_device().type == mx.cpu)
 
 
 def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
@@ -95,18 +95,74 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     inputs = _cast(inputs, mx.float64)
     x, features = inputs.x, problem.features
     axes, count = reduced_axes(features, x.ndim), values_per_feature(features, x.shape)
-    mean = mx.sum(x, axes, keepdims=True) / count  # and not times 1 / count: exact if all are equal
-    centered = x - mean
-    mean, var = per_feature(features, mean), mx.sum(mx.square(centered), axes) / count
+    if problem.any_size:
+        count = mx.sum(mx.broadcast_arrays(mx.array(1, mx.int64), x)[0], axes)
+    mean = mx.sum(x, axes) / count  # and not times 1 / count: exact if all are equal
+    centered = x - along(features, mean, x)
+    var = mx.sum(mx.square(centered), axes) / count
     y = definition.output(problem, inputs, Moments.given(mean, var), centered)
     mean, var = mean.astype(mx.float32), var.astype(mx.float32)
     return y, Moments(mx.full_like(mean, count), mean, None, None, var)
 
 
+def _of_any_size(
+    problem: Problem, inputs: Inputs, group: mx.distributed.Group | None
+) -> tuple[mx.array, Moments]:
+    """By operations that use no size of a reduced axis: how many elements there are is a sum.
+
+    It and others may be running sums of any length, and so are in float64 where the device has it.
+    """
+    x = inputs.x
+    if group is not None:
+        raise ValueError(
+            "group must be None in a program for any size (shapeless=True), where MLX knows no "
+            "functions with derivatives of their own. Compile for each size."
+        )
+    if values_per_feature(problem.features, x.shape) < 2:
+        raise ValueError(
+            "x must have more than one value of each feature where a program for any size "
+            f"(shapeless=True) is traced, since MLX leaves out a sum of one, but x is of shape "
+            f"{tuple(x.shape)}. Trace with a larger x."
+        )
+    problem, inputs, order = _features_last(problem, inputs)
+    if _suits_plain_formulas(inputs):
+        y, moments = _plainly(problem, inputs)
+    else:
+        inputs = _cast(inputs, mx.float64 if _has_float64() else _dtype(x))
+        if inputs.weights is None:
+            inputs = inputs._replace(weights=mx.ones_like(inputs.x))
+        y, moments = definition.batch_norm(problem, inputs, mx.stop_gradient)
+    count, mean, var = [each.astype(_dtype(x)) for each in moments.statistics()]
+    return _in_order(y, order), Moments(count, mean, None, None, var)
+
+
+def _features_last(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs, list[int] | None]:
+    """The same with the features' axes at the end, if sizes may change; and the order it came from.
+
+    There MLX's derivatives are right if a reduced axis has length 1 in the trace; see `along`.
+    """
+    ndim, features = inputs.x.ndim, problem.features
+    last = tuple(range(ndim - len(features), ndim))
+    if not problem.any_size or features == last:
+        return problem, inputs, None
+    order = [*reduced_axes(features, ndim), *features]
+    x, scale, bias, *along_x = inputs
+    along_x = [None if each is None else mx.broadcast_arrays(each, x)[0] for each in along_x]
+    x, *along_x = [None if each is None else mx.transpose(each, order) for each in (x, *along_x)]
+    return problem._replace(features=last), Inputs(x, scale, bias, *along_x), order
+
+
+def _in_order(y: mx.array, order: list[int] | None) -> mx.array:
+    """y with its axes where they were."""
+    if order is None:
+        return y
+    return mx.transpose(y, [order.index(axis) for axis in range(len(order))])
+
+
 def _over_devices(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group
 ) -> tuple[mx.array, Moments]:
-    shape, inputs = inputs.x.shape, _cast(_not_empty(_of_this_size(inputs)))
+    shape, inputs = inputs.x.shape, _cast(_not_empty(inputs))
     moments = _pooled(problem, inputs, group)
     y = definition.normalize(problem, inputs, moments)
     return y if y.shape == shape else y[tuple(slice(size) for size in shape)], moments
