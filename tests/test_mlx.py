@@ -106,6 +106,16 @@ def test_repr():
         ({"num_features": 0}, ValueError, "num_features must be a positive integer, but got 0"),
         ({"num_features": 2.0}, TypeError, "num_features must be a positive integer, but got 2.0"),
         ({"activation": "gelu"}, ValueError, "activation must be .*, but got 'gelu'"),
+        ({"eps": "1e-5"}, TypeError, "'eps' must be a positive number but got '1e-5'"),
+        ({"eps": 1e-40}, ValueError, r"eps must be within \[1e-37, 1e\+30\], but got 1e-40"),
+        ({"eps": mx.ones(3)}, TypeError, r"eps must be a number, or an array .* shape \(3,\)"),
+        ({"momentum": "0.1"}, TypeError, "momentum must be a number within .*, but got '0.1'"),
+        ({"momentum": mx.array(True)}, TypeError, "momentum must be a number, .* dtype .*bool"),
+        ({"num_features": True}, TypeError, "num_features must be a positive integer, .* True"),
+        ({"num_features": -1}, ValueError, "num_features must be a positive integer, but got -1"),
+        ({"affine": "no"}, TypeError, "affine must be True or False, but got 'no'"),
+        ({"affine": 1}, TypeError, "affine must be True or False, but got 1"),
+        ({"track_running_stats": "no"}, TypeError, "track_running_stats must be True or .*'no'"),
     ],
 )
 def test_bad_constructor_arguments(arguments, error, message):
@@ -855,7 +865,8 @@ def test_one_channel_is_not_any_number_of_channels():
         ("momentum", 2.0, r"momentum must be within \[0, 1\], but got 2.0"),
         ("eps", -1.0, "eps must be positive and finite, but got -1.0"),
         ("activation", "tanh", "activation must be .*'tanh'"),
-        ("weight", mx.ones(2), r"scale must have the feature shape \(3,\) of x"),
+        ("weight", mx.ones(2), r"weight must have the feature shape \(3,\) of x"),
+        ("bias", mx.ones((1, 3)), r"bias must have the feature shape \(3,\) of x"),
     ],
 )
 def test_attributes_are_checked_where_they_are_used(attribute, value, message):
@@ -864,6 +875,121 @@ def test_attributes_are_checked_where_they_are_used(attribute, value, message):
     with pytest.raises(ValueError, match=message):
         layer(X)
     assert layer.running_mean.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 1), (1,), (), (1, 3), (4,)])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_have_the_feature_shape_in_both_modes(name, shape, training):
+    layer = BatchNorm(3).train(training)
+    layer[name] = mx.full(shape, 2.0)
+    before = dict(layer)
+    expected = re.escape(f"{name} must have the feature shape (3,) of x, ")
+    with pytest.raises(
+        ValueError, match=expected + re.escape(f"whose shape is (4, 3), but its shape is {shape}.")
+    ):
+        layer(X)
+    for each, value in before.items():
+        assert layer[each] is value
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("value", [np.zeros(3), 0.0, mx.zeros(3, mx.complex64)])
+def test_what_is_no_running_statistic_is_not_assigned(name, value):
+    layer = BatchNorm(3)
+    before = layer[name]
+    with pytest.raises(TypeError, match=f"{name} must be an"):
+        layer[name] = value
+    assert layer[name] is before
+
+
+# ---- numbers in arrays
+
+
+@pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.float64])
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_numbers_of_functions_may_be_traced(shapeless, dtype):
+    def function(x, eps, rate):
+        y, statistics = batch_norm(x, eps=eps)
+        moved = update_running(mx.zeros(3), mx.ones(3), statistics, rate=rate, correction=1)
+        return y, normalize(x, mx.zeros(3), mx.ones(3), eps=eps), *moved
+
+    compiled = mx.compile(function, shapeless=shapeless)
+    for eps, rate in [(0.5, 0.25), (2.0, 0.75)]:
+        x = normal(7, 3)
+        y, evaluated, mean, var = compiled(x, mx.array(eps, dtype), mx.array(rate, dtype))
+        assert {each.dtype for each in (y, evaluated, mean, var)} == {mx.float32}
+        wanted = truth.batch_norm(x, eps=eps)
+        close(y, wanted.y)
+        close(evaluated, np.array(x) / np.sqrt(1 + eps))
+        close(mean, rate * wanted.mean)
+        close(var, 1 - rate + rate * wanted.var * 7 / 6)
+        for number in (mx.array(1), mx.array(1, mx.int8)):
+            close(batch_norm(x, eps=number)[0], truth.batch_norm(x, eps=1).y)
+
+
+def test_a_number_in_an_array_has_a_derivative():
+    x, dy = normal(7, 3), normal(7, 3)
+
+    def loss(eps):
+        return (batch_norm(x, eps=eps)[0] * dy).sum()
+
+    wanted = differences(lambda eps: (truth.batch_norm(x, eps=eps).y * np.array(dy)).sum(), 0.5, 1)
+    close(mx.grad(loss)(mx.array(0.5)), wanted, 1e-4)
+
+
+def test_numbers_in_arrays_are_not_evaluated(tmp_path):
+    layer, number = BatchNorm(3), mx.log1p(mx.array(0.5))
+    layer.eps = layer.momentum = number
+    y = layer(mx.ones((4, 3)))
+    mean, var = update_running(mx.zeros(3), mx.ones(3), batch_statistics(X), rate=number)
+    count = operations(y, mean, var, *layer.parameters().values(), path=tmp_path / "graph")
+    assert count["Log1p"] == 1
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan, math.inf])
+def test_numbers_in_arrays_are_nan_where_they_are_out_of_range(value):
+    rate = mx.array(value)
+    for each in update_running(mx.zeros(3), mx.ones(3), batch_statistics(X), rate=rate):
+        assert mx.isnan(each).all()
+    for eps in (-1.0, 0.0, 1e-38, 1e31, math.nan, math.inf):
+        for each in (batch_norm, lambda x, eps: (normalize(x, *mx.ones((2, 3)), eps=eps),)):
+            assert mx.isnan(each(1 + X, eps=mx.array(eps))[0]).all()
+    layer = BatchNorm(3, momentum=rate)
+    layer(X)
+    assert mx.isnan(layer.running_mean).all()
+
+
+@pytest.mark.parametrize("number", [mx.ones(1), mx.array(True), mx.array(1j)])
+def test_what_holds_no_real_number_is_refused(number):
+    for name, call in {
+        "eps": lambda: batch_norm(X, eps=number),
+        "rate": lambda: update_running(mx.ones(3), mx.ones(3), batch_statistics(X), rate=number),
+        "momentum": lambda: BatchNorm(3, momentum=number),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} must be a number, or an array without axes"):
+            call()
+
+
+def test_a_schedule_of_a_compiled_layer():
+    layer = layer_with_parameters(3, momentum=mx.array(0.5), eps=mx.array(0.25))
+    step = mx.compile(lambda x: layer(x), inputs=layer.state, outputs=layer.state)
+    mean = np.zeros(3)
+    for momentum in (0.5, 0.25, 1.0):
+        layer.momentum, x = mx.array(momentum), normal(6, 3)
+        wanted = truth.batch_norm(x, layer.weight, layer.bias, eps=0.25)
+        close(step(x), wanted.y)
+        mean = (1 - momentum) * mean + momentum * wanted.mean
+        close(layer.running_mean, mean)
+    model = mlx.nn.Sequential(layer)
+    model.unfreeze()
+    model.set_dtype(mx.bfloat16)
+    assert layer.trainable_parameters().keys() == {"weight", "bias"}
+    assert layer.eps.dtype == layer.momentum.dtype == mx.float32
+    layer.momentum = 0.5  # a number again
+    assert layer.momentum == 0.5
+    assert "momentum" not in layer
 
 
 @pytest.mark.parametrize(

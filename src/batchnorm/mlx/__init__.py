@@ -2,7 +2,8 @@
 
 Everything is built from MLX's own operations by `batchnorm.definition`: nothing is evaluated early,
 and every transformation of MLX applies. Computation is in float32; in float64 of float64 arrays,
-and in the batch norm of a small array on the CPU.
+and in the batch norm of a small array on the CPU. eps, momentum and rate may be arrays of no axes,
+of a schedule for instance; these are not looked at, and count as NaN where they are out of range.
 
 A program for any size (`shapeless=True` of `mx.compile` and `mx.export_function`) is right at any
 number of values of each feature from two on, whichever it was traced with. Of large arrays it takes

@@ -11,6 +11,7 @@ from ..layout import feature_shape
 from ._compat import is_traced_for_any_size
 
 Axis = int | Sequence[int]
+Number = float | mx.array  # an array without axes
 
 
 def checked(
@@ -18,18 +19,49 @@ def checked(
     scale: mx.array | None,
     bias: mx.array | None,
     axis: Axis,
-    eps: float,
+    eps: Number,
     mask: mx.array | None,
     residual: mx.array | None,
     activation: str | None,
+    name_of_scale: str = "scale",
 ) -> tuple[Problem, Inputs]:
     check_floating("x", x)
     features = checks.feature_axes(axis, x.shape)
-    check_parameters(x, features, scale=scale, bias=bias)
+    check_parameters(x, features, **{name_of_scale: scale, "bias": bias})
     inputs = Inputs(x, scale, bias, _residual(residual, x), _weights(mask, x))
     any_size = len(features) < x.ndim and is_traced_for_any_size()
-    options = checks.positive_eps(eps), checks.activation(activation), any_size
+    options = _eps(eps, x), checks.activation(activation), any_size
     return Problem(features, *options), inputs
+
+
+def _eps(eps: Number, x: mx.array) -> Number:
+    if not isinstance(eps, mx.array):
+        return checks.positive_eps(eps)
+    kept = _within("eps", eps, checks.SMALLEST_EPS, checks.LARGEST_EPS)
+    return kept if x.dtype == mx.float64 else kept.astype(mx.float32)
+
+
+def fraction(name: str, value: Number) -> Number:
+    """A momentum or a rate."""
+    if not isinstance(value, mx.array):
+        return checks.fraction(name, value)
+    return _within(name, value, 0, 1)
+
+
+def _within(name: str, value: mx.array, smallest: float, largest: float) -> mx.array:
+    """The number that an array holds, which is not looked at; NaN if it is out of range."""
+    check_number(name, value)
+    wide = value.astype(mx.float64 if value.dtype == mx.float64 else mx.float32)
+    return mx.where(mx.logical_and(wide >= smallest, wide <= largest), wide, math.nan)
+
+
+def check_number(name: str, value: mx.array) -> None:
+    real = value.dtype != mx.bool_ and not mx.issubdtype(value.dtype, mx.complexfloating)
+    if value.ndim > 0 or not real:
+        raise TypeError(
+            f"{name} must be a number, or an array without axes that holds a real one, "
+            f"but got an array of shape {value.shape} and dtype {value.dtype}."
+        )
 
 
 def check_parameters(x: mx.array, features: tuple[int, ...], **named: mx.array | None) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import checks
 from ..conventions import CONVENTIONS
 
 _STATISTICS = (CONVENTIONS["mlx"].mean, CONVENTIONS["mlx"].var)
+_KEPT = (*_STATISTICS, "eps", "momentum")
 
 
 _CONSTANT = mx.array(0.0)
@@ -33,19 +35,23 @@ def is_traced_for_any_size() -> bool:
 
 
 class Module(nn.Module):  # type: ignore[misc, name-defined]
-    """A module whose running statistics stay float32 and are never trained."""
+    """A module whose running statistics, eps and momentum stay float32 and are never trained."""
 
     def __init__(self) -> None:
         super().__init__()
         # For: a parent's unfreeze() empties its modules' sets of frozen keys without asking them.
         # Breaks it: another name for the set, or another test than `in`. Then: an optimizer moves
-        # the statistics.
+        # what is not trained.
         self._no_grad = _FrozenKeys()
 
     def __setitem__(self, key: str, value: Any) -> None:
         # For: set_dtype() and load_weights() of any parent. Breaks it: a way of setting an array
         # other than this. Then: statistics in bfloat16, which hold no small step.
-        super().__setitem__(key, value.astype(mx.float32) if key in _STATISTICS else value)
+        if key in _KEPT:
+            checks.instance(key, value, mx.array)
+            checks.floating(key, value.dtype, not mx.issubdtype(value.dtype, mx.complexfloating))
+            value = value.astype(mx.float32)
+        super().__setitem__(key, value)
 
     def _extra_repr(self) -> str:
         # For: options beside a module's name and above its children, which `extra_repr` gives.
@@ -55,7 +61,7 @@ class Module(nn.Module):  # type: ignore[misc, name-defined]
 
 
 class _FrozenKeys(set[str]):
-    """The keys of a module that are not trained; those of its statistics can't be taken out."""
+    """The keys of a module that are not trained; those that it keeps can't be taken out."""
 
     def __contains__(self, key: object) -> bool:
-        return key in _STATISTICS or super().__contains__(key)
+        return key in _KEPT or super().__contains__(key)

@@ -33,7 +33,7 @@ def training_step(
     mean: mx.array,
     var: mx.array,
     *,
-    rate: float,
+    rate: float | mx.array,
     correction: int,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """y, and the running mean and variance moved by the statistics of x."""

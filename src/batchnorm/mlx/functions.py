@@ -10,10 +10,12 @@ from ..running import moved
 from . import _stages
 from ._arguments import (
     Axis,
+    Number,
     check_floating,
     check_parameters,
     check_real,
     checked,
+    fraction,
     group_of_several,
 )
 
@@ -25,7 +27,7 @@ def batch_norm(
     bias: mx.array | None = None,
     *,
     axis: Axis = -1,
-    eps: float = 1e-5,
+    eps: Number = 1e-5,
     mask: mx.array | None = None,
     residual: mx.array | None = None,
     activation: str | None = None,
@@ -71,7 +73,7 @@ def normalize(
     bias: mx.array | None = None,
     *,
     axis: Axis = -1,
-    eps: float = 1e-5,
+    eps: Number = 1e-5,
     residual: mx.array | None = None,
     activation: str | None = None,
 ) -> mx.array:
@@ -116,7 +118,7 @@ def batch_statistics(
 
 @documented()
 def update_running(
-    mean: mx.array, var: mx.array, statistics: Statistics, *, rate: float, correction: int = 0
+    mean: mx.array, var: mx.array, statistics: Statistics, *, rate: Number, correction: int = 0
 ) -> tuple[mx.array, mx.array]:
     """...
 
@@ -133,5 +135,5 @@ def update_running(
     check_statistics("statistics", statistics)
     for name, value in statistics._asdict().items():
         check_real(f"statistics.{name}", value)
-    rate = checks.fraction("rate", rate)
+    rate = fraction("rate", rate)
     return moved(mean, var, statistics, mx.result_type, rate=rate, correction=correction)

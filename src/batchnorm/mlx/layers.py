@@ -7,7 +7,7 @@ import mlx.core as mx
 from .. import checks
 from ..conventions import CONVENTIONS
 from . import _stages
-from ._arguments import check_parameters, checked
+from ._arguments import Number, check_number, check_parameters, checked, fraction
 from ._compat import Module
 
 _CONVENTION = CONVENTIONS["mlx"]
@@ -30,7 +30,9 @@ class BatchNorm(Module):
     eps : float
         Added to the variance, inside the root.
     momentum : float within [0, 1]
-        The weight of the batch in the running statistics.
+        The weight of the batch in the running statistics. It and eps may also be arrays without
+        axes, which are never trained, stay float32 and are not looked at: out of range, they count
+        as NaN. As any array of a module, they are then part of its state and its saved weights.
     affine : bool
         Whether there are parameters `weight` and `bias`.
     track_running_stats : bool
@@ -69,8 +71,8 @@ class BatchNorm(Module):
     def __init__(
         self,
         num_features: int,
-        eps: float = _CONVENTION.eps,
-        momentum: float = _CONVENTION.momentum,
+        eps: Number = _CONVENTION.eps,
+        momentum: Number = _CONVENTION.momentum,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
@@ -78,20 +80,25 @@ class BatchNorm(Module):
     ) -> None:
         super().__init__()
         # The messages of mlx.nn.BatchNorm itself, which programs may look for; so in __call__.
-        if not checks.is_real(eps):
+        if isinstance(eps, mx.array):
+            check_number("eps", eps)
+        elif not checks.is_real(eps):
             raise TypeError(f"[BatchNorm] 'eps' must be a positive number but got {eps!r}.")
-        if not 0 < float(eps) < math.inf:
+        elif not 0 < float(eps) < math.inf:
             raise ValueError(f"[BatchNorm] 'eps' must be positive but got {eps}.")
+        else:
+            checks.positive_eps(eps)
+        fraction("momentum", momentum)
         if not checks.is_integer(num_features):
             raise TypeError(f"num_features must be a positive integer, but got {num_features!r}.")
         if num_features < 1:
             raise ValueError(f"num_features must be a positive integer, but got {num_features}.")
         self.num_features = int(num_features)
         self.eps = eps
-        self.momentum = checks.fraction("momentum", momentum)
-        self.track_running_stats = track_running_stats
+        self.momentum = momentum
+        self.track_running_stats = checks.boolean("track_running_stats", track_running_stats)
         self.activation = checks.activation(activation)
-        if affine:
+        if checks.boolean("affine", affine):
             self.weight = mx.ones((num_features,))
             self.bias = mx.zeros((num_features,))
         if track_running_stats:
@@ -140,20 +147,18 @@ class BatchNorm(Module):
         if self.training and math.prod(x.shape[:-1]) == 1:
             raise ValueError("BatchNorm training requires more than one value per channel.")
         weight, bias = self.get("weight"), self.get("bias")
-        problem, inputs = checked(x, weight, bias, -1, self.eps, mask, residual, self.activation)
-        if self.training and self.track_running_stats:
-            y, self["running_mean"], self["running_var"] = _stages.training_step(
-                problem,
-                inputs,
-                self.running_mean,
-                self.running_var,
-                rate=_CONVENTION.rate(checks.fraction("momentum", self.momentum)),
-                correction=_CONVENTION.correction,
-            )
-        elif self.training or not self.track_running_stats:
+        options = self.eps, mask, residual, self.activation
+        problem, inputs = checked(x, weight, bias, -1, *options, name_of_scale="weight")
+        if not self.track_running_stats:
             y, _ = _stages.batch_norm(problem, inputs)
         else:
             mean, var = self.running_mean, self.running_var
-            check_parameters(x, problem.features, mean=mean, var=var)
-            y = _stages.normalize(problem, inputs, mean, var)
+            check_parameters(x, problem.features, running_mean=mean, running_var=var)
+            if self.training:
+                rate = _CONVENTION.rate(fraction("momentum", self.momentum))
+                y, self["running_mean"], self["running_var"] = _stages.training_step(
+                    problem, inputs, mean, var, rate=rate, correction=_CONVENTION.correction
+                )
+            else:
+                y = _stages.normalize(problem, inputs, mean, var)
         return y.astype(x.dtype if weight is None else mx.result_type(x.dtype, weight.dtype))
