@@ -56,8 +56,7 @@ def along(features: Axes, parameter: Array, x: Array) -> Array:
     In MLX the axes before the first feature axis are left out. Its derivatives always sum over what
     is not there, but over an axis of length 1 only if x was longer when a program was traced.
     """
-    xp = namespace(x)
-    shape = [size if axis in features else 1 for axis, size in enumerate(x.shape)]
-    return xp.reshape(
-        parameter, tuple(shape[features[0] if xp.__name__.startswith("mlx") else 0 :])
-    )
+    xp, sizes = namespace(x), x.shape
+    first = features[0] if xp.__name__.startswith("mlx") else 0
+    shape = [sizes[axis] if axis in features else 1 for axis in range(first, len(sizes))]
+    return xp.reshape(parameter, tuple(shape))

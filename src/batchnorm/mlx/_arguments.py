@@ -8,7 +8,6 @@ import mlx.core as mx
 from .. import checks
 from ..definition import Inputs, Problem
 from ..layout import feature_shape
-from ._compat import is_traced_for_any_size
 
 Axis = int | Sequence[int]
 Number = float | mx.array  # an array without axes
@@ -27,11 +26,12 @@ def checked(
 ) -> tuple[Problem, Inputs]:
     check_floating("x", x)
     features = checks.feature_axes(axis, x.shape)
-    check_parameters(x, features, **{name_of_scale: scale, "bias": bias})
+    if scale is not None:
+        check_parameters(x, features, **{name_of_scale: scale})
+    if bias is not None:
+        check_parameters(x, features, bias=bias)
     inputs = Inputs(x, scale, bias, _residual(residual, x), _weights(mask, x))
-    any_size = len(features) < x.ndim and is_traced_for_any_size()
-    options = _eps(eps, x), checks.activation(activation), any_size
-    return Problem(features, *options), inputs
+    return Problem(features, _eps(eps, x), checks.activation(activation)), inputs
 
 
 def _eps(eps: Number, x: mx.array) -> Number:
@@ -64,13 +64,12 @@ def check_number(name: str, value: mx.array) -> None:
         )
 
 
-def check_parameters(x: mx.array, features: tuple[int, ...], **named: mx.array | None) -> None:
+def check_parameters(x: mx.array, features: tuple[int, ...], **named: mx.array) -> None:
     shape = x.shape
     expected = feature_shape(features, shape)
     for name, value in named.items():
-        if value is not None:
-            check_floating(name, value)
-            checks.feature_shape(name, value.shape, expected, shape)
+        check_floating(name, value)
+        checks.feature_shape(name, value.shape, expected, shape)
 
 
 def _weights(mask: mx.array | None, x: mx.array) -> mx.array | None:

@@ -12,13 +12,19 @@ _STATISTICS = (CONVENTIONS["mlx"].mean, CONVENTIONS["mlx"].var)
 _KEPT = (*_STATISTICS, "eps", "momentum")
 
 
-_CONSTANT = mx.array(0.0)
+def _never_computed() -> mx.array:
+    """What stands for an array in a transformation, kept beyond it."""
+    kept: list[mx.array] = []
+
+    def keep(x: mx.array) -> mx.array:
+        kept.append(x)
+        return x
+
+    mx.vmap(keep)(mx.zeros(1))
+    return kept[0]
 
 
-class _Graph(list[str]):
-    """A file in memory, in which a graph is written."""
-
-    write = list.append
+_COMPUTED, _NEVER_COMPUTED = mx.array(0.0), _never_computed()
 
 
 def is_traced_for_any_size() -> bool:
@@ -26,12 +32,14 @@ def is_traced_for_any_size() -> bool:
 
     There every array has the sizes of one call, as if they were known.
     """
-    # For: sums over as many elements as there will be. Breaks it: a broadcast of arrays of one
-    # shape that is an operation elsewhere too, or none there. Then: slow calls, or programs that
+    # For: sums over as many elements as there will be. Breaks it: an array that is broadcast to its
+    # own shape elsewhere by an operation too, or by none there. Then: slow calls, or programs that
     # are right at one size.
-    graph = _Graph()
-    mx.export_to_dot(graph, mx.broadcast_arrays(_CONSTANT, _CONSTANT)[0])
-    return "Broadcast" in graph[0]
+    try:
+        mx.broadcast_arrays(_COMPUTED, _NEVER_COMPUTED)[0].item()
+    except (RuntimeError, ValueError):  # an operation that waits for the other array
+        return True
+    return False
 
 
 class Module(nn.Module):  # type: ignore[misc, name-defined]
@@ -47,7 +55,7 @@ class Module(nn.Module):  # type: ignore[misc, name-defined]
     def __setitem__(self, key: str, value: Any) -> None:
         # For: set_dtype() and load_weights() of any parent. Breaks it: a way of setting an array
         # other than this. Then: statistics in bfloat16, which hold no small step.
-        if key in _KEPT:
+        if key in _KEPT and not (type(value) is mx.array and value.dtype == mx.float32):
             checks.instance(key, value, mx.array)
             checks.floating(key, value.dtype, not mx.issubdtype(value.dtype, mx.complexfloating))
             value = value.astype(mx.float32)

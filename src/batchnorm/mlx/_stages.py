@@ -9,6 +9,7 @@ from .. import definition
 from ..definition import Inputs, Problem
 from ..layout import along, is_empty, reduced_axes, values_per_feature
 from ..moments import Moments, Statistics, pooled
+from ._compat import is_traced_for_any_size
 from ._sync import adding_up
 
 # Up to this size, the number of operations decides how long they take; then, the size does.
@@ -18,13 +19,7 @@ SMALL = 2**15
 def batch_norm(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group | None = None
 ) -> tuple[mx.array, Moments]:
-    if problem.any_size:
-        return _of_any_size(problem, inputs, group)
-    if group is not None:
-        return _over_devices(problem, inputs, group)
-    if _is_small(inputs):
-        return _plainly(problem, inputs)
-    return definition.batch_norm(problem, _cast(inputs), mx.stop_gradient)
+    return _batch_norm(_as_traced(problem, inputs), inputs, group)
 
 
 def training_step(
@@ -37,7 +32,8 @@ def training_step(
     correction: int,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """y, and the running mean and variance moved by the statistics of x."""
-    y, moments = batch_norm(problem, inputs)
+    problem = _as_traced(problem, inputs)
+    y, moments = _batch_norm(problem, inputs, None)
     statistics = moments.statistics()
     if inputs.weights is None and not problem.any_size:  # a number, and fewer operations
         count = values_per_feature(problem.features, inputs.x.shape)
@@ -50,18 +46,38 @@ def normalize(problem: Problem, inputs: Inputs, mean: mx.array, var: mx.array) -
     """As in evaluation, where weights say only what takes no part in a gradient."""
     dtype = _dtype(inputs.x)
     given = Moments.given(mean.astype(dtype), var.astype(dtype))
-    problem, inputs, order = _features_last(problem, _cast(inputs, dtype))
+    inputs, order = _cast(inputs, dtype), None
+    if not _has_features_last(problem, inputs):
+        problem, inputs, order = _features_last(_as_traced(problem, inputs), inputs)
     return _in_order(definition.normalize(problem, inputs, given), order)
 
 
 def statistics(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group | None = None
 ) -> Statistics:
+    problem = _as_traced(problem, inputs)
     if problem.any_size:
         return _of_any_size(problem, inputs, group)[1].statistics()
     if group is not None:
         return _pooled(problem, _cast(_not_empty(inputs)), group).statistics()
     return definition.moments(problem, _cast(inputs), mx.stop_gradient).statistics()
+
+
+def _as_traced(problem: Problem, inputs: Inputs) -> Problem:
+    reduced = len(problem.features) < inputs.x.ndim
+    return problem._replace(any_size=True) if reduced and is_traced_for_any_size() else problem
+
+
+def _batch_norm(
+    problem: Problem, inputs: Inputs, group: mx.distributed.Group | None
+) -> tuple[mx.array, Moments]:
+    if problem.any_size:
+        return _of_any_size(problem, inputs, group)
+    if group is not None:
+        return _over_devices(problem, inputs, group)
+    if _is_small(inputs):
+        return _plainly(problem, inputs)
+    return definition.batch_norm(problem, _cast(inputs), mx.stop_gradient)
 
 
 def _dtype(x: mx.array) -> mx.Dtype:
@@ -136,15 +152,19 @@ def _of_any_size(
     return _in_order(y, order), Moments(count, mean, None, None, var)
 
 
+def _has_features_last(problem: Problem, inputs: Inputs) -> bool:
+    return bool(problem.features[0] == inputs.x.ndim - len(problem.features))
+
+
 def _features_last(problem: Problem, inputs: Inputs) -> tuple[Problem, Inputs, list[int] | None]:
     """The same with the features' axes at the end, if sizes may change; and the order it came from.
 
     There MLX's derivatives are right if a reduced axis has length 1 in the trace; see `along`.
     """
+    if not problem.any_size or _has_features_last(problem, inputs):
+        return problem, inputs, None
     ndim, features = inputs.x.ndim, problem.features
     last = tuple(range(ndim - len(features), ndim))
-    if not problem.any_size or features == last:
-        return problem, inputs, None
     order = [*reduced_axes(features, ndim), *features]
     x, scale, bias, *along_x = inputs
     along_x = [None if each is None else mx.broadcast_arrays(each, x)[0] for each in along_x]

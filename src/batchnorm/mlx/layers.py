@@ -152,7 +152,7 @@ class BatchNorm(Module):
         if not self.track_running_stats:
             y, _ = _stages.batch_norm(problem, inputs)
         else:
-            mean, var = self.running_mean, self.running_var
+            mean, var = self.get("running_mean"), self.get("running_var")
             check_parameters(x, problem.features, running_mean=mean, running_var=var)
             if self.training:
                 rate = _CONVENTION.rate(fraction("momentum", self.momentum))
