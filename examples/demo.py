@@ -5,7 +5,7 @@ batchnorm.mlx.BatchNorm, by mlx.nn.BatchNorm, and not at all; in JAX by
 batchnorm.flax.nn.BatchNorm. The picture shows their losses, and how wrong the trained network gets
 when a large constant is added to features that are normalized next, which should change nothing.
 
-    pip install "batchnorm[demo]"
+    pip install ".[demo]"
     python examples/demo.py
 """
 

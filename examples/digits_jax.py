@@ -3,7 +3,7 @@
 Of such a program two things change: the import of nn, and that layers other than BatchNorm are its
 own. Here these are Dense and Conv, with the arguments and the parameters of the old ones.
 
-    pip install "batchnorm[demo]"
+    pip install ".[demo]"
     python examples/digits_jax.py
 """
 

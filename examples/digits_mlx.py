@@ -3,7 +3,7 @@
 The same network three times, from the same initial weights and on the same batches: normalized by
 batchnorm.mlx.BatchNorm, by mlx.nn.BatchNorm, and not at all.
 
-    pip install "batchnorm[demo]"
+    pip install ".[demo]"
     python examples/digits_mlx.py
 """
 

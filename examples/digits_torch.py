@@ -3,7 +3,7 @@
 Several processes share each batch: by SyncBatchNorm they normalize as one, and by
 DistributedDataParallel they descend as one, so that their losses are those of one process.
 
-    pip install "batchnorm[torch]" rich scikit-learn
+    pip install ".[torch]" rich scikit-learn
     python examples/digits_torch.py --processes 2
 """
 

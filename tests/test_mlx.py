@@ -4,8 +4,6 @@ import copy
 import math
 import pickle
 import re
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 
@@ -1076,9 +1074,3 @@ def test_statistics_merge():
     assert isinstance(merged, Statistics)
     for actual, wanted in zip(merged, truth.batch_norm(x)[1:], strict=True):
         close(actual, wanted)
-
-
-def test_without_mlx():
-    program = "import sys; sys.modules['mlx'] = None; import batchnorm.mlx"
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "ImportError: batchnorm.mlx needs MLX: pip install batchnorm[mlx]" in run.stderr

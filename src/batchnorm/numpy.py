@@ -27,6 +27,8 @@ __all__ = [
     "update_running",
 ]
 
+__dir__ = __all__.copy  # public names alone
+
 Array = npt.NDArray[Any]
 Axis = int | Sequence[int]
 

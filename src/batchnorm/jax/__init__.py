@@ -14,10 +14,12 @@ Under `jax.jit`, the batch is the whole array, however it is sharded. A `jax.vma
 no loop: the kernels go over the whole batch at once.
 """
 
+from ..installation import missing
+
 try:
     import jax  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError("batchnorm.jax needs JAX: pip install batchnorm[jax]") from error
+    raise missing("batchnorm.jax", "JAX", "jax") from error
 
 from ..moments import Statistics
 from .functions import batch_norm, batch_statistics, normalize, update_running
@@ -31,3 +33,5 @@ __all__ = [
     "normalize",
     "update_running",
 ]
+
+__dir__ = __all__.copy  # public names alone

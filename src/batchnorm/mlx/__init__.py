@@ -12,10 +12,12 @@ each feature, or none, such a program must not be called: there reductions of ML
 the process, those of a gradient of `normalize` included. It has no `group`.
 """
 
+from ..installation import missing
+
 try:
     import mlx.core as _mx  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError("batchnorm.mlx needs MLX: pip install batchnorm[mlx]") from error
+    raise missing("batchnorm.mlx", "MLX", "mlx") from error
 
 from ..moments import Statistics
 from .functions import batch_norm, batch_statistics, normalize, update_running
@@ -29,3 +31,5 @@ __all__ = [
     "normalize",
     "update_running",
 ]
+
+__dir__ = __all__.copy  # public names alone

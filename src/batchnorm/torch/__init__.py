@@ -6,10 +6,12 @@ transformations of torch.func and in derivatives of second order, the same formu
 operations.
 """
 
+from ..installation import missing
+
 try:
     import torch as _torch  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError("batchnorm.torch needs PyTorch: pip install batchnorm[torch]") from error
+    raise missing("batchnorm.torch", "PyTorch", "torch") from error
 
 from ..moments import Statistics
 from . import functional
@@ -42,3 +44,5 @@ __all__ = [
     "revert",
     "update_running",
 ]
+
+__dir__ = __all__.copy  # public names alone

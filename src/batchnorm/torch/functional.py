@@ -16,6 +16,10 @@ from ._arguments import (
 from ._running import Running
 from ._stages import Given
 
+__all__ = ["batch_norm"]
+
+__dir__ = __all__.copy  # public names alone
+
 
 def batch_norm(
     input: Tensor,

@@ -1,6 +1,11 @@
 """The module API of Flax before Linen, `flax.nn`, on today's JAX; `Module` shows how to begin."""
 
-from jax.nn import initializers as initializers
+from ...installation import missing
+
+try:
+    from jax.nn import initializers as initializers
+except ModuleNotFoundError as error:
+    raise missing("batchnorm.flax.nn", "JAX", "flax") from error
 
 from . import serialization  # noqa: F401, it registers with Flax
 from .collection import Collection
@@ -25,3 +30,5 @@ __all__ = [
     "module_method",
     "stateful",
 ]
+
+__dir__ = __all__.copy  # public names alone

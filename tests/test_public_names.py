@@ -1,0 +1,117 @@
+"""What `import` and `dir` show of the package and its doors, with their frameworks and without."""
+
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import batchnorm
+
+ROOT = Path(__file__).parents[1]
+DOORS = ["numpy", "mlx", "jax", "flax", "flax.nn", "torch", "torch.functional"]
+LAYERS = {
+    (f"batchnorm.{door}", name)
+    for door in DOORS
+    for name, value in vars(importlib.import_module(f"batchnorm.{door}")).items()
+    if inspect.isclass(value) and "BatchNorm" in name and not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", ["batchnorm", *(f"batchnorm.{door}" for door in DOORS)])
+def test_dir_shows_public_names_alone(name):
+    module = importlib.import_module(name)
+    assert dir(module) == sorted(module.__all__)
+    for each in dir(module):
+        assert hasattr(module, each)
+
+
+def test_dir_is_not_the_list_itself():
+    batchnorm.__dir__().append("mine")
+    assert "mine" not in batchnorm.__all__
+
+
+@pytest.mark.parametrize("name", sorted({name for _, name in LAYERS}))
+def test_a_layer_of_the_package_is_looked_for_in_a_door(name):
+    with pytest.raises(ImportError) as caught:
+        exec(f"from batchnorm import {name}", {})
+    named = set(re.findall(rf"from (\S+) import {name}\b", str(caught.value)))
+    assert named == {door for door, each in LAYERS if each == name}
+
+
+def test_layers_are_found():
+    doors = {"batchnorm.mlx", "batchnorm.flax.nn"}
+    assert {door for door, name in LAYERS if name == "BatchNorm"} == doors
+    assert ("batchnorm.torch", "SyncBatchNorm") in LAYERS
+
+
+@pytest.mark.parametrize("name", ["other", "batch_norm", "BatchNorm4d", "__wrapped__"])
+def test_another_name_is_an_ordinary_mistake(name):
+    assert not hasattr(batchnorm, name)
+    with pytest.raises(AttributeError, match=f"module 'batchnorm' has no attribute '{name}'"):
+        getattr(batchnorm, name)
+    with pytest.raises(ImportError, match=f"cannot import name '{name}' from 'batchnorm'"):
+        exec(f"from batchnorm import {name}", {})
+
+
+@pytest.fixture(scope="module")
+def without_frameworks():
+    """What each import says where no framework is installed."""
+    program = """
+import importlib, json, sys
+for framework in ("mlx", "jax", "flax", "torch"):
+    sys.modules[framework] = None
+said = {}
+for door in sys.argv[1:]:
+    try:
+        importlib.import_module(f"batchnorm.{door}")
+    except Exception as error:
+        said[door] = f"{type(error).__name__}: {error}"
+print(json.dumps(said))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program, *DOORS], capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize(
+    ("door", "framework"),
+    [
+        ("mlx", "MLX"),
+        ("jax", "JAX"),
+        ("flax.nn", "JAX"),
+        ("torch", "PyTorch"),
+        ("torch.functional", "PyTorch"),
+    ],
+)
+def test_a_door_without_its_framework_says_what_to_install(without_frameworks, door, framework):
+    package = door.removesuffix(".functional")
+    said = without_frameworks[door]
+    command = re.fullmatch(
+        rf"ImportError: batchnorm\.{package} needs {framework}: "
+        r'pip install "\.\[(\w+)\]" in a checkout of batchnorm\.',
+        said,
+    )
+    assert command, said
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert command[1] in project["optional-dependencies"]
+
+
+def test_what_needs_no_framework_is_imported(without_frameworks):
+    assert {"numpy", "flax"}.isdisjoint(without_frameworks)
+
+
+@pytest.mark.parametrize("place", ["src", "docs", "examples", "README.md", "CHANGELOG.md"])
+def test_nothing_says_that_the_package_is_published(place):
+    path = ROOT / place
+    files = path.rglob("*") if path.is_dir() else [path]
+    for file in files:
+        if file.suffix in (".py", ".md"):
+            assert not re.search("pip install ['\"]?batchnorm", file.read_text()), file
