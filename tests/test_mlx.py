@@ -648,6 +648,52 @@ def test_functions_compiled_for_any_size(sizes, options):
             close(got, gradients[name], 1e-4, 1e-4, name)
 
 
+@pytest.mark.parametrize(
+    "sizes", [[(20, 5, 3), (7, 9, 3), (900, 40, 3)], [(900, 40, 3), (2, 3, 3)]]
+)
+@pytest.mark.parametrize(
+    "part", [lambda n, m: (n, m, 1), lambda n, m: (n, 1, 1), lambda n, m: (m, 1)]
+)
+def test_a_mask_is_broadcast_to_any_size(sizes, part):
+    def loss(x, mask, dy):
+        return (batch_norm(x, mask=mask)[0] * dy).sum()
+
+    derivative = mx.compile(mx.grad(loss), shapeless=True)
+    for shape in sizes:
+        x, dy, mask = normal(*shape), normal(*shape), mx.array(RNG.integers(1, 3, part(*shape[:2])))
+        wanted = truth.batch_norm_gradients(dy, x, mask=mask)["x"]
+        close(derivative(x, mask, dy), wanted, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_second_derivatives_compiled_for_any_size(activation, masked):
+    def loss(x, mask, dy):
+        return (batch_norm(x, mask=mask, activation=activation)[0] * dy).sum()
+
+    def second(x, mask, dy):
+        return mx.grad(lambda x: (mx.grad(loss)(x, mask, dy) ** 2).sum())(x)
+
+    compiled = mx.compile(second, shapeless=True)
+    for shape in [(6, 3), (40, 3), (20000, 3), (4, 3)]:
+        x, dy, mask = normal(*shape), normal(*shape), None
+        if masked:
+            mask = mx.array(RNG.integers(1, 3, (shape[0], 1)))
+        wide_dy = dy.astype(mx.float64)
+        first = mx.grad(partial(loss, mask=mask, dy=wide_dy))
+        wide_x = x.astype(mx.float64)
+        wanted = differences(first, wide_x, first(wide_x))
+        close(compiled(x, mask, dy), 2 * wanted, 1e-3, 1e-3)
+
+
+def test_vmap_is_refused_in_a_program_for_any_size():
+    compiled = mx.compile(mx.vmap(lambda x: batch_norm(x)[0]), shapeless=True)
+    with pytest.raises(
+        ValueError, match="squeeze"
+    ):  # by MLX, whose broadcasts are of one size there
+        compiled(normal(4, 6, 3))
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_normalize_compiled_for_any_size(sizes):
     def loss(x, mean, var, scale, bias, dy):

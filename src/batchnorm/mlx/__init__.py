@@ -9,7 +9,8 @@ A program for any size (`shapeless=True` of `mx.compile` and `mx.export_function
 number of values of each feature from two on, whichever it was traced with. Of large arrays it takes
 about four times as long as one for each size: its sums are in float64 on the CPU. On one value of
 each feature, or none, such a program must not be called: there reductions of MLX 0.32 itself end
-the process, those of a gradient of `normalize` included. It has no `group`.
+the process, those of a gradient of `normalize` included. It has no `group`; and within it,
+`mx.vmap` and some forward derivatives are of one size in MLX itself.
 """
 
 from ..installation import missing

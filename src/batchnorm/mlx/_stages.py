@@ -118,7 +118,8 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     var = mx.sum(mx.square(centered), axes) / count
     y = definition.output(problem, inputs, Moments.given(mean, var), centered)
     mean, var = mean.astype(mx.float32), var.astype(mx.float32)
-    return y, Moments(mx.full_like(mean, count), mean, None, None, var)
+    count = count.astype(mx.float32) if problem.any_size else mx.full_like(mean, count)
+    return y, Moments(count, mean, None, None, var)
 
 
 def _of_any_size(
@@ -145,8 +146,8 @@ def _of_any_size(
         y, moments = _plainly(problem, inputs)
     else:
         inputs = _cast(inputs, mx.float64 if _has_float64() else _dtype(x))
-        if inputs.weights is None:
-            inputs = inputs._replace(weights=mx.ones_like(inputs.x))
+        weights = mx.array(1, inputs.x.dtype) if inputs.weights is None else inputs.weights
+        inputs = inputs._replace(weights=mx.broadcast_arrays(weights, inputs.x)[0])
         y, moments = definition.batch_norm(problem, inputs, mx.stop_gradient)
     count, mean, var = [each.astype(_dtype(x)) for each in moments.statistics()]
     return _in_order(y, order), Moments(count, mean, None, None, var)
