@@ -19,7 +19,10 @@ SMALL = 2**15
 def batch_norm(
     problem: Problem, inputs: Inputs, group: mx.distributed.Group | None = None
 ) -> tuple[mx.array, Moments]:
-    return _batch_norm(_as_traced(problem, inputs), inputs, group)
+    y, moments = _batch_norm(_as_traced(problem, inputs), inputs, group)
+    if isinstance(moments.count, int):
+        moments = moments._replace(count=mx.full_like(moments.pivot, moments.count))
+    return y, moments
 
 
 def training_step(
@@ -35,7 +38,7 @@ def training_step(
     problem = _as_traced(problem, inputs)
     y, moments = _batch_norm(problem, inputs, None)
     statistics = moments.statistics()
-    if inputs.weights is None and not problem.any_size:  # a number, and fewer operations
+    if inputs.weights is None and not problem.any_size:  # a number takes fewer operations
         count = values_per_feature(problem.features, inputs.x.shape)
         statistics = statistics._replace(count=count)
     new = definition.update_running(mean, var, statistics, rate=rate, correction=correction)
@@ -106,7 +109,8 @@ def _has_float64() -> bool:
 def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     """The fewest operations: in float64 the plain formulas neither overflow nor cancel.
 
-    What takes time in a small array is the number of operations, not their width.
+    What takes time in a small array is the number of operations, not their width. The count is a
+    number where the sizes are known.
     """
     inputs = _cast(inputs, mx.float64)
     x, features = inputs.x, problem.features
@@ -118,7 +122,6 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     var = mx.sum(mx.square(centered), axes) / count
     y = definition.output(problem, inputs, Moments.given(mean, var), centered)
     mean, var = mean.astype(mx.float32), var.astype(mx.float32)
-    count = count.astype(mx.float32) if problem.any_size else mx.full_like(mean, count)
     return y, Moments(count, mean, None, None, var)
 
 
