@@ -14,6 +14,7 @@ import truth
 from cases import HARD, LARGE_MEAN
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import batchnorm.torch as bt
 
@@ -207,6 +208,143 @@ def test_tracing():
     close(traced(tensor(7, 3, seed=1)), layer(tensor(7, 3, seed=1)))
 
 
+# ---- sizes that a program does not know
+
+
+class Masked(nn.Module):
+    def __init__(self, **keywords):
+        super().__init__()
+        self.norm = bt.BatchNorm2d(3, **keywords)
+
+    def forward(self, x):
+        return self.norm(x, mask=x[:, :1] > 2, residual=x)
+
+
+def by_functions(x):
+    statistics = bt.batch_statistics(x, axis=1)
+    moved = bt.update_running(statistics.mean, statistics.var, statistics, rate=0.1, correction=1)
+    y = bt.functional.batch_norm(x, None, None, training=True)
+    return bt.normalize(x, *moved, axis=1, activation="silu") + y
+
+
+UNSIZED_FUNCTIONS = {
+    "batch_norm": lambda x: bt.batch_norm(x, axis=1)[0],
+    "mask": lambda x: bt.batch_norm(x, axis=1, mask=x[:, :1] > 2)[0],
+    "residual": lambda x: bt.batch_norm(x, axis=1, residual=x[:1], activation="silu")[0],
+    "two axes": lambda x: bt.batch_norm(x, axis=(1, 2))[0][:, :, 0],
+    "statistics": lambda x: bt.batch_statistics(x, axis=1).merge(bt.batch_norm(x, axis=1)[1]).var,
+    "functions": by_functions,
+}
+IMAGES = ((4, 3, 5, 5), (1, 3, 5, 5), (700, 3, 5, 5), (7, 3, 2, 9), (150, 3, 16, 16))
+
+
+def first_derivative(function, how):
+    def loss(x):
+        return function(x).pow(3).mean()
+
+    def by_autograd(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(x), x)[0]
+
+    return torch.func.grad(loss) if how == "func" else by_autograd
+
+
+@pytest.mark.parametrize("derivative", [None, "func", "autograd"])
+@pytest.mark.parametrize("function", UNSIZED_FUNCTIONS.values(), ids=UNSIZED_FUNCTIONS)
+def test_graph_of_functions_for_any_size(function, derivative):
+    if derivative:
+        function = first_derivative(function, derivative)
+    graph = make_fx(function, tracing_mode="symbolic")(tensor(*IMAGES[0]))
+    for shape in IMAGES:
+        x = tensor(*shape, seed=1)
+        close(graph(x), function(x), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_graph_of_functions_for_one_size(mode):
+    function, x = first_derivative(by_functions, "autograd"), tensor(*IMAGES[0])
+    close(make_fx(function, tracing_mode=mode)(x)(x), function(x), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("function", UNSIZED_FUNCTIONS.values(), ids=UNSIZED_FUNCTIONS)
+def test_export_of_functions_for_any_size(function):
+    class Model(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(Model(), (tensor(*IMAGES[0]),), dynamic_shapes=(sizes,)).module()
+    for shape in IMAGES[:1] + IMAGES[2:]:
+        x = tensor(*shape, seed=1)
+        close(program(x), function(x), tolerance=2e-5)
+
+
+def unsized_layers():
+    return {
+        "tracked": bt.BatchNorm2d(3),
+        "untracked": bt.BatchNorm2d(3, track_running_stats=False).eval(),
+        "by batch": bt.BatchNorm2d(3).freeze(normalize_by="batch").eval(),
+        "moved": bt.BatchNorm2d(3).freeze(update_running=True),
+        "skips": bt.BatchNorm2d(3, skip_nonfinite=True, activation="silu"),
+        "momentum=None": bt.BatchNorm2d(3, momentum=None),
+        "synced": bt.SyncBatchNorm(3),
+        "masked": Masked(activation="relu"),
+    }
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", unsized_layers())
+def test_export_for_any_size(name, strict):
+    layer = unsized_layers()[name]
+    sizes = {axis: torch.export.Dim(f"size{axis}", min=1) for axis in (0, 2, 3)}
+    program = torch.export.export(
+        copy.deepcopy(layer), (tensor(*IMAGES[0]),), dynamic_shapes=(sizes,), strict=strict
+    ).module()
+    if name == "momentum=None":  # whose counts no program keeps: batches weigh as in torch.nn
+        layer = nn.BatchNorm2d(3, momentum=None)
+    for step, shape in enumerate(IMAGES):
+        x = tensor(*shape, seed=step)
+        close(program(x), layer(x), tolerance=2e-5)
+    for key, moved in program.named_buffers():
+        close(moved, layer.get_buffer(key), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", unsized_layers())
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks look, torch.nn's too
+def test_tracing_of_training(name):
+    layer = unsized_layers()[name]
+    if name == "momentum=None":
+        layer(tensor(9, 3, 5, 5))
+    traced = torch.jit.trace(copy.deepcopy(layer), (tensor(*IMAGES[0]),), check_trace=False)
+    for key, value in traced.named_buffers():  # which tracing, a step of training, has moved
+        value.copy_(layer.get_buffer(key))
+    if name == "momentum=None":
+        layer = bt.revert(layer)
+    for step, shape in enumerate(IMAGES):
+        x = tensor(*shape, seed=step)
+        close(traced(x), layer(x), tolerance=2e-5)
+    for key, moved in traced.named_buffers():
+        close(moved, layer.get_buffer(key), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("name", ["tracked", "masked", "torch.nn"])
+def test_one_graph_for_any_batch(name):
+    counter = CompileCounterWithBackend("aot_eager")
+    layer = {**unsized_layers(), "torch.nn": nn.BatchNorm2d(3)}[name].train()
+    compiled = torch.compile(layer, backend=counter, dynamic=True, fullgraph=True)
+    graphs = set()
+    for rows in (8, 16, 100, 1000, 10_000, 33_000, 300_000, 1_000_000):
+        x = tensor(rows // 2, 3, 2, 1).requires_grad_()
+        y = compiled(x)
+        y.mean().backward()
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
+    if name == "tracked":
+        wanted = truth.batch_norm(x.detach().numpy(), axis=1, eps=layer.eps).y
+        compare.close(y, wanted, rtol=0, atol=1e-5)
+
+
 # ---- ONNX
 
 # Of the exporters themselves.
@@ -271,3 +409,21 @@ def test_onnx_of_training_is_right_by_the_newer_exporter():
     x = tensor(2, 4, 5, 6) * 0.1
     program = exported(model, x, True)
     np.testing.assert_allclose(run(program, x), model(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+@ignoring
+@pytest.mark.parametrize("name", ["untracked", "by batch", "masked"])
+def test_onnx_of_batch_statistics_for_any_size(name):
+    layer = unsized_layers()[name]
+    if name == "masked":
+        layer.norm.freeze(normalize_by="batch")
+    sizes = {axis: torch.export.Dim(f"size{axis}", min=1) for axis in (0, 2, 3)}
+    program = exported(layer.eval(), tensor(*IMAGES[0]), True, dynamic_shapes=(sizes,))
+    for step, shape in enumerate(IMAGES):
+        x = tensor(*shape, seed=step)
+        np.testing.assert_allclose(run(program, x), layer(x).detach(), rtol=1e-4, atol=1e-4)
+    x = LARGE_MEAN.x(1000, 3).reshape(10, 10, 10, 3).transpose(0, 3, 1, 2)
+    if name != "masked":
+        wanted = truth.batch_norm(x, axis=1).y
+        got = run(program, torch.tensor(x))
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=LARGE_MEAN.tolerance)

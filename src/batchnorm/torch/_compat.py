@@ -88,15 +88,16 @@ def check_memory(name: str, tensor: Tensor) -> None:
     """That its storage has not been given back, as FSDP does between uses: operations would crash.
 
     What has no storage of its own (sparse, say, or batched) says so by a NotImplementedError. Were
-    that another one, such tensors would be refused with it: add it here.
+    that another one, such tensors would be refused with it: add it here. A storage of a symbolic
+    size is there; to compare that size would leave the comparison in the program that is traced.
     """
     if torch.compiler.is_compiling():  # of what will be there later
         return
     try:
-        is_freed = tensor.untyped_storage().nbytes() == 0 and tensor.numel() > 0
+        size = tensor.untyped_storage().nbytes()
     except NotImplementedError:
         return
-    if is_freed:
+    if isinstance(size, int) and size == 0 and tensor.numel() > 0:
         raise RuntimeError(
             f"{name} has no memory: its shape is {tuple(tensor.shape)}, but its storage has been "
             "freed, as FSDP frees parameters between uses. Call the model as a whole, or gather "

@@ -313,21 +313,22 @@ class Layer(_compat.BatchNormBase):
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
         rate: float | Tensor
-        tracked_now, is_transformed = None, _compat.is_transformed()
+        # From where no number of elements is kept until the next call.
+        tracked_now, is_apart = None, _compat.is_transformed() or self._is_exported()
         for name in ("num_batches_tracked", "num_batches_skipped"):
             if (counter := getattr(self, name, None)) is not None:
                 _compat.check_memory(name, counter)
         if self.momentum is None:
             count = statistics[0]
             before = self._elements_tracked
-            if before is None or is_transformed:
+            if before is None or is_apart:
                 before = self.num_batches_tracked * count
             tracked_now = before.to(count) + count
             rate = count / torch.where(tracked_now == 0, 1.0, tracked_now)
         else:
             rate = self._rate()
         self._running(call, inputs, running, rate).move(statistics, watched=call.watched)
-        if tracked_now is not None and not is_transformed:  # or it would escape
+        if tracked_now is not None and not is_apart:
             self._elements_tracked = tracked_now
         if finite is not None:
             with explained(type(self).__name__):
