@@ -96,7 +96,9 @@ def test_constructor_is_that_of_torch(ours, theirs, shape, arguments, keywords):
     assert [name for name, _ in one.named_buffers()] == [name for name, _ in other.named_buffers()]
     for name, wanted in other.state_dict().items():
         got = one.state_dict()[name]
-        assert (got.shape, got.dtype, got.device) == (wanted.shape, wanted.dtype, wanted.device)
+        dtype = torch.float32 if wanted.dtype == torch.bfloat16 and "running" in name else None
+        assert (got.shape, got.device) == (wanted.shape, wanted.device)
+        assert got.dtype == (dtype or wanted.dtype)
         assert wanted.is_meta or torch.equal(got, wanted)
 
 
@@ -686,7 +688,8 @@ def test_dtypes(dtype, of_layer):
     close(layer.weight.grad.double(), exact.weight.grad, tolerance=10 * tolerance)
     for got, wanted in zip(layer.buffers(), exact.buffers(), strict=True):
         close(got.double(), wanted.double(), tolerance=2 * tolerance)
-    assert [each.dtype for each in layer.buffers()] == [of_layer, of_layer, torch.int64]
+    of_buffers = torch.promote_types(of_layer, torch.float32)
+    assert [each.dtype for each in layer.buffers()] == [of_buffers, of_buffers, torch.int64]
     close(
         layer.eval()(x).double(), exact.eval()(precise), tolerance=3 * ROUNDING[dtype] + tolerance
     )
@@ -701,11 +704,96 @@ def test_other_mixes_are_refused(dtype, of_layer):
     for keywords in ({}, {"affine": False}, {"track_running_stats": False}):
         layer = bt.BatchNorm1d(4, dtype=of_layer, **keywords)
         before = state(layer)
-        name = "running_mean" if keywords == {"affine": False} else "weight"
-        message = f"{name} must have the dtype {dtype} of input .* its dtype is {of_layer}"
+        name, of_it = "weight", of_layer
+        if keywords == {"affine": False}:
+            name, of_it = "running_mean", layer.running_mean.dtype
+            if of_it == torch.float32 != dtype != torch.float64 or dtype == of_it:
+                continue  # nothing is of the layer's dtype
+        message = f"{name} must have the dtype {dtype} of input .* its dtype is {of_it}"
         with pytest.raises(TypeError, match=message):
             layer(tensor(6, 4, dtype=dtype))
         same(state(layer), before)
+
+
+CASTS = {
+    "half": (lambda model: model.half(), torch.float16),
+    "bfloat16": (lambda model: model.bfloat16(), torch.bfloat16),
+    "to": (lambda model: model.to(torch.float16, memory_format=torch.channels_last), torch.float16),
+    "to like": (lambda model: model.to(torch.zeros(0, dtype=torch.bfloat16)), torch.bfloat16),
+    "type": (lambda model: model.type(torch.float16), torch.float16),
+    "twice": (lambda model: model.half().bfloat16(), torch.bfloat16),
+    "and back": (lambda model: model.half().float(), torch.float32),
+    "double": (lambda model: model.double(), torch.float64),
+    "from double": (lambda model: model.double().half(), torch.float16),
+    "share_memory": (lambda model: model.half().share_memory(), torch.float16),
+}
+
+
+@pytest.mark.parametrize(("cast", "dtype"), CASTS.values(), ids=CASTS)
+@pytest.mark.parametrize("keywords", [{}, {"affine": False}], ids=str)
+def test_running_statistics_stay_exact_in_a_model_that_is_cast(cast, dtype, keywords):
+    layer = bt.BatchNorm2d(4, **keywords)
+    layer.running_mean.copy_(torch.rand(4) + 1000)
+    layer.running_var.copy_(torch.rand(4) + 1e5)  # infinite in float16
+    before = [layer.running_mean.clone(), layer.running_var.clone()]
+    model = cast(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(layer)))
+    for got, wanted in zip((layer.running_mean, layer.running_var), before, strict=True):
+        assert got.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(got.float(), wanted)
+    assert model[0].weight.dtype == dtype
+    x = torch.linspace(900, 1100, 2 * 4 * 25).reshape(2, 4, 5, 5).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    for training in (False, True):
+        y = model[1].train(training)(x)
+        assert y.dtype == dtype
+        close(y.double(), exact.train(training)(x.double()), tolerance=3 * ROUNDING[dtype])
+    for got, wanted in zip((layer.running_mean, layer.running_var), exact.buffers(), strict=False):
+        close(got.double(), wanted, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_running_statistics_of_narrow_layers_reach_the_batch(dtype):
+    x = torch.tensor([[2.0], [5.0]], dtype=dtype)
+    for layer in (
+        bt.BatchNorm1d(1, momentum=0.01, dtype=dtype),
+        bt.BatchNorm1d(1, momentum=0.01).to(dtype),
+        bt.convert(nn.BatchNorm1d(1, momentum=0.01, dtype=dtype)),
+        bt.LazyBatchNorm1d(momentum=0.01, dtype=dtype),
+        bt.LazyBatchNorm1d(momentum=0.01).to(dtype),
+    ):
+        for _ in range(2000):
+            layer(x)
+        close(layer.running_mean, torch.tensor([3.5]), tolerance=1e-4)
+        close(layer.running_var, torch.tensor([4.5]), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_narrow_running_statistics_are_loaded_as_float32(assign):
+    narrow = with_parameters(nn.BatchNorm1d(4)).half()
+    layer = bt.BatchNorm1d(4)
+    layer.load_state_dict(narrow.state_dict(), strict=True, assign=assign)
+    for name in ("running_mean", "running_var"):
+        got, wanted = getattr(layer, name), getattr(narrow, name)
+        assert got.dtype == torch.float32
+        assert torch.equal(got, wanted.float())
+    layer.half()(tensor(6, 4, dtype=torch.float16))
+
+
+def test_a_narrow_layer_without_memory():
+    layer = bt.BatchNorm1d(4, device="meta").half().to_empty(device="cpu")
+    assert (layer.weight.dtype, layer.running_mean.dtype) == (torch.float16, torch.float32)
+    layer.reset_parameters()
+    layer(tensor(6, 4, dtype=torch.float16))
+
+
+def test_functions_change_running_statistics_in_the_dtype_that_they_have():
+    x, mean, var = tensor(6, 4).half(), torch.zeros(4).half(), torch.ones(4).half()
+    exact = torch.zeros(4), torch.ones(4)
+    bt.functional.batch_norm(x, mean, var, training=True)
+    nn.functional.batch_norm(x.float(), *exact, training=True)
+    assert mean.dtype == var.dtype == torch.float16
+    close(mean.float(), exact[0], tolerance=2e-3)
+    close(var.float(), exact[1], tolerance=2e-3)
 
 
 def test_autocast():

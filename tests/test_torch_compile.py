@@ -189,6 +189,20 @@ def test_export_with_residual_and_silu_of_a_frozen_layer():
     close(program.module()(x, residual=residual), layer(x, residual=residual))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_programs_of_narrow_layers(dtype):
+    layer = trained_a_little(bt.BatchNorm1d(4, activation="relu")).to(dtype).eval()
+    x = tensor(7, 4).to(dtype)
+    for program in (
+        torch.export.export(layer, (x,)).module(),
+        torch.jit.trace(layer, (x,)),
+        torch.compile(layer, backend="aot_eager"),
+        lambda x: torch.func.functional_call(layer, dict(layer.named_buffers()), x),
+    ):
+        close(program(x), layer(x), tolerance=0.02)
+
+
 @pytest.mark.parametrize("freezing", [None, {"update_running": True}])
 def test_export_of_training_is_training(freezing):
     layer = trained_a_little(bt.BatchNorm1d(3))

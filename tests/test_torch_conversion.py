@@ -157,6 +157,20 @@ def test_a_layer_with_two_names_stays_one():
     assert type(model.outside[0]) is nn.BatchNorm1d
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_statistics_are_float32_until_reverted(dtype):
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)).to(dtype)
+    model[0].running_mean.fill_(3)
+    bt.convert(model)
+    assert {layer.running_mean.dtype for layer in model} == {torch.float32}
+    assert torch.equal(model[0].running_mean, torch.full((4,), 3.0))
+    x = torch.randn(6, 4).to(dtype)
+    model(x)
+    bt.revert(model)
+    assert (model[0].running_mean.dtype, model[0].running_var.dtype) == (dtype, dtype)
+    assert model.eval()(x).dtype == model.train()(x).dtype == dtype
+
+
 def test_lazy_layers():
     model = bt.convert(nn.Sequential(nn.LazyBatchNorm2d(momentum=0.5)))
     assert type(model[0]) is bt.LazyBatchNorm2d

@@ -40,7 +40,8 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
     """Make every batch normalization of torch.nn in a model one of ours.
 
     The layers stay the same objects, of another class: their parameters and buffers (an optimizer
-    goes on training them), hooks, mode and freezing are what they were.
+    goes on training them), hooks, mode and freezing are what they were. Only running statistics of
+    float16 or bfloat16 become float32.
 
     Parameters
     ----------
@@ -79,6 +80,7 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
         if kind is layers.SyncBatchNorm and shared:
             layer.converted_from = layer.converted_from or _THEIRS.get(before, before)
             layer.process_group = None if sync is True else sync
+        layer.widen_statistics()
     return module
 
 
@@ -86,7 +88,8 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
     """Make every layer of ours in a model one of torch.nn's.
 
     As in `convert`, the layers stay the same objects. One that `convert` has made becomes one of
-    the class that it was made from.
+    the class that it was made from. Running statistics take the dtype of the weight, as torch.nn's
+    layers need it.
 
     Parameters
     ----------
@@ -116,6 +119,9 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
     """
     for layer, kind in _found(module, _reverted):
         layer.__class__ = kind
+        if layer.weight is not None and layer.running_mean is not None:
+            for name in ("running_mean", "running_var"):
+                setattr(layer, name, getattr(layer, name).to(layer.weight.dtype))
         for name in _STATE.intersection(vars(layer)):
             if name != "process_group" or kind is not torch.nn.SyncBatchNorm:
                 delattr(layer, name)

@@ -37,8 +37,8 @@ def batch_norm(
     ----------
     input : tensor of shape (N, C, ...)
     running_mean, running_var : tensor of shape (C,)
-        May be None in training, where they are changed in place and keep their dtypes: in bfloat16
-        and float16, an average stops as soon as its steps are smaller than a rounding.
+        May be None in training, which changes them in place, in the dtype that they have: give
+        float32 ones with a float16 or bfloat16 input, as averages of that dtype stop moving.
     weight, bias : tensor of shape (C,), optional
     training : bool
         Whether to normalize by the statistics of the input.

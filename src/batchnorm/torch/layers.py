@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer
 
 from .. import checks
 from ..activations import activate
@@ -21,6 +22,7 @@ NormalizeBy = Literal["batch", "running"]
 
 _CONVENTION = CONVENTIONS["torch"]
 FREEZING = ("normalize_by", "update_running")
+_RUNNING = ("running_mean", "running_var")
 
 
 class Layer(_compat.BatchNormBase):
@@ -67,6 +69,30 @@ class Layer(_compat.BatchNormBase):
                 torch.zeros_like(self.num_batches_tracked) if self.track_running_stats else None
             )
             self.register_buffer("num_batches_skipped", skipped, persistent=False)
+        self.widen_statistics()
+
+    def widen_statistics(self, before: dict[str, Tensor | None] | None = None) -> None:
+        """Keep running statistics in float32 at least, with the values that they had before.
+
+        In float16 or bfloat16, an average stops where a step rounds to nothing.
+        """
+        for name in _RUNNING:
+            each = self._buffers.get(name)
+            if each is None or isinstance(each, UninitializedBuffer):
+                continue
+            if each.is_floating_point() and each.itemsize < torch.float32.itemsize:
+                wide = each.float()
+                exact = None if before is None else before[name]
+                if exact is not None and not exact.is_meta:
+                    wide.copy_(exact)
+                self._buffers[name] = wide
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What half(), to() and the like do, also those of a model that the layer is in."""
+        before = {name: self._buffers.get(name) for name in _RUNNING}
+        super()._apply(fn, recurse)
+        self.widen_statistics(before)
+        return self
 
     def forward(
         self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
@@ -224,6 +250,7 @@ class Layer(_compat.BatchNormBase):
                 messages.append(f'While loading the metadata of "{prefix[:-1]}": {error}')
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+        self.widen_statistics()  # which assign=True takes as they are
         self._elements_tracked = None
         for name, value in freezing.items():
             setattr(self, name, value)
@@ -286,9 +313,12 @@ class Layer(_compat.BatchNormBase):
 
     def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """As the operators that an exporter knows."""
-        y = F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        mean = self.running_mean
+        # Not all of its kernels take parameters of another dtype than the statistics.
+        weight, bias = (
+            each if each is None else each.to(mean.dtype) for each in (self.weight, self.bias)
         )
+        y = F.batch_norm(input, mean, self.running_var, weight, bias, eps=self.eps)
         y = y if residual is None else y + residual.to(y.dtype)
         if self.activation is None:
             return y
@@ -339,7 +369,9 @@ class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`: batch normalization of (N, C) or (N, C, L).
 
     Its state_dict is torch.nn's, and so are its defaults and what it computes, up to rounding.
-    An empty batch leaves everything as it is.
+    An empty batch leaves everything as it is. Running statistics are float32 at least: in a layer
+    of float16 or bfloat16, which averages of that dtype would not follow, and through half(),
+    bfloat16() and to().
 
     Parameters
     ----------
@@ -479,6 +511,10 @@ class _Lazy:
     ) -> None:
         super().__init__(*arguments, **keywords)
         self._add(activation, skip_nonfinite)  # type: ignore[attr-defined]
+
+    def initialize_parameters(self, *arguments: Any, **keywords: Any) -> None:
+        super().initialize_parameters(*arguments, **keywords)  # type: ignore[misc]
+        self.widen_statistics()  # type: ignore[attr-defined]
 
 
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):
