@@ -796,6 +796,44 @@ def test_functions_change_running_statistics_in_the_dtype_that_they_have():
     close(var.float(), exact[1], tolerance=2e-3)
 
 
+@pytest.mark.parametrize(
+    "kind", [torch.float32, torch.float64, torch.bfloat16, torch.int64], ids=str
+)
+def test_a_tensor_without_axes_is_the_number_that_it_holds(kind):
+    x = tensor(6, 4)
+    one = torch.tensor(1, dtype=kind)
+    same(bt.batch_norm(x, eps=one)[0], bt.batch_norm(x, eps=1.0)[0])
+    same(bt.normalize(x, x[0], x[0] ** 2, eps=one), bt.normalize(x, x[0], x[0] ** 2, eps=1))
+    running, wanted = (torch.zeros(4).double(), torch.ones(4).double()), bt.batch_statistics(x)
+    same(bt.update_running(*running, wanted, rate=one), wanted[1:])
+    bt.functional.batch_norm(x, *running, training=True, momentum=one, eps=one)
+    same(running[0], wanted.mean)
+    layer, other = bt.BatchNorm1d(4, one, one).double(), bt.BatchNorm1d(4, 1, 1).double()
+    same(layer(x), other(x))
+    same(state(layer), state(other))
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (torch.tensor(-1.0), ValueError),
+        (torch.tensor(torch.nan), ValueError),
+        (torch.tensor(True), TypeError),
+        (torch.tensor(1j), TypeError),
+        (torch.tensor([0.1]), TypeError),
+    ],
+    ids=str,
+)
+def test_a_tensor_that_is_no_such_number(value, error):
+    x, statistics = tensor(6, 4), bt.batch_statistics(tensor(6, 4))
+    with pytest.raises(error, match="eps must be"):
+        bt.batch_norm(x, eps=value)
+    with pytest.raises(error, match="rate must be"):
+        bt.update_running(statistics.mean, statistics.var, statistics, rate=value)
+    with pytest.raises(error, match="momentum must be"):
+        bt.functional.batch_norm(x, None, None, training=True, momentum=value)
+
+
 def test_autocast():
     norm = bt.BatchNorm2d(4, activation="relu")
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1))

@@ -163,6 +163,61 @@ def test_compiled_refuses_as_eager_does():
     assert layer.num_batches_tracked == 0
 
 
+def with_numbers(x, momentum, eps):
+    mean, var = torch.zeros(3), torch.ones(3)
+    z = bt.functional.batch_norm(x, mean, var, training=True, momentum=momentum, eps=eps)
+    y, statistics = bt.batch_norm(x, axis=1, eps=eps, activation="silu")
+    moved = bt.update_running(mean, var, statistics, rate=momentum)
+    return y + z + bt.normalize(x, *moved, axis=1, eps=eps), mean, var
+
+
+def test_programs_take_numbers_as_tensors():
+    x, arguments = tensor(6, 3), (torch.tensor(0.25), torch.tensor(0.5))
+    wanted = with_numbers(x, 0.25, 0.5)
+    assert torch.allclose(wanted[1], 0.25 * x.mean(0))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(with_numbers, backend=counter, fullgraph=True)
+    for program in (
+        with_numbers,
+        compiled,
+        make_fx(with_numbers, tracing_mode="symbolic")(x, torch.tensor(0.1), torch.tensor(0.1)),
+    ):
+        close(list(program(x, *arguments)), list(wanted), tolerance=1e-5)
+    other = with_numbers(x, 0.75, 2.0)
+    close(compiled(x, torch.tensor(0.75), torch.tensor(2.0)), other, tolerance=1e-5)
+    assert counter.frame_count == 1
+
+    mapped = torch.vmap(lambda eps: bt.batch_norm(x, eps=eps)[0])(torch.tensor([0.5, 2.0]))
+    close(mapped, torch.stack([bt.batch_norm(x, eps=eps)[0] for eps in (0.5, 2.0)]))
+
+    def loss(eps):
+        return with_numbers(x, 0.25, eps)[0].pow(3).sum()
+
+    step = 1e-3
+    wanted = (loss(0.5 + step) - loss(0.5 - step)) / (2 * step)
+    close(torch.func.grad(loss)(arguments[1]), wanted, tolerance=1e-2)
+    eps = arguments[1].clone().requires_grad_()
+    close(torch.autograd.grad(loss(eps), eps)[0], wanted, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"skip_nonfinite": True}], ids=str)
+def test_programs_of_layers_with_numbers_as_tensors(keywords):
+    layer = bt.BatchNorm1d(3, torch.tensor(0.5), torch.tensor(0.25), **keywords)
+    wanted = bt.BatchNorm1d(3, 0.5, 0.25, **keywords)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(copy.deepcopy(layer), backend=counter, fullgraph=True)
+    program = torch.export.export(copy.deepcopy(layer), (tensor(6, 3),)).module()
+    x = tensor(6, 3, seed=1)
+    y = wanted(x)
+    for each in (layer, compiled, program):
+        close(each(x), y)
+        close(list(each.buffers()), list(wanted.buffers()))
+    layer.eval(), wanted.eval()
+    for each in (layer, torch.export.export(layer, (x,)).module()):
+        close(each(x), wanted(x))
+    assert counter.frame_count == 1
+
+
 # ---- torch.export and tracing
 
 

@@ -1,7 +1,9 @@
 """The arguments as the stages want them, or an error that says what is wrong with one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,20 @@ from ._stages import Call, wide
 from ._sync import Group, processes_of
 
 Axis = int | Sequence[int]
+Number = float | Tensor  # a tensor without axes
+fraction = {name: partial(checks.fraction, name) for name in ("momentum", "rate")}
+
+
+def number(value: Any, check: Callable[[Any], float]) -> Any:
+    """A number that is in order; a tensor without axes stands for the one that it holds.
+
+    It stays a tensor where that one can't be looked at, as in a program, or has a derivative.
+    """
+    if type(value) is float or not isinstance(value, Tensor) or value.ndim > 0:
+        return check(value)
+    if value.is_complex() or value.dtype == torch.bool:
+        return check(value)
+    return value if is_watched(value) or value.requires_grad else check(value.item())
 
 
 def checked(
@@ -21,7 +37,7 @@ def checked(
     scale: Tensor | None,
     bias: Tensor | None,
     axis: Axis,
-    eps: float,
+    eps: Number,
     mask: Tensor | None,
     residual: Tensor | None,
     activation: str | None,
@@ -33,9 +49,10 @@ def checked(
         if value is not None:
             check_parameter(name, value, x, features)
     processes = processes_of(sync, lambda: "batch_norm")
-    problem = Problem(features, checks.positive_eps(eps), checks.activation(activation))
+    eps = number(eps, checks.positive_eps)
+    problem = Problem(features, eps, checks.activation(activation))
     inputs = Inputs(x, scale, bias, residual_like(x, residual), weights_of(x, mask))
-    return Call(problem, processes, is_watched(x)), inputs
+    return Call(problem, processes, is_watched(x) or isinstance(eps, Tensor)), inputs
 
 
 def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:

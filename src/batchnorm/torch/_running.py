@@ -36,8 +36,8 @@ class Running(NamedTuple):
     owner: str | None = None
 
     def operands(self) -> dict[str, Any] | None:
-        """For a kernel; None if it would not see what views mean that negate what is in memory."""
-        if self.mean.is_neg() or self.var.is_neg():
+        """For a kernel; None if a rate is a tensor, or a view negates what is in memory."""
+        if type(self.rate) is not float or self.mean.is_neg() or self.var.is_neg():
             return None
         return {
             "running_mean": self.mean,
@@ -52,7 +52,6 @@ class Running(NamedTuple):
         if (
             kernels is not None
             and not watched
-            and type(self.rate) is float
             and statistics.dtype == torch.float64
             and (operands := self.operands()) is not None
             and kernels.update_running(statistics=statistics, correction=1, **operands) is None
@@ -66,7 +65,7 @@ class Running(NamedTuple):
             if tensor is not None:
                 check_memory(name, tensor)
         count, mean, var = rounded(statistics).detach().unbind(0)
-        with explained(self.owner):
+        with explained(self.owner), torch.no_grad():
             batches = (count > 0).any() if self.may_be_empty else 1
             new_mean, new_var = update_running(
                 self.mean.to(mean.dtype),

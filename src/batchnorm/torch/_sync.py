@@ -28,7 +28,7 @@ class Alone:
 
     is_shared = False
 
-    def pooled(self, statistics: Tensor, eps: float) -> Tensor:
+    def pooled(self, statistics: Tensor, eps: float | Tensor) -> Tensor:
         return statistics
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -47,13 +47,13 @@ class Processes(Alone):
     def __init__(self, group: Group, name: Callable[[], str]) -> None:
         self.group, self.name, self.place = group, name, 0
 
-    def pooled(self, statistics: Tensor, eps: float) -> Tensor:
+    def pooled(self, statistics: Tensor, eps: float | Tensor) -> Tensor:
         """The statistics of all the processes' elements: the formula of Chan, Golub & LeVeque.
 
         (1979; for many sets at once.) Every process computes the same from the same numbers.
         """
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        what = torch.tensor((eps, self.place), dtype=statistics.dtype, device=statistics.device)
+        what = torch.stack([torch.as_tensor(each).to(statistics) for each in (eps, self.place)])
         own = torch.cat((statistics.flatten(), what))
         others = torch.zeros_like(own)
         parts = torch.stack([own if each == rank else others for each in range(size)])

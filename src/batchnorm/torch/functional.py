@@ -2,15 +2,17 @@
 
 from torch import Tensor
 
-from .. import checks
 from ..conventions import CONVENTIONS
 from . import _derivatives
 from ._arguments import (
+    Number,
     check_floating,
     check_parameter,
     check_running,
     check_values,
     checked,
+    fraction,
+    number,
     values_of,
 )
 from ._running import Running
@@ -28,8 +30,8 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
 ) -> Tensor:
     """Normalize the channels, axis 1, of input; in training, move the running statistics in place.
 
@@ -42,9 +44,9 @@ def batch_norm(
     weight, bias : tensor of shape (C,), optional
     training : bool
         Whether to normalize by the statistics of the input.
-    momentum : float within [0, 1]
+    momentum : float within [0, 1], or tensor without axes
         The weight of the new value in the running statistics.
-    eps : float
+    eps : float, or tensor without axes
 
     Returns
     -------
@@ -89,7 +91,7 @@ def batch_norm(
                 "Expected running_mean and running_var to be defined when training=False"
             )
         return _derivatives.normalize(call, inputs, given)
-    rate = CONVENTIONS["torch"].rate(checks.fraction("momentum", momentum))
+    rate = CONVENTIONS["torch"].rate(number(momentum, fraction["momentum"]))
     check_values(values_of(call, inputs), input.shape)
     running = None if given is None else Running(*given, None, rate)
     return _derivatives.training_step(call, inputs, running)

@@ -10,11 +10,14 @@ from ..running import moved
 from . import _derivatives
 from ._arguments import (
     Axis,
+    Number,
     check_device,
     check_floating,
     check_parameter,
     check_real,
     checked,
+    fraction,
+    number,
     values_of,
 )
 from ._compat import check_memory
@@ -29,7 +32,7 @@ def batch_norm(
     bias: Tensor | None = None,
     *,
     axis: Axis = -1,
-    eps: float = 1e-5,
+    eps: Number = 1e-5,
     mask: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
@@ -83,7 +86,7 @@ def normalize(
     bias: Tensor | None = None,
     *,
     axis: Axis = -1,
-    eps: float = 1e-5,
+    eps: Number = 1e-5,
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
@@ -128,7 +131,7 @@ def batch_statistics(
 
 @documented(array="tensor")
 def update_running(
-    mean: Tensor, var: Tensor, statistics: Statistics, *, rate: float, correction: int = 0
+    mean: Tensor, var: Tensor, statistics: Statistics, *, rate: Number, correction: int = 0
 ) -> tuple[Tensor, Tensor]:
     """...
 
@@ -148,7 +151,7 @@ def update_running(
         check_real(f"statistics.{name}", value)
         check_device(f"statistics.{name}", value, mean, "mean")
     check_device("var", var, mean, "mean")
-    rate = checks.fraction("rate", rate)
+    rate = number(rate, fraction["rate"])
     return moved(mean, var, statistics, torch.promote_types, rate=rate, correction=correction)
 
 

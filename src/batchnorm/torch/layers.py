@@ -13,7 +13,15 @@ from ..activations import activate
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
 from . import _compat, _derivatives
-from ._arguments import check_device, check_running, check_values, residual_like, weights_of
+from ._arguments import (
+    check_device,
+    check_running,
+    check_values,
+    fraction,
+    number,
+    residual_like,
+    weights_of,
+)
 from ._running import Running, explained
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
@@ -289,8 +297,9 @@ class Layer(_compat.BatchNormBase):
         if residual is not None:
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
-        problem = Problem((1,), checks.positive_eps(self.eps), self.activation)
-        call = Call(problem, self._processes(), watched)
+        eps = number(self.eps, checks.positive_eps)
+        problem = Problem((1,), eps, self.activation)
+        call = Call(problem, self._processes(), watched or isinstance(eps, Tensor))
         return call, Inputs(input, weight, bias, residual, weights)
 
     def _normalizes_by_running(self, is_tracked: bool) -> bool:
@@ -312,21 +321,22 @@ class Layer(_compat.BatchNormBase):
         return _compat.is_traced() or torch.compiler.is_exporting()
 
     def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """As the operators that an exporter knows."""
-        mean = self.running_mean
+        """As the operators that an exporter knows, to which eps is a number."""
+        mean, eps = self.running_mean, self.eps
+        eps = checks.positive_eps(eps.item() if isinstance(eps, Tensor) else eps)
         # Not all of its kernels take parameters of another dtype than the statistics.
         weight, bias = (
             each if each is None else each.to(mean.dtype) for each in (self.weight, self.bias)
         )
-        y = F.batch_norm(input, mean, self.running_var, weight, bias, eps=self.eps)
+        y = F.batch_norm(input, mean, self.running_var, weight, bias, eps=eps)
         y = y if residual is None else y + residual.to(y.dtype)
         if self.activation is None:
             return y
         operator = getattr(F, self.activation, None)
         return activate(y, self.activation) if operator is None else operator(y)
 
-    def _rate(self) -> float:
-        return _CONVENTION.rate(checks.fraction("momentum", self.momentum))
+    def _rate(self) -> Any:
+        return _CONVENTION.rate(number(self.momentum, fraction["momentum"]))
 
     def _running(self, call: Call, inputs: Inputs, running: Given, rate: float | Tensor) -> Running:
         may_be_empty = self.skip_nonfinite or inputs.weights is not None or call.processes.is_shared
