@@ -102,6 +102,27 @@ def test_constructor_is_that_of_torch(ours, theirs, shape, arguments, keywords):
         assert wanted.is_meta or torch.equal(got, wanted)
 
 
+BAD_SETTINGS = [
+    ({"num_features": 0}, ValueError, "num_features must be a positive integer, but got 0"),
+    ({"num_features": -1}, ValueError, "num_features must be a positive integer, but got -1"),
+    ({"num_features": "3"}, TypeError, "num_features must be a positive integer, but got '3'"),
+    ({"num_features": 3.0}, TypeError, "num_features must be a positive integer, but got 3.0"),
+    ({"eps": "1e-5"}, TypeError, "eps must be a positive number, but got '1e-5'"),
+    ({"eps": None}, TypeError, "eps must be a positive number, but got None"),
+    ({"eps": 0}, ValueError, "eps must be positive and finite, but got 0"),
+    ({"eps": float("nan")}, ValueError, "eps must be positive and finite, but got nan"),
+    ({"eps": torch.tensor(-1.0)}, ValueError, "eps must be positive and finite, but got -1"),
+    ({"momentum": 1.1}, ValueError, r"momentum must be within \[0, 1\], but got 1.1"),
+    ({"momentum": "0.1"}, TypeError, r"momentum must be a number within \[0, 1\], but got '0.1'"),
+    ({"momentum": torch.ones(3)}, TypeError, r"momentum must be a number within \[0, 1\]"),
+    ({"affine": "no"}, TypeError, "affine must be True or False, but got 'no'"),
+    ({"track_running_stats": 1}, TypeError, "track_running_stats must be True or False, but got 1"),
+    ({"activation": "gelu"}, ValueError, "activation must be None"),
+    ({"activation": []}, ValueError, "activation must be None"),
+    ({"skip_nonfinite": "no"}, TypeError, "skip_nonfinite must be True or False, but got 'no'"),
+]
+
+
 @pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
 @pytest.mark.parametrize(
     ("arguments", "keywords"),
@@ -112,6 +133,20 @@ def test_constructor_refuses_what_torch_refuses(ours, theirs, shape, arguments, 
     for kind in (ours, theirs):
         with pytest.raises(TypeError):
             kind(*arguments, **keywords)
+
+
+@pytest.mark.parametrize("ours", [each[0] for each in CLASSES], ids=IDS[1:])
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize(("keywords", "error", "message"), BAD_SETTINGS, ids=str)
+def test_bad_settings_are_refused_at_construction(ours, lazy, keywords, error, message):
+    if lazy:
+        ours = getattr(bt, f"Lazy{ours.__name__}", None)
+        if ours is None or "num_features" in keywords:
+            return  # there is no such class, or argument
+    else:
+        keywords = {"num_features": 3, **keywords}
+    with pytest.raises(error, match=message):
+        ours(**keywords)
 
 
 def test_our_own_arguments_are_keywords():
@@ -832,6 +867,23 @@ def test_a_tensor_that_is_no_such_number(value, error):
         bt.update_running(statistics.mean, statistics.var, statistics, rate=value)
     with pytest.raises(error, match="momentum must be"):
         bt.functional.batch_norm(x, None, None, training=True, momentum=value)
+
+
+@pytest.mark.parametrize("layer", [bt.BatchNorm1d(4), bt.LazyBatchNorm1d(), bt.SyncBatchNorm(4)])
+@pytest.mark.parametrize("value", [np.zeros((6, 4), np.float32), [[1.0, 2.0]], None], ids=str)
+def test_what_is_no_tensor_is_refused_by_name(layer, value):
+    message = f"must be an instance of torch.Tensor, but got {type(value).__name__}. torch.as_tens"
+    before = repr(layer), layer.num_features
+    with pytest.raises(TypeError, match=f"input {message}"):
+        layer(value)
+    assert (repr(layer), layer.num_features) == before
+    if value is not None:
+        x = tensor(6, 4, dtype=torch.float32)
+        for name in ("mask", "residual"):
+            with pytest.raises(TypeError, match=f"{name} {message}"):
+                bt.BatchNorm1d(4)(x, **{name: value})
+        with pytest.raises(TypeError, match=f"scale {message}"):
+            bt.batch_norm(x, value)
 
 
 def test_autocast():

@@ -157,6 +157,43 @@ def test_a_layer_with_two_names_stays_one():
     assert type(model.outside[0]) is nn.BatchNorm1d
 
 
+@pytest.mark.parametrize("change", [bt.convert, bt.revert])
+@pytest.mark.parametrize("value", [{}, None, nn.BatchNorm1d, "model"], ids=str)
+def test_what_is_no_module_is_refused(change, value):
+    with pytest.raises(TypeError, match=r"module must be an instance of torch.*Module, but got"):
+        change(value)
+
+
+def test_a_model_without_batch_normalization_gives_a_warning():
+    model = nn.Sequential(nn.Linear(4, 3))
+    for sync in (None, True):
+        with pytest.warns(UserWarning, match="no batch normalization of torch.nn in this Sequen"):
+            assert bt.convert(model, sync=sync) is model
+    assert bt.revert(model) is model
+    model.append(bt.BatchNorm1d(3))
+    assert bt.convert(model) is model  # there is one, which is converted already
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"eps": "1e-5"}, TypeError, "eps must be a positive number, but got '1e-5'"),
+        ({"eps": float("nan")}, ValueError, "eps must be positive and finite, but got nan"),
+        ({"momentum": 1.1}, ValueError, "momentum must be within"),
+        ({"num_features": 0}, ValueError, "num_features must be a positive integer, but got 0"),
+        ({"affine": "no"}, TypeError, "affine must be True or False, but got 'no'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sync", [None, True])
+def test_a_layer_whose_settings_are_bad_is_refused_by_name(settings, error, message, sync):
+    bad = nn.BatchNorm1d(**{"num_features": 3, **settings})
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(bad))
+    with pytest.raises(error, match=f"convert cannot take '1.0': {message}"):
+        bt.convert(model, sync=sync)
+    assert type(model[0]) is nn.BatchNorm1d
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_narrow_statistics_are_float32_until_reverted(dtype):
     model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)).to(dtype)

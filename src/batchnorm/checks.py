@@ -142,6 +142,14 @@ def boolean(name: str, value: Any) -> bool:
     return value
 
 
+def positive_integer(name: str, value: Any) -> int:
+    if not is_integer(value):
+        raise TypeError(f"{name} must be a positive integer, but got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive integer, but got {value}.")
+    return int(value)
+
+
 def more_than_one_value(values: Any, x_shape: Shape, allow_one_value: Any) -> None:
     """Of each feature of x; what several devices hold together may not be known, and None."""
     if not boolean("allow_one_value", allow_one_value) and values == 1 and 0 not in x_shape:

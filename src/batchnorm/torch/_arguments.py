@@ -87,6 +87,23 @@ def values_of(call: Call, inputs: Inputs) -> int:
     return values
 
 
+def check_settings(eps: Any, momentum: Any, **switches: Any) -> None:
+    """Of a layer."""
+    number(eps, checks.positive_eps)
+    if momentum is not None:
+        number(momentum, fraction["momentum"])
+    for name, value in switches.items():
+        checks.boolean(name, value)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be an instance of torch.Tensor, but got {type(value).__name__}. "
+            "torch.as_tensor makes one of an array or a list."
+        )
+
+
 def check_floating(name: str, value: object) -> None:
     _check_dense(name, value)
     assert isinstance(value, Tensor)
@@ -100,7 +117,7 @@ def check_real(name: str, value: object) -> None:
 
 
 def _check_dense(name: str, value: object) -> None:
-    checks.instance(name, value, Tensor)
+    check_tensor(name, value)
     assert isinstance(value, Tensor)
     if isinstance(value, torch.masked.MaskedTensor):
         raise TypeError(

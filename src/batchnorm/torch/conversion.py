@@ -1,12 +1,15 @@
 """From torch.nn's layers to ours, and back."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .. import checks
 from . import layers
+from ._arguments import check_settings
 from ._compat import BatchNormBase
 from ._sync import Group, group_of
 
@@ -60,10 +63,17 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
     ------
     TypeError
         If the model holds a subclass of torch.nn's layers, which may mean something of its own, or
-        one with an attribute that means something else in ours (a `forward` of its own, say); or if
-        sync is something else. Nothing is changed then.
+        one with an attribute that means something else in ours (a `forward` of its own, say), or
+        one whose settings ours refuses; or if module or sync is something else. Nothing is changed
+        then.
     ValueError
-        If this process is not in the group. Nothing is changed then.
+        If this process is not in the group, or a setting of a layer (a momentum above 1, say) is
+        out of range. Nothing is changed then.
+
+    Warns
+    -----
+    UserWarning
+        If the model holds no batch normalization.
 
     Examples
     --------
@@ -73,7 +83,14 @@ def convert(module: torch.nn.Module, *, sync: Group | bool | None = None) -> tor
     >>> type(batchnorm.torch.convert(model)[1])
     <class 'batchnorm.torch.layers.BatchNorm2d'>
     """
+    checks.instance("module", module, torch.nn.Module)
     group_of(sync)
+    if not any(isinstance(each, BatchNormBase) for each in module.modules()):
+        warnings.warn(
+            f"convert found no batch normalization of torch.nn in this {type(module).__name__}, "
+            "and so changes nothing.",
+            stacklevel=2,
+        )
     shared = sync is not None and sync is not False
     for layer, kind in _found(module, lambda path, layer: _converted(path, layer, shared)):
         before, layer.__class__ = type(layer), kind
@@ -117,6 +134,7 @@ def revert(module: torch.nn.Module) -> torch.nn.Module:
     >>> type(batchnorm.torch.revert(model)[0])
     <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
+    checks.instance("module", module, torch.nn.Module)
     for layer, kind in _found(module, _reverted):
         layer.__class__ = kind
         if layer.weight is not None and layer.running_mean is not None:
@@ -146,6 +164,17 @@ def _converted(path: str, layer: torch.nn.Module, shared: bool) -> type | None:
             f"{kind.__module__}.{kind.__qualname__}, which may do something of its own. Replace it "
             "by hand, or leave it out of the module that is converted."
         )
+    try:
+        check_settings(
+            layer.eps,
+            layer.momentum,
+            affine=layer.affine,
+            track_running_stats=layer.track_running_stats,
+        )
+        if not isinstance(layer, LazyModuleMixin):
+            checks.positive_integer("num_features", layer.num_features)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"convert cannot take {path or 'module'!r}: {error}") from error
     own = _DEFINED.intersection(vars(layer)) - (_STATE if kind in _THEIRS else set())
     if own:
         raise TypeError(

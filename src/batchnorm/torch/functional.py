@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .. import checks
 from ..conventions import CONVENTIONS
 from . import _derivatives
 from ._arguments import (

@@ -14,8 +14,11 @@ from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
 from . import _compat, _derivatives
 from ._arguments import (
+    Number,
     check_device,
     check_running,
+    check_settings,
+    check_tensor,
     check_values,
     fraction,
     number,
@@ -60,18 +63,27 @@ class Layer(_compat.BatchNormBase):
 
     def __init__(
         self,
+        num_features: int,
+        eps: Number = _CONVENTION.eps,
+        momentum: Number | None = _CONVENTION.momentum,
+        affine: bool = True,
+        track_running_stats: bool = True,
         *arguments: Any,
         activation: str | None = None,
         skip_nonfinite: bool = False,
         **keywords: Any,
     ) -> None:
-        super().__init__(*arguments, **keywords)
+        if not isinstance(self, _Lazy):  # which takes 0 until its first input
+            checks.positive_integer("num_features", num_features)
+        check_settings(eps, momentum, affine=affine, track_running_stats=track_running_stats)
+        settings: Any = (eps, momentum, affine, track_running_stats)
+        super().__init__(num_features, *settings, *arguments, **keywords)
         self._add(activation, skip_nonfinite)
 
     def _add(self, activation: str | None, skip_nonfinite: bool) -> None:
         """What these layers have and torch.nn's have not."""
         self.activation = checks.activation(activation)
-        self.skip_nonfinite = skip_nonfinite
+        self.skip_nonfinite = checks.boolean("skip_nonfinite", skip_nonfinite)
         if skip_nonfinite:
             skipped = (
                 torch.zeros_like(self.num_batches_tracked) if self.track_running_stats else None
@@ -128,6 +140,7 @@ class Layer(_compat.BatchNormBase):
             If the running statistics can't be updated inside a transformation of torch.func; or
             if another process of a `SyncBatchNorm` does not take part.
         """
+        check_tensor("input", input)
         self._check_input_dim(input)
         # Once, since torch.nn.Module takes its time to find a tensor.
         given = Given(self.running_mean, self.running_var)
@@ -395,8 +408,8 @@ class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
 
     Raises
     ------
-    ValueError
-        If activation is none of the three.
+    TypeError, ValueError
+        If an argument is of a wrong type or out of range.
 
     Examples
     --------
@@ -477,8 +490,8 @@ class SyncBatchNorm(Layer):
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        eps: Number = _CONVENTION.eps,
+        momentum: Number | None = _CONVENTION.momentum,
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Group | None = None,
@@ -514,16 +527,23 @@ class _Lazy:
 
     def __init__(
         self,
+        eps: Number = _CONVENTION.eps,
+        momentum: Number | None = _CONVENTION.momentum,
+        affine: bool = True,
+        track_running_stats: bool = True,
         *arguments: Any,
         activation: str | None = None,
         skip_nonfinite: bool = False,
         **keywords: Any,
     ) -> None:
-        super().__init__(*arguments, **keywords)
+        check_settings(eps, momentum, affine=affine, track_running_stats=track_running_stats)
+        super().__init__(eps, momentum, affine, track_running_stats, *arguments, **keywords)  # type: ignore[call-arg]
         self._add(activation, skip_nonfinite)  # type: ignore[attr-defined]
 
-    def initialize_parameters(self, *arguments: Any, **keywords: Any) -> None:
-        super().initialize_parameters(*arguments, **keywords)  # type: ignore[misc]
+    def initialize_parameters(self, input: Tensor, **keywords: Any) -> None:
+        check_tensor("input", input)
+        self._check_input_dim(input)  # type: ignore[attr-defined]
+        super().initialize_parameters(input, **keywords)  # type: ignore[misc]
         self.widen_statistics()  # type: ignore[attr-defined]
 
 
