@@ -543,8 +543,9 @@ def another_eps_or_layer_is_found_by_all(groups):
 def another_eps_is_nan_to_those_who_cannot_look(groups):
     x = torch.randn(4, CHANNELS)
     for eps, is_right in ((1e-5, True), (1e-3 if dist.get_rank() == 0 else 1e-5, False)):
-        y = torch.vmap(lambda x, eps=eps: bt.batch_norm(x, eps=eps, sync=True)[0])(x[None])
-        assert y.isfinite().all() == is_right
+        for each in (eps, torch.tensor(eps)):
+            y = torch.vmap(lambda x, eps=each: bt.batch_norm(x, eps=eps, sync=True)[0])(x[None])
+            assert y.isfinite().all() == is_right
 
 
 @in_processes

@@ -53,7 +53,8 @@ class Processes(Alone):
         (1979; for many sets at once.) Every process computes the same from the same numbers.
         """
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        what = torch.stack([torch.as_tensor(each).to(statistics) for each in (eps, self.place)])
+        like: Any = {"dtype": statistics.dtype, "device": statistics.device}
+        what = torch.stack([torch.as_tensor(each, **like) for each in (eps, self.place)])
         own = torch.cat((statistics.flatten(), what))
         others = torch.zeros_like(own)
         parts = torch.stack([own if each == rank else others for each in range(size)])
