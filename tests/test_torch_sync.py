@@ -553,7 +553,7 @@ def an_absent_process_is_found(groups):
     """Of two groups with a short timeout: the one without rank 2 forward, the other backward."""
     store, rank = groups["store"], dist.get_rank()
     messages = []
-    for step, group in enumerate(groups["impatient"]):
+    for step, group in enumerate(groups["impatient"][:2]):
         layer = bt.SyncBatchNorm(CHANNELS, process_group=group, track_running_stats=step > 0)
         model = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.Sequential(layer))
         x = torch.randn(4, CHANNELS)
@@ -570,6 +570,29 @@ def an_absent_process_is_found(groups):
         assert message.startswith(f"{where} could not add up its statistics with the other")
 
 
+@in_processes
+def an_absent_process_is_found_in_distributed_data_parallel(groups):
+    """By the layer, where no buffers are broadcast before it."""
+    store, rank, group = groups["store"], dist.get_rank(), groups["impatient"][2]
+    layer = bt.SyncBatchNorm(CHANNELS, process_group=group)
+    model = nn.parallel.DistributedDataParallel(
+        nn.Sequential(nn.Linear(CHANNELS, CHANNELS), layer),
+        process_group=group,
+        forward_sync_buffers=False,
+    )
+    x = torch.randn(4, CHANNELS)
+    for _ in range(2):
+        model(x).sum().backward()
+    if rank != 2:
+        with pytest.raises(
+            RuntimeError, match=r"SyncBatchNorm 'module.1' \(after 2 batches\) could"
+        ):
+            model(x)
+    store.set(f"{rank} through parallel", "")
+    through = [f"{each} through parallel" for each in range(PROCESSES)]
+    store.wait(through, datetime.timedelta(seconds=30))
+
+
 # ---- starting the processes
 
 
@@ -583,7 +606,7 @@ def process(folder, rank):
     pair, single = dist.new_group([0, 1]), dist.new_group([2])
     own, ranks = (pair, [0, 1]) if rank < 2 else (single, [2])
     timeout = datetime.timedelta(seconds=1)
-    impatient = [dist.new_group(timeout=timeout) for _ in range(2)]
+    impatient = [dist.new_group(timeout=timeout) for _ in range(3)]
     groups = {"pair": pair, "own": own, "ranks": ranks, "impatient": impatient, "store": store}
     outcomes = {}
     for name, check in CHECKS.items():

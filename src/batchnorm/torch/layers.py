@@ -470,8 +470,9 @@ class SyncBatchNorm(Layer):
     ------
     RuntimeError
         In a call or a backward pass, if another process of the group does not take part: after the
-        group's timeout, as far as its backend tells, naming this layer and its step. In a call on
-        the CPU, if another process calls another layer of the model, or has another eps.
+        group's timeout, as far as its backend tells, naming this layer and its step (unless
+        DistributedDataParallel, which broadcasts buffers first, misses it first). In a call on the
+        CPU, if another process calls another layer of the model, or has another eps.
 
     Examples
     --------
