@@ -14,18 +14,21 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*) $(shell find src -
 $(VENV)/test $(VENV)/dev: export BATCHNORM_REQUIRE_NATIVE := 1
 
 $(IN_VENV)python:
+	@echo "Making $(VENV) with $$($(PYTHON) --version)."
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/%: $(SOURCES) | $(IN_VENV)python
-	$(IN_VENV)pip install --quiet '.[$*]'
+	@echo "Building batchnorm, and installing it with what its extra '$*' names in $(VENV)."
+	$(IN_VENV)pip install '.[$*]'
 	@touch $@
 
 # The oldest JAX that pyproject.toml allows, where it has a wheel, and a Flax that goes with it; all
 # else it takes from .venv.
 PRINT_SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(OLDEST)/ready: Makefile pyproject.toml | $(IN_VENV)python
+	@echo "Installing the oldest JAX that is supported in $(OLDEST)."
 	$(PYTHON) -m venv --clear $(OLDEST)
-	$(OLDEST)/bin/pip install --quiet "jax==0.6.2; python_version < '3.14'" \
+	$(OLDEST)/bin/pip install "jax==0.6.2; python_version < '3.14'" \
 	  "jax==0.7.1; python_version >= '3.14'" flax
 	$(IN_VENV)python $(PRINT_SITE) > "$$($(OLDEST)/bin/python $(PRINT_SITE))/all_else.pth"
 	@touch $@

@@ -108,6 +108,10 @@ def train(
             for name, training in trainings.items():
                 training.test(data)
                 progress.update(tasks[name], accuracy=f"{training.accuracy:.1%}")
+            if not progress.console.is_terminal:  # where bars are drawn at the end alone
+                accuracies = [f"{training.accuracy:.1%}" for training in trainings.values()]
+                line = f"Epoch {epoch + 1} of {epochs}: accuracy {', '.join(accuracies)}"
+                progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 def main(description: str, trainings: Callable[[int], dict[str, Training]]) -> None:

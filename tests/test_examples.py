@@ -84,6 +84,24 @@ def test_demo_prints_a_table_of_four_rows(quick):
     assert ours == pytest.approx(in_jax, abs=1e-3)
 
 
+class Idle:
+    losses, seconds, accuracy = (1.0,), (1.0,), 0.5
+
+    def step(self, images, labels):
+        pass
+
+    def test(self, data):
+        pass
+
+
+@pytest.mark.parametrize(("length", "epochs"), [("--quick", 1), ("--epochs=3", 3)])
+def test_training_says_how_far_it_is_where_there_is_no_terminal(digits, capsys, length, epochs):
+    options = digits.command_line("").parse_args([length])
+    digits.train({"one": Idle(), "other": Idle()}, digits.load(0), options)
+    lines = re.findall(r"^Epoch (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert lines == [f"{each + 1} of {epochs}: accuracy 50.0%, 50.0%" for each in range(epochs)]
+
+
 def test_demo_is_exact_where_features_are_shifted(quick):
     finished, _ = quick
     error = re.search(r"batchnorm\.mlx\.BatchNorm +outputs off by (\S+),", finished.stdout)
