@@ -337,9 +337,11 @@ class Layer(_compat.BatchNormBase):
         """As the operators that an exporter knows, to which eps is a number."""
         mean, eps = self.running_mean, self.eps
         eps = checks.positive_eps(eps.item() if isinstance(eps, Tensor) else eps)
-        # Not all of its kernels take parameters of another dtype than the statistics.
+        # Not all kernels take parameters of another dtype than the statistics; a cast that does
+        # nothing would stand in the program.
         weight, bias = (
-            each if each is None else each.to(mean.dtype) for each in (self.weight, self.bias)
+            each if each is None or each.dtype == mean.dtype else each.to(mean.dtype)
+            for each in (self.weight, self.bias)
         )
         y = F.batch_norm(input, mean, self.running_var, weight, bias, eps=eps)
         y = y if residual is None else y + residual.to(y.dtype)
