@@ -143,6 +143,20 @@ def test_apply_of():
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 2.0))
 
 
+def test_kept():
+    """In a program that changes what it made a copy of."""
+
+    def double(x, state):
+        y = x * _compat.kept(state).exp()
+        state.mul_(2)
+        return y
+
+    x, state = torch.ones(3, requires_grad=True), torch.ones(3)
+    torch.compile(double, backend="aot_eager", fullgraph=True)(x, state).sum().backward()
+    assert torch.equal(x.grad, torch.ones(3).exp())
+    assert torch.equal(state, torch.full((3,), 2.0))
+
+
 def test_check_memory():
     x = torch.ones(3)
     batched = []

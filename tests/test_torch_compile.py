@@ -155,6 +155,21 @@ def test_compiled_in_two_dtypes_and_frozen():
         close(got, wanted, tolerance=1e-3)
 
 
+@inductor
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("keywords", [{}, {"momentum": None, "activation": "silu"}], ids=str)
+def test_compiled_gradients_are_of_the_statistics_before_they_moved(backend, keywords):
+    layer = trained_a_little(bt.BatchNorm1d(3, **keywords)).freeze(update_running=True)
+    eager = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    for step in range(2):
+        x = tensor(7, 3, seed=step).requires_grad_()
+        outputs = [each(x) for each in (compiled, eager)]
+        got, wanted = ([y, *torch.autograd.grad(y.pow(3).sum(), x)] for y in outputs)
+        close(got, wanted, tolerance=2e-5)
+        close(list(layer.buffers()), list(eager.buffers()))
+
+
 def test_compiled_refuses_as_eager_does():
     layer = bt.BatchNorm1d(3)
     compiled = torch.compile(layer, backend="eager")

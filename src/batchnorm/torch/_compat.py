@@ -68,6 +68,20 @@ def is_in_backward_pass() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@torch.library.custom_op("batchnorm::kept", mutates_args=())
+def kept(tensor: Tensor) -> Tensor:
+    """A copy that torch.compile keeps for the backward pass, for it knows no way to make it again.
+
+    Of a copy that it knows, it keeps the original, whatever that is changed to in the same program.
+    """
+    return tensor.clone()
+
+
+@kept.register_fake
+def _(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor)
+
+
 def is_batch_of_autograd(tensor: Tensor) -> bool:
     """Whether it is one of the batches of torch.autograd's own vmap (is_grads_batched).
 

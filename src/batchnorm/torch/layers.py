@@ -162,7 +162,10 @@ class Layer(_compat.BatchNormBase):
         is_empty = input.numel() == 0 and not call.processes.is_shared
         moves = moves and not is_empty and not _compat.is_in_backward_pass()
         if by_running:
-            y = _derivatives.normalize(call, inputs, given)
+            by = given
+            if moves and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                by = Given(*map(_compat.kept, given))  # as they were, in the backward pass
+            y = _derivatives.normalize(call, inputs, by)
             if moves:
                 with torch.no_grad():
                     statistics = _derivatives.batch_statistics(call, inputs)
