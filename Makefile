@@ -40,7 +40,7 @@ test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its 
 	$(IN_VENV)python -m pytest
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -k "jax or flax_nn" \
 	  tests/test_doors.py tests/test_jax.py tests/test_jax_compat.py tests/test_jax_devices.py \
-	  tests/flax_nn
+	  tests/test_jax_programs.py tests/flax_nn
 
 lint: $(VENV)/dev ## Check formatting, types, style and who imports whom.
 	$(IN_VENV)ruff format --check .

@@ -89,11 +89,7 @@ class BatchNorm(Module):
         else:
             checks.positive_eps(eps)
         fraction("momentum", momentum)
-        if not checks.is_integer(num_features):
-            raise TypeError(f"num_features must be a positive integer, but got {num_features!r}.")
-        if num_features < 1:
-            raise ValueError(f"num_features must be a positive integer, but got {num_features}.")
-        self.num_features = int(num_features)
+        self.num_features = checks.positive_integer("num_features", num_features)
         self.eps = eps
         self.momentum = momentum
         self.track_running_stats = checks.boolean("track_running_stats", track_running_stats)
