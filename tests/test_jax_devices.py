@@ -393,3 +393,60 @@ def test_two_processes():
         for rank in "01"
     ]
     finish(*ranks)
+
+
+def in_explicit_meshes() -> None:
+    """A batch whose type says how it is split: as a whole one, and no device is sent its part."""
+    axis_type = jax.sharding.AxisType
+    use_mesh = jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh
+    if hasattr(jax, "reshard"):
+        reshard = jax.reshard
+    else:
+        from jax.experimental.shard import reshard
+    random = np.random.default_rng(0)
+    x, dy = (random.normal(3, size=(8, 6, 4, 12)).astype(np.float32) for _ in range(2))
+    mask = random.uniform(size=(8, 6, 4, 1)) < 0.7
+    scale = random.uniform(0.5, 2, 12).astype(np.float32)
+    long = (random.normal(size=(40_000, 12)) + 100).astype(np.float32)
+
+    def step(x, dy, scale, mask=None):
+        def loss(x, scale):
+            y, statistics = batch_norm(x, scale, mask=mask, activation="silu")
+            return (y * dy).sum(), (y, statistics)
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, scale)
+
+    meshes = [((4,), ("i",), specs) for specs in (P("i"), P(None, None, "i"))]
+    meshes += [((2, 2), ("i", "j"), P("i", "j")), ((2, 2), ("i", "j"), P(("i", "j"), None))]
+    for kind in (axis_type.Explicit, axis_type.Auto):
+        for shape, names, spec in meshes:
+            mesh = jax.make_mesh(shape, names, axis_types=(kind,) * len(names))
+            with use_mesh(mesh):
+                if kind == axis_type.Explicit:
+                    resplit = jax.jit(lambda x, to=spec: batch_norm(reshard(x, to))[0])(x)
+                    near(resplit, batch_norm(x)[0])
+                    assert resplit.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim)
+                for masked in (False, True):
+                    wanted = jax.jit(step)(x, dy, scale, mask if masked else None)
+                    split = [jax.device_put(each, NamedSharding(mesh, spec)) for each in (x, dy)]
+                    weights = jax.device_put(mask, NamedSharding(mesh, spec)) if masked else None
+                    mapped = partial(step, mask=weights)
+                    compiled = jax.jit(mapped).lower(*split, scale).compile()
+                    text = compiled.as_text()
+                    for collective in ("all-gather", "all-to-all", "collective-permute"):
+                        assert not floats_sent(text, collective), (kind, spec, collective)
+                    for got in (compiled(*split, scale), mapped(*split, scale)):
+                        near(got, wanted)
+                        gradient, y = got[0][0], got[1][0]
+                        for each in (gradient, y):
+                            assert each.sharding.is_equivalent_to(split[0].sharding, x.ndim)
+        with_rows = jax.make_mesh((4,), ("i",), axis_types=(kind,))
+        split = jax.device_put(long, NamedSharding(with_rows, P("i")))
+        near(batch_norm(split)[0], batch_norm(long)[0])
+        params = nn.BatchNorm.init(jax.random.PRNGKey(0), x)[1]
+        split = jax.device_put(x, NamedSharding(with_rows, P("i")))
+        near(nn.BatchNorm.call(params, split), nn.BatchNorm.call(params, x))
+
+
+def test_explicit_meshes():
+    finish(start("in_explicit_meshes", quickly_compiled=True))
