@@ -303,7 +303,8 @@ FUNCTIONS = {
     (door, name): inspect.signature(getattr(door.functions, name)).parameters
     for door in (NUMPY, MLX, JAX, TORCH)
     for name in door.functions.__all__
-    if inspect.isfunction(getattr(door.functions, name)) and name not in ("convert", "revert")
+    if inspect.isfunction(getattr(door.functions, name))
+    and name not in ("convert", "in_plain_jax", "revert")
 }
 ARGUMENTS = [(*key, argument) for key, names in FUNCTIONS.items() for argument in names]
 

@@ -88,6 +88,11 @@ def test_plain_functions_of_pytrees():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_in_plain_jax_takes_functions():
+    with pytest.raises(TypeError, match="function must be a function of arrays, but got"):
+        in_plain_jax(X)
+
+
 def test_what_reads_plain_functions():
     plain = in_plain_jax(trained)
     costs = jax.jit(plain).lower(X).compile().cost_analysis()

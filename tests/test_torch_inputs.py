@@ -64,9 +64,13 @@ def test_bad_inputs_of_modules(internal, name, training):
     for each in inputs:
         construction = each.module_error_input.constructor_input
         call = each.module_error_input.forward_input
-        layer = getattr(bt, name)(*construction.args, **construction.kwargs).train(training)
-        with pytest.raises(each.error_type, match=each.error_regex):
+
+        def made_and_called(construction=construction, call=call):
+            layer = getattr(bt, name)(*construction.args, **construction.kwargs).train(training)
             layer(*call.args, **call.kwargs)
+
+        with pytest.raises(each.error_type, match=each.error_regex):
+            made_and_called()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -10,10 +10,10 @@ With `axis_name`, the statistics are those of the batch over all devices along a
 of training then has three collectives: two forward, of 3 floats of each feature, and one backward,
 of 2; a forward derivative has one of 2 as well. They are sums, as large for any number of devices.
 (Groups under `check_vma` are gathered instead: as many floats from each device of the group.)
-Under `jax.jit`, the batch is the whole array, however it is sharded, by explicit axes of a mesh too.
-A `jax.vmap` over axis_name is no loop: the kernels go over the whole batch at once. Under
-`jax.vmap(jax.grad(...))` each example has gradients, and for that statistics, of its own, which are
-then added up.
+Under `jax.jit`, the batch is the whole array, however it is sharded, also by explicit axes. A
+`jax.vmap` over axis_name is no loop: the kernels go over the whole batch at once. Under
+`jax.vmap(jax.grad(...))` each example has gradients, and for these statistics, of its own, which
+are then added up.
 
 jet, checkify and `jax_debug_nans` know the operations of this package (give jet no function over
 devices, which JAX can't). Other tools that read programs are given `in_plain_jax(function)`.

@@ -31,6 +31,11 @@ def in_plain_jax(function: Function) -> Function:
     callable
         It computes what `function` does, up to rounding, but by no native kernel.
 
+    Raises
+    ------
+    TypeError
+        If `function` is none.
+
     Examples
     --------
     >>> import jax, jax.numpy as jnp
@@ -43,6 +48,11 @@ def in_plain_jax(function: Function) -> Function:
     >>> "batch_norm" in str(jax.make_jaxpr(plain)(jnp.ones((4, 3))))
     False
     """
+
+    if not callable(function):
+        raise TypeError(
+            f"function must be a function of arrays, but got {type(function).__name__}."
+        )
 
     @functools.wraps(function)
     def plain(*arguments: Any, **keywords: Any) -> Any:
