@@ -413,6 +413,16 @@ def test_right_without_native(case: Good):
             np.testing.assert_allclose(gradient, wanted[name], rtol=1e-5, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.usefixtures("without_native")
+def test_passes_over_memory_without_native():
+    """Those of two sums about the mean, and the range: 6 times x for forward, by XLA's account."""
+    x = np.ones((65_536, 64), np.float32)
+    compiled = jax.jit(lambda x: batch_norm(x)[0]).lower(x).compile()
+    costs = compiled.cost_analysis()
+    costs = costs[0] if isinstance(costs, list) else costs
+    assert costs["bytes accessed"] / x.nbytes < 6.1
+
+
 # ---- numbers and arguments
 
 

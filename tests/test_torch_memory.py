@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -240,7 +241,8 @@ TABLES = {
 
 @pytest.fixture(scope="module")
 def found():
-    return {table: outcomes_of(table) for table in TABLES}
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(TABLES, pool.map(outcomes_of, TABLES), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from .activations import activate, through_activation
 from .arrays import Array, namespace
 from .layout import Axes, along, is_empty, per_feature, reduced_axes, values_per_feature
 from .moments import Constant, Moments, Statistics, or_one, unchanged, unit_for
-from .sums import total
+from .sums import AddUp, one_by_one, total, totals
 
 
 class Problem(NamedTuple):
@@ -63,13 +63,19 @@ class Inputs(NamedTuple):
 # ---- forward
 
 
-def moments(problem: Problem, inputs: Inputs, constant: Constant = unchanged) -> Moments:
+def moments(
+    problem: Problem,
+    inputs: Inputs,
+    constant: Constant = unchanged,
+    add_up: AddUp = one_by_one,
+) -> Moments:
     """The statistics of x. `constant` is the framework's stop_gradient.
 
-    With it, a derivative takes no pass over x for the pivot and the unit.
+    With it, a derivative takes no pass over x for the pivot and the unit. `add_up` may take one
+    pass for several sums.
     """
     inputs = inputs._replace(x=_where(_inside(inputs), inputs.x, 0.0))
-    return _centered(problem, inputs, constant)[1]
+    return _centered(problem, inputs, constant, add_up)[1]
 
 
 def normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Array:
@@ -79,11 +85,14 @@ def normalize(problem: Problem, inputs: Inputs, moments: Moments) -> Array:
 
 
 def batch_norm(
-    problem: Problem, inputs: Inputs, constant: Constant = unchanged
+    problem: Problem,
+    inputs: Inputs,
+    constant: Constant = unchanged,
+    add_up: AddUp = one_by_one,
 ) -> tuple[Array, Moments]:
     """`moments` and `normalize` in one, with a pass over x less; differentiable to any order."""
     x, _ = _valid(inputs)
-    u, found = _centered(problem, inputs._replace(x=x), constant)
+    u, found = _centered(problem, inputs._replace(x=x), constant, add_up)
     return _known(inputs, output(problem, inputs, found, u)), found
 
 
@@ -109,7 +118,9 @@ def _affine(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Arr
     return z if inputs.residual is None else z + inputs.residual
 
 
-def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Array, Moments]:
+def _centered(
+    problem: Problem, inputs: Inputs, constant: Constant, add_up: AddUp
+) -> tuple[Array, Moments]:
     """u = (x − pivot) / unit and the moments of x in it; x is finite wherever weights are 0.
 
     The pivot is the mean up to the rounding of a sum, but within the range of the elements: a
@@ -149,9 +160,9 @@ def _centered(problem: Problem, inputs: Inputs, constant: Constant) -> tuple[Arr
 
     u = _from(x, pivot, unit)
     counted = _where(inside, u, 0.0)  # before a square of what has no weight overflows
-    offset = total(_times(weights, counted), axes, at_once) / divisor
+    parts = _times(weights, counted), _times(weights, xp.square(counted))
+    offset, squares = (each / divisor for each in totals(parts, axes, at_once, add_up))
     # Rounding can leave a variance of 0 a little below it.
-    squares = total(_times(weights, xp.square(counted)), axes, at_once) / divisor
     var = xp.abs(squares - xp.square(offset))
     count = xp.full_like(pivot, divisor) if weights is None else count * heaviest
     found = (per_feature(features, each) for each in (count, pivot, unit, offset, var))

@@ -179,10 +179,9 @@ def is_here(context: mlir.LoweringRuleContext) -> bool:
     XLA's partitioner would gather the operands of a custom call, but knows how to split jnp; and an
     exported program must not depend on this package.
     """
-    module = context.module_context
-    if module.lowering_parameters.for_export:
+    if context.module_context.lowering_parameters.for_export:
         return False
-    axes = module.axis_context
+    axes = context.module_context.axis_context
     if isinstance(axes, mlir.ShardingContext):
         return axes.num_devices == 1
     if isinstance(axes, mlir.SPMDAxisContext):
@@ -201,6 +200,12 @@ def xla_api_version() -> tuple[int, int] | None:
         return None
     defined = dict(re.findall(r"#define XLA_FFI_API_(\w+) (\d+)", header.read_text()))
     return int(defined["MAJOR"]), int(defined["MINOR"])
+
+
+def is_for_one_device(context: mlir.LoweringRuleContext) -> bool:
+    """Whether XLA splits nothing of the program, nor is it mapped over devices."""
+    axes = context.module_context.axis_context
+    return isinstance(axes, mlir.ShardingContext) and axes.num_devices == 1
 
 
 # ---- types

@@ -37,8 +37,9 @@ import numpy as np
 
 from .. import definition, native
 from ..definition import Inputs, Problem
-from ..layout import feature_shape, weights_shape
+from ..layout import Axes, feature_shape, weights_shape
 from ..moments import Moments
+from ..sums import AddUp, one_by_one
 from . import _compat as compat
 from ._sync import ALONE, Devices
 
@@ -64,7 +65,8 @@ class Stage:
 
     Over `devices`, the results f are added up, or pooled, right after the call; where jax.vmap maps
     their axis, the stage itself may go over it. `is_made_of` is for a stage that is another one:
-    what it is lowered to.
+    what it is lowered to. `in_one_pass` is the definition with less passes over memory, by what has
+    no derivative, and for which XLA would gather what is split.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class Stage:
         *,
         has_kernel: bool = False,
         is_made_of: Callable[..., list[Array]] | None = None,
+        in_one_pass: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.function, self.linear, self.results = name, function, linear, results
         self.primitive = compat.primitive(f"batch_norm_{name}", self.types, self.evaluate)
         BY_DEFINITION[self.primitive] = self.by_definition
-        compat.set_lowering(self.primitive, compat.lowering(is_made_of or self.by_definition))
+        self.is_made_of, self.in_one_pass = is_made_of, in_one_pass
+        compat.set_lowering(self.primitive, self.lower)
         if has_kernel:
             compat.set_lowering(self.primitive, self.lower_on_cpu, "cpu")
 
@@ -116,6 +120,12 @@ class Stage:
             if each != "r" or residual is not None
         ]
 
+    def lower(self, context: Any, *operands: Any, **parameters: Any) -> Sequence[Any]:
+        function = self.is_made_of or self.by_definition
+        if self.in_one_pass is not None and compat.is_for_one_device(context):
+            function = functools.partial(self.by_definition, function=self.in_one_pass)
+        return compat.lowering(function)(context, *operands, **parameters)
+
     def lower_on_cpu(self, context: Any, *operands: Any, **parameters: Any) -> Sequence[Any]:
         problem, tree = parameters["problem"], parameters["tree"]
         inputs, _, linear = tree.unflatten(compat.operand_types(context))
@@ -128,18 +138,21 @@ class Stage:
             and None not in linear
             and self.name in _targets()
         ):
-            lowering = compat.lowering(self.by_kernel)
-        else:
-            lowering = compat.lowering(self.by_definition)
-        return lowering(context, *operands, **parameters)
+            return compat.lowering(self.by_kernel)(context, *operands, **parameters)
+        return self.lower(context, *operands, **parameters)
 
     def by_definition(
-        self, *operands: Array, problem: Problem, tree: Any, devices: Devices = ALONE
+        self,
+        *operands: Array,
+        problem: Problem,
+        tree: Any,
+        devices: Devices = ALONE,
+        function: Callable[..., Any] | None = None,
     ) -> list[Array]:
         dtype = operands[0].dtype
         inputs, moments, linear = tree.unflatten([each.astype(wide(dtype)) for each in operands])
         given = (inputs, *linear) if moments is None else (inputs, moments, *linear)
-        results = jax.tree.leaves(self.function(problem, *given))
+        results = jax.tree.leaves((function or self.function)(problem, *given))
         types = self.types(*map(jax.typeof, operands), problem=problem, tree=tree)
         return [result.astype(kind.dtype) for kind, result in zip(types, results, strict=False)]
 
@@ -226,9 +239,25 @@ if native.kernels is not None:
 # ---- the stages
 
 
-def _batch_norm(problem: Problem, inputs: Inputs) -> tuple[Moments, Array]:
+def _added_up_in_one_pass(arrays: Sequence[Array], axes: Axes) -> Sequence[Array]:
+    zeros = tuple(np.zeros((), array.dtype) for array in arrays)
+
+    def add(one: Sequence[Array], other: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(map(jax.lax.add, one, other))
+
+    sums = jax.lax.reduce(tuple(arrays), zeros, add, axes)
+    return [jnp.expand_dims(each, axes) for each in sums]
+
+
+def _moments(problem: Problem, inputs: Inputs, add_up: AddUp = one_by_one) -> Moments:
+    return definition.moments(problem, inputs, jax.lax.stop_gradient, add_up)
+
+
+def _batch_norm(
+    problem: Problem, inputs: Inputs, add_up: AddUp = one_by_one
+) -> tuple[Moments, Array]:
     assert inputs.weights is None, "its derivative does not know of them"
-    y, moments = definition.batch_norm(problem, inputs, jax.lax.stop_gradient)
+    y, moments = definition.batch_norm(problem, inputs, jax.lax.stop_gradient, add_up)
     return moments, y
 
 
@@ -266,13 +295,20 @@ def _gradients(problem: Problem, inputs: Inputs, moments: Moments, dy: Array) ->
     return sums, definition.input_gradient(problem, inputs, moments, dy, *sums)
 
 
-_moments = functools.partial(definition.moments, constant=jax.lax.stop_gradient)
+def _in_one_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(function, add_up=_added_up_in_one_pass)
+
+
 _input_gradient = functools.partial(definition.input_gradient, are_scaled=True)
 
-statistics = Stage("statistics", _moments, "", "fffff", has_kernel=True)
+statistics = Stage(
+    "statistics", _moments, "", "fffff", has_kernel=True, in_one_pass=_in_one_pass(_moments)
+)
 normalize = Stage("normalize", definition.normalize, "", "x", has_kernel=True)
 normalized = Stage("normalized", _normalized, "f", "x", is_made_of=by_normalize)
-batch_norm = Stage("batch_norm", _batch_norm, "", "fffffx", has_kernel=True)
+batch_norm = Stage(
+    "batch_norm", _batch_norm, "", "fffffx", has_kernel=True, in_one_pass=_in_one_pass(_batch_norm)
+)
 tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xr", "xff")
 output_tangent = Stage("output_tangent", definition.output_tangent, "xff", "x")
 gradient_sums = Stage("gradient_sums", definition.gradient_sums, "x", "ff", has_kernel=True)
