@@ -771,10 +771,23 @@ def test_rates_may_be_arrays():
 def test_arrays_out_of_range_make_nan():
     for eps in (0.0, -1e-5, jnp.inf, jnp.nan, 1e31):
         assert np.isnan(batch_norm(X, eps=jnp.float32(eps))[0]).all()
-    for wrong, error in ((jnp.ones(1), ValueError), (jnp.int32(1), TypeError)):
+    for wrong, error in ((jnp.ones(1), ValueError), (jnp.array(True), TypeError)):
         for call in (partial(batch_norm, X, eps=wrong), partial(train_by, wrong)):
             with pytest.raises(error, match=r"(eps|rate) must be"):
                 call()
+
+
+def test_integers_and_wider_numbers():
+    got = jax.jit(train_by)(1)
+    for one, other in zip(got, train_by(1), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    with enable_x64(True):
+        for dtype in (jnp.bfloat16, jnp.float32, jnp.float64):
+            x, eps = jnp.asarray(X, dtype), jnp.float64(0.1)
+            for function in (in_training, in_evaluation):
+                found = jax.grad(lambda e, f=function, x=x: f(x, e).sum())(eps)
+                assert found.dtype == jnp.float64
+                assert jnp.isfinite(found)
 
 
 def train_by(rate):

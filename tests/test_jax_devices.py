@@ -395,6 +395,55 @@ def test_two_processes():
     finish(*ranks)
 
 
+def in_parameters_of_their_own() -> None:
+    """Each device has another scale and another eps: gradients are those of the joined batch."""
+    mesh = Mesh(np.array(jax.devices()), "i")
+    random = np.random.default_rng(0)
+    x, dy = (random.normal(size=(8, 5, 4)).astype(np.float32) for _ in range(2))
+    scales = random.normal(size=(4, 4)).astype(np.float32)
+    many_eps = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+
+    def wanted(x, scales, eps):
+        deviation = jnp.sqrt(x.var((0, 1)) + jnp.repeat(eps, 2)[:, None, None])
+        return (x - x.mean((0, 1))) / deviation * jnp.repeat(scales, 2, 0)[:, None]
+
+    def of_device(x, scales, eps, with_eps):
+        eps = eps[0] if with_eps else 0.3
+        return batch_norm(x, scales[0], eps=eps, axis_name="i")[0]
+
+    for with_eps in (False, True):
+        for check_vma in (True, False):
+            ours = jax.shard_map(
+                partial(of_device, with_eps=with_eps),
+                mesh=mesh,
+                in_specs=(P("i"), P("i"), P("i")),
+                out_specs=P("i"),
+                check_vma=check_vma,
+            )
+            eps = many_eps if with_eps else np.full(4, 0.3, np.float32)
+            near(ours(x, scales, eps), wanted(x, scales, eps))
+            arguments = (0, 1, 2) if with_eps else (0, 1)
+            got, exact = (
+                jax.jit(jax.grad(lambda *each, f=f: (f(*each) ** 3 * dy).sum(), arguments))(
+                    x, scales, eps
+                )
+                for f in (ours, wanted)
+            )
+            near(got, exact)
+            tangents = x**2, scales + 1, eps * with_eps
+            got, exact = (
+                jax.jit(lambda *each, f=f: jax.jvp(f, each[:3], each[3:])[1])(
+                    x, scales, eps, *map(np.float32, tangents)
+                )
+                for f in (ours, wanted)
+            )
+            near(got, exact)
+
+
+def test_parameters_of_their_own():
+    finish(start("in_parameters_of_their_own", quickly_compiled=True))
+
+
 def in_explicit_meshes() -> None:
     """A batch whose type says how it is split: as a whole one, and no device is sent its part."""
     axis_type = jax.sharding.AxisType
@@ -440,6 +489,9 @@ def in_explicit_meshes() -> None:
                         gradient, y = got[0][0], got[1][0]
                         for each in (gradient, y):
                             assert each.sharding.is_equivalent_to(split[0].sharding, x.ndim)
+        by_features = jax.make_mesh((4,), ("i",), axis_types=(kind,))
+        split = jax.device_put(x, NamedSharding(by_features, P(None, None, None, "i")))
+        near(jax.jit(step)(split, dy, scale), jax.jit(step)(x, dy, scale))
         with_rows = jax.make_mesh((4,), ("i",), axis_types=(kind,))
         split = jax.device_put(long, NamedSharding(with_rows, P("i")))
         near(batch_norm(split)[0], batch_norm(long)[0])

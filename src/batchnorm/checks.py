@@ -103,6 +103,16 @@ def correction(value: Any) -> int:
     return int(value)
 
 
+def scalar(name: str, shape: Shape, dtype: Any, is_real: bool) -> None:
+    """An array in the place of a number."""
+    if not is_real:
+        raise TypeError(f"{name} must be a real number, but it is an array of dtype {dtype}.")
+    if tuple(shape):
+        raise ValueError(
+            f"{name} must be a number or an array without axes, but its shape is {tuple(shape)}."
+        )
+
+
 def activation(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value in ACTIVATIONS):
         return value

@@ -142,8 +142,10 @@ class Moments(NamedTuple):
             None if count is None else narrow(count), pivot, unit, narrow(offset), narrow(var)
         )
 
-    def with_eps(self, eps: float | Array) -> "Moments":
-        """These with var + eps in the place of var."""
+    def with_eps(self, eps: float | Array | None) -> "Moments":
+        """These with var + eps in the place of var, if there is an eps."""
+        if eps is None:
+            return self
         if self.unit is None:
             return self._replace(var=self.var + eps)
         xp = namespace(self.var)

@@ -32,6 +32,7 @@ def problem_and_inputs(
     of_problem, of_array = 0.0, None
     if isinstance(eps, jax.Array):
         of_array = _within("eps", eps, checks.SMALLEST_EPS, checks.LARGEST_EPS)
+        of_array = of_array.astype(wide(x.dtype))
     else:
         of_problem = checks.positive_eps(eps)
     features = checks.feature_axes(axis, x.shape)
@@ -88,12 +89,10 @@ def fraction(name: str, value: float | jax.Array) -> float | jax.Array:
 
 def _within(name: str, value: jax.Array, smallest: float, largest: float) -> jax.Array:
     """An array without axes, NaN where it is out of range."""
-    array = floating(name, value)
-    if array.ndim:
-        raise ValueError(
-            f"{name} must be a number or an array without axes, but its shape is {array.shape}."
-        )
-    array = array.astype(wide(array.dtype))
+    checks.scalar(
+        name, value.shape, value.dtype, jnp.isdtype(value.dtype, ("real floating", "integral"))
+    )
+    array = value.astype(wide(value.dtype))
     return nan_where(~((array >= smallest) & (array <= largest)), array)
 
 

@@ -124,8 +124,9 @@ def with_functions(value: Any, functions: dict[Primitive, Callable[..., Any]]) -
         return value.replace(jaxpr=with_functions(value.jaxpr, functions))
     if isinstance(value, Jaxpr):
         return value.replace(eqns=[_with_function(each, functions) for each in value.eqns])
-    if type(value) in (tuple, list):
-        return type(value)(with_functions(each, functions) for each in value)
+    if isinstance(value, (tuple, list)):
+        parts = [with_functions(each, functions) for each in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
@@ -203,7 +204,7 @@ def xla_api_version() -> tuple[int, int] | None:
 
 
 def is_for_one_device(context: mlir.LoweringRuleContext) -> bool:
-    """Whether XLA splits nothing of the program, nor is it mapped over devices."""
+    """Whether XLA splits nothing of the program, nor is it mapped over devices; for the same."""
     axes = context.module_context.axis_context
     return isinstance(axes, mlir.ShardingContext) and axes.num_devices == 1
 
@@ -211,15 +212,16 @@ def is_for_one_device(context: mlir.LoweringRuleContext) -> bool:
 # ---- types
 
 
-def type_like(x: Any, shape: Sequence[Any] | None = None, dtype: Any = None) -> Any:
-    """The type x, or that of an array that varies as x does and is not split by explicit axes.
+def type_like(x: Any, axes: Sequence[int] | None = None, dtype: Any = None) -> Any:
+    """The type x, or that of an array of some of its axes, which varies and is split as x is.
 
     For: the types of a primitive's results. Breaks: where jax.typeof(x) loses `update` or
     `sharding`. Then: make jax.core.ShapedArray(shape, dtype, ...) with whatever holds these.
     """
-    if shape is None:
+    if axes is None:
         return x.update(weak_type=False)
-    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    shape, spec = ([each[axis] for axis in axes] for each in (x.shape, x.sharding.spec))
+    sharding = NamedSharding(x.sharding.mesh, PartitionSpec(*spec))
     return x.update(shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding)
 
 

@@ -140,12 +140,13 @@ def _normalized_jvp(
 ) -> tuple[list[Array], list[Any]]:
     inputs, moments, (eps,) = tree.unflatten(primals)
     dots, _, (eps_dot,) = tree.unflatten(tangents)
-    if dots.weights is not None:
-        # By way of the moments, whose derivatives know of the weights.
+    has_own_eps = eps is not None and devices.axis_name is not None
+    if dots.weights is not None or has_own_eps:
+        # By way of the moments, whose derivatives know of the weights; and which each device may
+        # have another eps for, and with that another root.
         by_moments = functools.partial(by_normalize, problem=problem, tree=tree, devices=devices)
         return jax.jvp(by_moments, list(primals), list(map(_or_zeros, tangents, primals)))
-    if eps is not None:
-        moments = moments.with_eps(eps)
+    moments = moments.with_eps(eps)
     if eps_dot is not None:  # changes x̂ as another scale would
         of_scale = -0.5 * eps_dot / moments.unit / moments.unit / moments.var
         of_scale = of_scale if inputs.scale is None else of_scale * inputs.scale

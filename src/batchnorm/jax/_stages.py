@@ -16,10 +16,9 @@ Four of them go forward and six are linear, in three pairs of transposes:
 `batchnorm.definition` has the formulas. The derivative of a batch norm is tangent_sums, a sum over
 the devices, and output_tangent; s₀ and s₁ are these times the scale, and what bias and scale have a
 part in them. Transposed, in reverse order, these are gradient_sums, a sum over the devices, and
-input_gradient: the two passes over
-memory that reverse mode needs, with the sum put between them by JAX itself. What p carries from the
-one to the other is in reverse mode dy, which costs nothing. On one device nothing comes between two
-stages, and batch_norm and the last pair do both at once.
+input_gradient: the two passes over memory that reverse mode needs, with the sum put between them by
+JAX itself. What p carries from the one to the other is in reverse mode dy, which costs nothing. On
+one device nothing comes between two stages, and batch_norm and the last pair do both at once.
 
 Forward and in reverse mode, a stage is native on the CPU if it works on whole arrays of one device:
 it is lowered to its handler in csrc/faces/xla.cc. Otherwise it is lowered to the definition.
@@ -37,7 +36,7 @@ import numpy as np
 
 from .. import definition, native
 from ..definition import Inputs, Problem
-from ..layout import Axes, feature_shape, weights_shape
+from ..layout import Axes, weights_shape
 from ..moments import Moments
 from ..sums import AddUp, one_by_one
 from . import _compat as compat
@@ -113,7 +112,7 @@ class Stage:
         self, *operands: Any, problem: Problem, tree: Any, devices: Devices = ALONE
     ) -> list[Any]:
         x, residual = operands[0], tree.unflatten(operands)[0].residual
-        of_features = feature_shape(problem.features, x.shape), wide(x.dtype)
+        of_features = problem.features, wide(x.dtype)
         return [
             compat.type_like(x, *of_features) if each == "f" else compat.type_like(x)
             for each in self.results
@@ -261,18 +260,14 @@ def _batch_norm(
     return moments, y
 
 
-def _with_eps(moments: Moments, eps: Array | None) -> Moments:
-    return moments if eps is None else moments.with_eps(eps)
-
-
 def _normalized(problem: Problem, inputs: Inputs, moments: Moments, eps: Array | None) -> Array:
-    return definition.normalize(problem, inputs, _with_eps(moments, eps))
+    return definition.normalize(problem, inputs, moments.with_eps(eps))
 
 
 def by_normalize(*operands: Array, problem: Problem, tree: Any, devices: Devices) -> list[Array]:
     """What `normalized` is, but for its derivative."""
     inputs, moments, (eps,) = tree.unflatten(operands)
-    return normalize(problem, inputs, _with_eps(moments, eps))
+    return normalize(problem, inputs, moments.with_eps(eps))
 
 
 def _tangent(

@@ -190,9 +190,7 @@ def _batch_norm(
 def _normalize(
     problem: Problem, inputs: Inputs, moments: Moments, eps: jax.Array | None
 ) -> jax.Array:
-    if eps is not None:
-        moments = moments.with_eps(eps)
-    return stages.normalize(problem, inputs, moments)[0]
+    return stages.normalize(problem, inputs, moments.with_eps(eps))[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)

@@ -29,7 +29,8 @@ def in_plain_jax(function: Function) -> Function:
     Returns
     -------
     callable
-        It computes what `function` does, up to rounding, but by no native kernel.
+        It computes what `function` does, up to rounding, but by no native kernel. Each call looks
+        at the program anew: to be called often, it wants `jax.jit` around it.
 
     Raises
     ------

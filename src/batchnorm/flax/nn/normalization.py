@@ -100,6 +100,10 @@ class BatchNorm(Module):
         >>> print(state["/"]["mean"])
         [ 1. 20.]
         """
+        for name, number in (("epsilon", epsilon), ("momentum", momentum)):
+            if isinstance(number, jax.Array):
+                is_real = jnp.isdtype(number.dtype, ("real floating", "integral"))
+                checks.scalar(name, number.shape, number.dtype, is_real)
         if not isinstance(epsilon, jax.Array):
             epsilon = checks.positive_eps(epsilon, "epsilon")
         if not isinstance(momentum, jax.Array):
