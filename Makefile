@@ -37,10 +37,13 @@ demo: $(VENV)/demo ## Train a network on handwritten digits in MLX and in JAX; w
 	$(IN_VENV)python examples/demo.py --picture demo.png
 
 test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its oldest version, too.
-	$(IN_VENV)python -m pytest
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -k "jax or flax_nn" \
-	  tests/test_doors.py tests/test_jax.py tests/test_jax_compat.py tests/test_jax_devices.py \
-	  tests/test_jax_programs.py tests/flax_nn
+	@echo "Running the tests, and beside them those of JAX with its oldest version, which follow."
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider \
+	  -k "jax or flax_nn" tests/test_doors.py tests/test_jax.py tests/test_jax_compat.py \
+	  tests/test_jax_devices.py tests/test_jax_programs.py tests/flax_nn > $(OLDEST)/tests.log 2>&1 & \
+	oldest=$$!; $(IN_VENV)python -m pytest; newest=$$?; \
+	wait $$oldest; oldest=$$?; cat $(OLDEST)/tests.log; \
+	test $$newest -eq 0 -a $$oldest -eq 0
 
 lint: $(VENV)/dev ## Check formatting, types, style and who imports whom.
 	$(IN_VENV)ruff format --check .
