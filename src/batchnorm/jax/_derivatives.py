@@ -38,7 +38,9 @@ from ._sync import Devices
 
 
 def _or_zeros(array: Array | None, like: Array) -> Array:
-    return jnp.zeros_like(like) if array is None else array
+    if array is not None:
+        return array
+    return compat.varying_alike([jnp.zeros_like(like), like])[0]
 
 
 # ---- tangents
