@@ -24,7 +24,8 @@ import batchnorm.numpy
 import batchnorm.torch
 from batchnorm.numpy import Statistics
 
-# Which PyTorch says of nested and of masked tensors.
+# PyTorch says so of nested and of masked tensors whenever one is made, and they are made here to be
+# refused. Our doors say nothing of the kind.
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of .* is in prototype stage")
 
 SHAPE, FEATURES = (6, 4), (4,)

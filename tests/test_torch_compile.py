@@ -259,6 +259,7 @@ def test_export_with_residual_and_silu_of_a_frozen_layer():
     close(program.module()(x, residual=residual), layer(x, residual=residual))
 
 
+# torch.jit.trace, one of the ways here, says so of itself; its programs are still in use.
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_programs_of_narrow_layers(dtype):
@@ -394,8 +395,10 @@ def test_export_for_any_size(name, strict):
 
 
 @pytest.mark.parametrize("name", unsized_layers())
+# The first as above. The tracer warns of every look at a size from Python, as checks of arguments
+# take, and torch.nn's layers, too: that nothing of them is left in the program is what is tested.
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks look, torch.nn's too
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tracing_of_training(name):
     layer = unsized_layers()[name]
     if name == "momentum=None":
