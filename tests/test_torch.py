@@ -511,6 +511,246 @@ def test_momentum_none_of_equal_batches_is_that_of_torch():
             close(got, wanted)
 
 
+def averaged(start, batches, elements=None):
+    """Running statistics, and of how many elements they are, after more batches; in plain words.
+
+    `start` is num_batches_tracked, a mean and a variance; without `elements`, all its batches had
+    as many as the first of the others.
+    """
+    number, mean, var = start
+    elements = number * len(batches[0]) if elements is None else elements
+    for batch in batches:
+        share = len(batch) / (elements + len(batch))
+        mean = (1 - share) * mean + share * batch.mean(0)
+        var = (1 - share) * var + share * batch.var(0)
+        number, elements = number + 1, elements + len(batch)
+    return (number, mean, var), elements
+
+
+def pruned(layer):
+    layer.num_features = 2
+    for name in ("weight", "bias"):
+        setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[1:]))
+    for name in ("running_mean", "running_var"):
+        setattr(layer, name, getattr(layer, name)[1:].clone())
+
+
+def other_values(layer, seed=11):
+    """Those that another layer may have after as many batches."""
+    mean, var = tensor(layer.num_features, seed=seed), tensor(layer.num_features, seed=seed).abs()
+    return {
+        "running_mean": mean,
+        "running_var": var,
+        "num_batches_tracked": layer.num_batches_tracked.clone(),
+    }
+
+
+def copied(layer, of_batches=0):
+    for name, value in other_values(layer).items():
+        getattr(layer, name).copy_(value)
+    layer.num_batches_tracked += of_batches
+
+
+def assigned(layer):
+    for name, value in other_values(layer).items():
+        setattr(layer, name, value)
+
+
+def assigned_data(layer):
+    for name, value in other_values(layer).items():
+        getattr(layer, name).data = value
+
+
+def registered(layer):
+    for name, value in other_values(layer).items():
+        delattr(layer, name)
+        layer.register_buffer(name, value)
+
+
+def zeroed(layer):
+    for each in layer.buffers():
+        each.zero_()
+
+
+def trained_with_momentum(layer, reset=False):
+    if reset:
+        layer.reset_running_stats()
+    layer.momentum = 0.1
+    for seed in range(3):
+        layer(tensor(5, layer.num_features, seed=20 + seed))
+    layer.momentum = None
+
+
+OTHER_VALUES = {
+    "zeroed": zeroed,
+    "reset": lambda layer: layer.reset_running_stats(),
+    "copied": copied,
+    "copied, of more batches": partial(copied, of_batches=2),
+    "assigned": assigned,
+    "assigned as data": assigned_data,
+    "registered anew": registered,
+    "pruned": pruned,
+    "loaded": lambda layer: layer.load_state_dict({**layer.state_dict(), **other_values(layer)}),
+    "loaded by assignment": lambda layer: layer.load_state_dict(
+        {**layer.state_dict(), **other_values(layer)}, assign=True
+    ),
+    "moved by momentum": trained_with_momentum,
+    "moved by momentum to as many batches": partial(trained_with_momentum, reset=True),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", OTHER_VALUES.values(), ids=OTHER_VALUES)
+def test_momentum_none_knows_no_elements_of_other_values(change, compiled):
+    layer = bt.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    step = torch.compile(layer, backend="aot_eager", dynamic=True) if compiled else layer
+    for n in (6, 2, 8):
+        step(tensor(n, 3, seed=n))
+    change(layer)
+    start = [
+        layer.num_batches_tracked.item(),
+        layer.running_mean.clone(),
+        layer.running_var.clone(),
+    ]
+    batches = [tensor(n, layer.num_features, seed=n) for n in (4, 9, 3)]
+    for batch in batches:
+        step(batch)
+    (number, mean, var), _ = averaged(start, batches)
+    assert layer.num_batches_tracked == number
+    close(layer.running_mean, mean)
+    close(layer.running_var, var)
+
+
+def test_momentum_none_estimates_anew_in_every_epoch():
+    layer = bt.BatchNorm1d(2)
+    for _ in range(3):
+        layer.momentum = 0.1
+        for _ in range(20):
+            layer(tensor(8, 2, dtype=torch.float32) - 3)
+        zeroed(layer)
+        layer.momentum = None
+        batches = [tensor(8, 2, dtype=torch.float32, seed=seed) for seed in range(5)]
+        for batch in batches:
+            layer(batch)
+        close(layer.running_mean, torch.cat(batches).mean(0), tolerance=1e-6)
+
+
+def test_momentum_none_pools_what_stays_as_it_was():
+    """Whoever moves, copies or hides it on the way."""
+    layer = bt.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    ways = [
+        lambda layer: layer,
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        lambda layer: saved_and_loaded(layer, weights_only=False),
+        lambda layer: layer.eval().train(),
+        lambda layer: layer.freeze().unfreeze(),
+        lambda layer: layer.load_state_dict(layer.state_dict()) and layer,
+        lambda layer: bt.convert(bt.convert(layer, sync=True)),
+    ]
+    batches = [tensor(n, 3, seed=n) for n in range(2, 2 + len(ways))]
+    for way, batch in zip(ways, batches, strict=True):
+        layer = way(layer)
+        layer(batch)
+    (_, mean, var), _ = averaged((0, 0.0, 1.0), batches)
+    close(layer.running_mean, mean)
+    close(layer.running_var, var)
+
+
+def test_momentum_none_pools_through_other_dtypes():
+    layer = bt.BatchNorm1d(3, momentum=None)
+    batches = [tensor(n, 3, seed=n) for n in (6, 2, 9, 4, 3)]
+    for batch, dtype in zip(
+        batches, ("float32", "float64", "float32", "half", "bfloat16"), strict=True
+    ):
+        dtype = getattr(torch, dtype)
+        layer.to(dtype)(batch.to(dtype))
+    (_, mean, var), _ = averaged((0, 0.0, 1.0), batches)
+    close(layer.running_mean.double(), mean, tolerance=5e-3)
+    close(layer.running_var.double(), var, tolerance=2e-2)
+
+
+def test_momentum_none_with_the_buffers_of_a_call():
+    layer = bt.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    for n in (6, 2):
+        layer(tensor(n, 3, seed=n))
+    own, others = state(layer), other_values(layer)
+    start = [2, others["running_mean"].clone(), others["running_var"].clone()]
+    torch.func.functional_call(layer, others, tensor(5, 3))
+    (number, mean, var), elements = averaged(start, [tensor(5, 3)])
+    close(others["running_mean"], mean)
+    close(others["running_var"], var)
+    same(state(layer), own)
+    torch.func.functional_call(layer, others, tensor(9, 3, seed=1))
+    (_, mean, var), _ = averaged((number, mean, var), [tensor(9, 3, seed=1)], elements)
+    close(others["running_mean"], mean)
+    close(others["running_var"], var)
+    start = [2, own["running_mean"], own["running_var"]]
+    layer(tensor(7, 3))
+    (_, mean, var), _ = averaged(start, [tensor(7, 3)])
+    close(layer.running_mean, mean)
+    close(layer.running_var, var)
+
+
+@pytest.mark.parametrize("inference", [(True, True), (True, False), (False, True)])
+def test_momentum_none_in_inference_mode(inference):
+    layer = bt.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    batches = [tensor(n, 3, seed=n) for n in (6, 2, 9, 4)]
+    for place, batch in enumerate(batches):
+        with torch.inference_mode(inference[place % 2]):
+            layer(batch)
+    (_, mean, var), _ = averaged((0, 0.0, 1.0), batches)
+    close(layer.running_mean, mean)
+    close(layer.running_var, var)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_momentum_none_where_operations_are_recorded(mode):
+    """As a graph of CUDA's does it, which replays operations and runs no Python."""
+    layer = bt.BatchNorm1d(3, momentum=None, dtype=torch.float64)
+    for n in (6, 2):
+        layer(tensor(n, 3, seed=n))
+
+    def step(mean, var, number, x):
+        return torch.func.functional_call(
+            layer, {"running_mean": mean, "running_var": var, "num_batches_tracked": number}, x
+        )
+
+    buffers = list(state(layer).values())[2:]
+    make = torch.fx.experimental.proxy_tensor.make_fx
+    recorded = make(step, tracing_mode=mode, _allow_non_fake_inputs=True)(
+        *(each.clone() for each in buffers), tensor(4, 3, seed=4)
+    )
+    start, batches = (
+        [2, *(each.clone() for each in buffers[:2])],
+        [tensor(4, 3, seed=i) for i in (4, 5)],
+    )
+    elements = 8
+    for batch in batches:
+        recorded(*buffers, batch)
+        (number, mean, var), _ = averaged(start, [batch], elements)
+        close(buffers[0], mean)
+        close(buffers[1], var)
+        start, elements = (number, mean, var), None
+    layer(tensor(7, 3))  # which goes on as it was
+
+
+def test_without_a_number_of_batches_momentum_none_moves_nothing():
+    one, other = (kind(3, momentum=None).double() for kind in (bt.BatchNorm1d, nn.BatchNorm1d))
+    for layer in (one, other):
+        layer(tensor(6, 3))
+        layer.num_batches_tracked = None
+    for training in (True, False):
+        close(one.train(training)(tensor(8, 3)), other.train(training)(tensor(8, 3)))
+    same(one.running_mean, other.running_mean)
+    close(one.running_var, other.running_var)
+    skipping = bt.BatchNorm1d(3, momentum=None, skip_nonfinite=True)
+    skipping.num_batches_tracked = None
+    skipping(torch.full((4, 3), torch.nan))
+    assert skipping.num_batches_skipped == 1
+    assert torch.equal(skipping.running_mean, torch.zeros(3))
+
+
 def test_update_bn_of_unequal_batches():
     model = nn.Sequential(bt.BatchNorm1d(3, dtype=torch.float64))
     model(tensor(4, 3))

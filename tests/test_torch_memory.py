@@ -450,7 +450,7 @@ for layer in layers:
         failures += 1
         for name, value in state(layer).items():
             assert torch.equal(value, before[name]), (name, limit)
-        assert layer._elements_tracked is None
+        assert layer._tracked is None
 assert successes == 4 and failures >= 8, (successes, failures)
 """
     done = subprocess.run(

@@ -80,6 +80,31 @@ class Running(NamedTuple):
                 self.batches.add_(batches)
 
 
+class Tracked(NamedTuple):
+    """Of how many elements the running statistics are, and the values that this is true of.
+
+    Whoever gives a layer other values (zeroed, copied, averaged or loaded ones) says nothing of
+    their elements. What is left of such values is their number of batches.
+    """
+
+    elements: Tensor
+    batches: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def elements_of(self, running: Running, count: Tensor) -> Tensor:
+        """As kept, for each feature; where values are other ones, all batches had `count`."""
+        assert running.batches is not None
+        by_batches = running.batches * count
+        if self.elements.shape != count.shape:
+            return by_batches
+        is_same = torch.ones_like(count, dtype=torch.bool)
+        now = (running.batches, running.mean, running.var)
+        for kept, value in zip(self[1:], now, strict=True):
+            is_same = is_same & (kept.to(value) == value)
+        return torch.where(is_same, self.elements.to(count), by_batches)
+
+
 @contextmanager
 def explained(layer: str | None) -> Iterator[None]:
     """What a layer says where torch.func allows no change of its running statistics."""

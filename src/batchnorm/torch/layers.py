@@ -25,7 +25,7 @@ from ._arguments import (
     residual_like,
     weights_of,
 )
-from ._running import Running, explained
+from ._running import Running, Tracked, explained
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
 
@@ -55,9 +55,8 @@ class Layer(_compat.BatchNormBase):
     skip_nonfinite: bool = False
     normalize_by: NormalizeBy | None = None
     update_running: bool | None = None
-    # With momentum=None: of how many elements the running statistics are, (num_features,). None
-    # until that is needed, and after loading a state_dict, which in torch.nn does not hold it.
-    _elements_tracked: Tensor | None = None
+    # With momentum=None, which weighs batches by their elements; None until that is needed.
+    _tracked: Tracked | None = None
     # What `convert` has made a SyncBatchNorm of; None where the class says it.
     converted_from: type | None = None
 
@@ -240,7 +239,6 @@ class Layer(_compat.BatchNormBase):
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        self._elements_tracked = None
         if self.skip_nonfinite and self.track_running_stats:
             self.num_batches_skipped.zero_()
 
@@ -275,7 +273,6 @@ class Layer(_compat.BatchNormBase):
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
         self.widen_statistics()  # which assign=True takes as they are
-        self._elements_tracked = None
         for name, value in freezing.items():
             setattr(self, name, value)
 
@@ -370,27 +367,41 @@ class Layer(_compat.BatchNormBase):
             # Without a count they change nothing.
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
-        rate: float | Tensor
-        # From where no number of elements is kept until the next call.
-        tracked_now, is_apart = None, _compat.is_transformed() or self._is_exported()
         for name in ("num_batches_tracked", "num_batches_skipped"):
             if (counter := getattr(self, name, None)) is not None:
                 _compat.check_memory(name, counter)
         if self.momentum is None:
-            count = statistics[0]
-            before = self._elements_tracked
-            if before is None or is_apart:
-                before = self.num_batches_tracked * count
-            tracked_now = before.to(count) + count
-            rate = count / torch.where(tracked_now == 0, 1.0, tracked_now)
+            self._average(call, inputs, running, statistics)
         else:
-            rate = self._rate()
-        self._running(call, inputs, running, rate).move(statistics, watched=call.watched)
-        if tracked_now is not None and not is_apart:
-            self._elements_tracked = tracked_now
+            moving = self._running(call, inputs, running, self._rate())
+            moving.move(statistics, watched=call.watched)
         if finite is not None:
             with explained(type(self).__name__):
                 self.num_batches_skipped.add_(~finite)
+
+    def _average(self, call: Call, inputs: Inputs, running: Given, statistics: Tensor) -> None:
+        """What momentum=None does: without a number of batches nothing, as in torch.nn."""
+        batches, count = self.num_batches_tracked, statistics[0]
+        moving = self._running(call, inputs, running, 0.0)
+        if batches is None:
+            moving.move(statistics, watched=call.watched)
+            return
+        # From where nothing is kept until the next call.
+        is_apart = _compat.is_transformed() or self._is_exported()
+        with torch.no_grad():
+            before = batches * count
+            if self._tracked is not None and not is_apart:
+                before = self._tracked.elements_of(moving, count)
+            elements = before + count
+            rate = count / torch.where(elements == 0, 1.0, elements)
+            values = (batches, *running)
+            kept = Tracked(elements, *(torch.empty_like(each) for each in values))
+            moving._replace(rate=rate).move(statistics, watched=call.watched)
+            for each, value in zip(kept[1:], values, strict=True):
+                each.copy_(value)
+        # Nor is a tensor of another kind than the buffers, such as a tracer's.
+        if not is_apart and type(elements) is type(batches):
+            self._tracked = kept
 
 
 class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
