@@ -858,6 +858,93 @@ def test_freezing_is_in_the_state_dict_and_torch_loads_it():
     assert (fresh["norm"].normalize_by, fresh["norm"].update_running) == (None, None)
 
 
+def estimated_by_precise_bn(model, batches):
+    """By each batch's own statistics, which momentum=1.0 shows, averaged and assigned."""
+    layers = [each for each in model.modules() if hasattr(each, "running_mean")]
+    momenta = [each.momentum for each in layers]
+    sums = [[0.0, 0.0] for _ in layers]
+    for layer in layers:
+        layer.momentum = 1.0
+    for batch in batches:
+        model(batch)
+        for layer, each in zip(layers, sums, strict=True):
+            each[0] = each[0] + layer.running_mean / len(batches)
+            each[1] = each[1] + layer.running_var / len(batches)
+    for layer, momentum, (mean, var) in zip(layers, momenta, sums, strict=True):
+        layer.running_mean, layer.running_var, layer.momentum = mean, var, momentum
+
+
+def reset_by_hand(model, batches):
+    for each in model.modules():
+        if hasattr(each, "reset_running_stats"):
+            each.reset_running_stats()
+    for batch in batches:
+        model(batch)
+
+
+def averaged_with_buffers(model, batches):
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for batch in batches:
+        model(batch)
+        average.update_parameters(model)
+    torch.optim.swa_utils.update_bn(batches, average)
+    model.load_state_dict(average.module.state_dict())
+
+
+TOOLS = {
+    "update_bn": lambda model, batches: torch.optim.swa_utils.update_bn(batches, model),
+    "AveragedModel": averaged_with_buffers,
+    "precise BN": estimated_by_precise_bn,
+    "reset": reset_by_hand,
+    "reset_parameters": lambda model, batches: model[0].reset_parameters(),
+}
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("normalize_by", ["running", "batch", None])
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+def test_tools_leave_frozen_statistics_as_they_are(tool, normalize_by, sync):
+    frozen = with_parameters(bt.BatchNorm1d(4, skip_nonfinite=True, dtype=torch.float64))
+    frozen.num_batches_tracked.fill_(3)
+    frozen.num_batches_skipped.fill_(2)
+    before = dict(state(frozen), weight=torch.ones(4), bias=torch.zeros(4))
+    model = nn.Sequential(frozen, bt.BatchNorm1d(4, dtype=torch.float64))
+    bt.convert(model, sync=sync)
+    frozen.freeze(normalize_by=normalize_by, update_running=False).reset_parameters()
+    before |= {name: before[name].double() for name in ("weight", "bias")}
+    same(state(frozen), before)
+    batches = [tensor(8, 4, seed=seed) for seed in range(3)]
+    tool(model, batches)
+    for name, value in state(frozen).items():
+        close(value, before[name])
+    if tool is TOOLS["update_bn"]:  # the other one is estimated anew
+        through = torch.cat([frozen(batch).detach() for batch in batches])
+        close(model[1].running_mean, through.mean(0))
+    frozen.unfreeze().reset_running_stats()
+    assert not any(each.any() for each in (frozen.running_mean, frozen.num_batches_tracked))
+    assert frozen.num_batches_skipped == 0
+
+
+@pytest.mark.parametrize("update_running", [None, True])
+def test_statistics_that_batches_move_are_reset(update_running):
+    layer = with_parameters(bt.BatchNorm1d(4)).freeze(update_running=update_running)
+    layer.reset_running_stats()
+    same(state(layer)["running_var"], torch.ones(4))
+
+
+def test_a_frozen_layer_gets_its_first_statistics():
+    made = bt.BatchNorm1d(4, device="meta", skip_nonfinite=True).freeze().to_empty(device="cpu")
+    made.reset_parameters()
+    lazy = bt.LazyBatchNorm1d(skip_nonfinite=True).freeze()
+    lazy(tensor(6, 4, dtype=torch.float32))
+    narrow = bt.BatchNorm1d(4, device="meta", dtype=torch.half, skip_nonfinite=True).freeze()
+    narrow = nn.Sequential(narrow).to_empty(device="cpu")[0].float()
+    narrow.reset_parameters()
+    wanted = bt.BatchNorm1d(4, skip_nonfinite=True)
+    for layer in (made, lazy, narrow):
+        same(state(layer), state(wanted))
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [

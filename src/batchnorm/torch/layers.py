@@ -111,6 +111,8 @@ class Layer(_compat.BatchNormBase):
         before = {name: self._buffers.get(name) for name in _RUNNING}
         super()._apply(fn, recurse)
         self.widen_statistics(before)
+        if any(each is not None and each.is_meta for each in before.values()):
+            self._start_statistics()  # in new memory, where there is nothing that freezing keeps
         return self
 
     def forward(
@@ -185,7 +187,9 @@ class Layer(_compat.BatchNormBase):
         """Decide what statistics do from now on, whatever train() and eval() say.
 
         It lasts until `unfreeze`, also in copies and in models that load this one's state_dict.
-        Whether weight and bias are trained is another matter: that is their requires_grad.
+        Whether weight and bias are trained is another matter: that is their requires_grad. Running
+        statistics that no batch moves are not reset either, by `reset_running_stats`,
+        `reset_parameters` or the tools that call these, as `torch.optim.swa_utils.update_bn` does.
 
         Parameters
         ----------
@@ -238,6 +242,11 @@ class Layer(_compat.BatchNormBase):
         return self
 
     def reset_running_stats(self) -> None:
+        """Give running statistics their initial values, unless `freeze` keeps them as they are."""
+        if self.update_running is not False:
+            self._start_statistics()
+
+    def _start_statistics(self) -> None:
         super().reset_running_stats()
         if self.skip_nonfinite and self.track_running_stats:
             self.num_batches_skipped.zero_()
@@ -560,8 +569,11 @@ class _Lazy:
     def initialize_parameters(self, input: Tensor, **keywords: Any) -> None:
         check_tensor("input", input)
         self._check_input_dim(input)  # type: ignore[attr-defined]
+        is_new = self.has_uninitialized_params()  # type: ignore[attr-defined]
         super().initialize_parameters(input, **keywords)  # type: ignore[misc]
         self.widen_statistics()  # type: ignore[attr-defined]
+        if is_new:
+            self._start_statistics()  # type: ignore[attr-defined]
 
 
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):
