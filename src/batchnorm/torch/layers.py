@@ -186,7 +186,8 @@ class Layer(_compat.BatchNormBase):
     ) -> Self:
         """Decide what statistics do from now on, whatever train() and eval() say.
 
-        It lasts until `unfreeze`, also in copies and in models that load this one's state_dict.
+        It lasts until `unfreeze`. It is a mode, as train() and requires_grad are: in copies and
+        pickles, but not in a state_dict, so that a new model that loads one is to be frozen anew.
         Whether weight and bias are trained is another matter: that is their requires_grad. Running
         statistics that no batch moves are not reset either, by `reset_running_stats`,
         `reset_parameters` or the tools that call these, as `torch.optim.swa_utils.update_bn` does.
@@ -262,28 +263,9 @@ class Layer(_compat.BatchNormBase):
             f", {name}={value}" for name, value in added.items() if value is not None
         )
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1], {})
-        metadata.update(
-            {name: value for name in FREEZING if (value := getattr(self, name)) is not None}
-        )
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any
-    ) -> None:
-        freezing = {name: local_metadata.get(name, getattr(self, name)) for name in FREEZING}
-        if not local_metadata.keys().isdisjoint(FREEZING):
-            try:
-                self._check_freezing(**freezing)
-            except ValueError as error:
-                *_, messages = others
-                messages.append(f'While loading the metadata of "{prefix[:-1]}": {error}')
-                return
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
         self.widen_statistics()  # which assign=True takes as they are
-        for name, value in freezing.items():
-            setattr(self, name, value)
 
     def _checked(
         self,
