@@ -16,7 +16,7 @@ import torch
 import truth
 from cases import HARD, HUGE, LARGE_FLOAT16, LARGE_MEAN
 from compare import close
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from batchnorm.mlx import (
     BatchNorm,
@@ -59,7 +59,7 @@ def operations(*arrays, path):
 
 def test_arguments_by_position_and_defaults():
     layer = BatchNorm(4, 1e-3, 0.2, False, False)
-    assert isinstance(layer, mlx.nn.Module)
+    assert isinstance(layer, mlx.nn.BatchNorm)
     assert (layer.num_features, layer.eps, layer.momentum) == (4, 1e-3, 0.2)
     assert layer.parameters() == {}
     theirs, ours = mlx.nn.BatchNorm(4), BatchNorm(4)
@@ -381,6 +381,217 @@ def test_saving_and_loading(tmp_path, file):
     theirs.update(saved.parameters())
     x = normal(4, 3)
     close(saved.eval()(x), theirs.eval()(x))
+
+
+# ---- found by class, and changed by class
+
+
+def norms_of(model):
+    return [each for each in model.modules() if isinstance(each, mlx.nn.BatchNorm)]
+
+
+def small_model(**options):
+    return mlx.nn.Sequential(mlx.nn.Linear(4, 3), layer_with_parameters(3, **options))
+
+
+def trained_names(model):
+    return {name for name, _ in tree_flatten(model.trainable_parameters())}
+
+
+def test_every_attribute_of_theirs_is_there():
+    ours, theirs = BatchNorm(3, 1e-3, 0.2), mlx.nn.BatchNorm(3, 1e-3, 0.2)
+    names = {name for name in (*vars(theirs), *theirs) if not name.startswith("_")}
+    assert {"eps", "momentum", "num_features", "weight", "running_var"} <= names
+    for name in names:
+        assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_evaluating_by_class():
+    class Frozen(mlx.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = layer_with_parameters(4)
+
+        def train(self, mode=True):
+            super().train(mode)
+            for norm in norms_of(self):
+                norm.eval()
+            return self
+
+    model, x = Frozen().train(), 3 + normal(6, 4)
+    y = model.norm(x)
+    assert model.norm.running_mean.tolist() == [0.0] * 4
+    close(y, np.array(x) / np.sqrt(1 + 1e-5) * model.norm.weight + model.norm.bias)
+
+
+def test_freezing_by_class():
+    model = small_model()
+    for norm in norms_of(model):
+        norm.freeze()
+    assert trained_names(model) == {"layers.0.weight", "layers.0.bias"}
+    for norm in norms_of(model):
+        norm.unfreeze()
+    assert trained_names(model) == {
+        *("layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias")
+    }
+
+
+def test_resetting_by_class():
+    model = small_model()
+    model(normal(5, 4))
+    for norm in norms_of(model):
+        norm.running_mean = mx.zeros_like(norm.running_mean)
+        norm.running_var = mx.ones_like(norm.running_var)
+    assert model.layers[1].running_mean.tolist() == [0.0] * 3
+    assert model.layers[1].running_var.tolist() == [1.0] * 3
+
+
+def test_replacing_by_class():
+    model = small_model()
+
+    def replaced(module):
+        return mlx.nn.GroupNorm(1, 3) if isinstance(module, mlx.nn.BatchNorm) else module
+
+    is_module = mlx.nn.Module.is_module
+    model.update_modules(tree_map(replaced, model.leaf_modules(), is_leaf=is_module))
+    assert [type(each) for each in model.layers] == [mlx.nn.Linear, mlx.nn.GroupNorm]
+
+
+def test_initialising_by_class():
+    model = small_model()
+
+    def is_scale(module, name, value):
+        if isinstance(value, (dict, list)):
+            return True
+        return isinstance(module, mlx.nn.BatchNorm) and name == "weight"
+
+    before = model.layers[0].weight
+    model.apply(mlx.nn.init.constant(0.25), filter_fn=is_scale)
+    assert model.layers[1].weight.tolist() == [0.25] * 3
+    assert model.layers[0].weight is before
+
+
+def test_casting_and_quantizing_but_for_a_class():
+    model = mlx.nn.Sequential(mlx.nn.Linear(64, 32), layer_with_parameters(32))
+
+    def others(name, module):
+        if not isinstance(module, (mlx.nn.BatchNorm, mlx.nn.Sequential)):
+            module.set_dtype(mx.bfloat16)
+
+    model.apply_to_modules(others)
+    assert model.layers[0].weight.dtype == mx.bfloat16
+    assert model.layers[1].weight.dtype == mx.float32
+    mlx.nn.quantize(model)
+    assert [type(each) for each in model.layers] == [mlx.nn.QuantizedLinear, BatchNorm]
+    y = model(normal(5, 64))
+    close(y.mean(axis=0), model.layers[1].bias, atol=1e-5)
+
+
+def folded(linear, norm):
+    """What programs do before they deploy a model."""
+    factor = norm.weight * mx.rsqrt(norm.running_var + norm.eps)
+    other = mlx.nn.Linear(*reversed(linear.weight.shape))
+    other.weight = linear.weight * factor[:, None]
+    other.bias = (linear.bias - norm.running_mean) * factor + norm.bias
+    return other
+
+
+@pytest.mark.parametrize("eps", [1e-3, mx.array(1e-3)], ids=["number", "array"])
+def test_folding_keeps_an_activation_or_fails(eps):
+    model, x = small_model(eps=eps), normal(5, 4)
+    model(x)
+    linear, norm = model.eval().layers
+    close(folded(linear, norm)(x), model(x))
+    norm.activation = "relu"
+    wanted = model(x)
+    with pytest.raises(RuntimeError, match=r"with activation='relu' .* call mlx\.nn\.relu after"):
+        folded(linear, norm)
+    with pytest.raises(RuntimeError, match="eps of this BatchNorm with activation='relu'"):
+        mlx.nn.BatchNorm(norm.num_features, norm.eps, norm.momentum)
+    norm.activation = None
+    close(mlx.nn.relu(folded(linear, norm)(x)), wanted)
+
+
+@pytest.mark.parametrize("eps", [0.5, mx.array(0.5)], ids=["number", "array"])
+@pytest.mark.parametrize("before", [0.1, mx.array(0.1)], ids=["was number", "was array"])
+def test_eps_of_a_layer_with_an_activation(before, eps):
+    layer, x = BatchNorm(3, before, activation="silu"), normal(5, 3)
+    layer.eps = eps
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        wanted = truth.batch_norm(x, eps=0.5).y
+        close(each(x), wanted / (1 + np.exp(-wanted)))
+        assert ("eps" in each.parameters()) == isinstance(eps, mx.array)
+        assert ("eps" in vars(each)) == (not isinstance(eps, mx.array))
+        assert "eps=0.5" in repr(each).replace("array(0.5, dtype=float32)", "0.5")
+        each.load_weights(list(tree_flatten(each.parameters())))
+        each.freeze().unfreeze().train().eval()
+        with pytest.raises(RuntimeError, match=r'vars\(layer\)\["eps"\]'):
+            each.eps  # noqa: B018
+        each.activation = None
+        assert float(each.eps) == 0.5
+
+
+# ---- subclasses
+
+
+class Doubled(BatchNorm):
+    """As programs subclass mlx.nn.BatchNorm."""
+
+    def __init__(self, num_features, factor=2.0, **options):
+        self.factor = factor
+        super().__init__(num_features, **options)
+        self.gain = mx.array([factor])
+
+    def __call__(self, x):
+        return self.gain * super().__call__(x)
+
+    def _extra_repr(self):
+        return f"{super()._extra_repr()}, factor={self.factor}"
+
+
+class ByHand(BatchNorm):
+    def __call__(self, x):
+        mean, var = self._calc_stats(x)
+        if self.training:
+            self.running_mean = (1 - self.momentum) * self.running_mean + self.momentum * mean
+        return (x - mean) * mx.rsqrt(var + self.eps) * self.weight + self.bias
+
+
+def test_a_subclass():
+    layer, x = Doubled(3, eps=0.1, activation="relu"), normal(6, 3)
+    wanted = np.maximum(truth.batch_norm(x, eps=0.1).y, 0)
+    for each in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        close(each(x), 2 * wanted)
+        close(each.running_mean, 0.1 * truth.batch_norm(x).mean)
+        assert trained_names(each) == {"weight", "bias", "gain"}
+        assert each.unfreeze(keys="gain") is each
+    assert repr(layer) == (
+        "Doubled(3, eps=0.1, momentum=0.1, affine=True, track_running_stats=True, "
+        "activation='relu', factor=2.0)"
+    )
+
+
+def test_a_subclass_with_a_formula_of_its_own():
+    layer, x = ByHand(3), normal(6, 3)
+    close(layer(x), truth.batch_norm(x).y)
+    close(layer.running_mean, 0.1 * truth.batch_norm(x).mean)
+
+
+def own_statistics(self, x, ddof=0):
+    return mx.zeros(3), mx.ones(3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("where", ["class", "object"])
+def test_statistics_of_a_subclass_are_not_passed_over(where, training):
+    cls = type("Shared", (BatchNorm,), {"_calc_stats": own_statistics})
+    layer = (cls if where == "class" else BatchNorm)(3).train(training)
+    if where == "object":
+        vars(layer)["_calc_stats"] = partial(own_statistics, layer)
+    before = dict(layer)
+    with pytest.raises(TypeError, match=f"{type(layer).__name__} has a _calc_stats of its own"):
+        layer(X)
+    assert all(layer[name] is value for name, value in before.items())
 
 
 # ---- dtypes

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import mlx.nn
 import pytest
+from compare import close
 
 from batchnorm.mlx._compat import is_traced_for_any_size
 
@@ -39,6 +40,30 @@ def test_arrays_are_set_as_items():
     parent.set_dtype(mx.bfloat16)
     parent.update({"layers": [{"weight": mx.zeros(2, mx.float16)}]})
     assert seen == [("weight", mx.float32), ("weight", mx.bfloat16), ("weight", mx.float16)]
+
+
+def test_attributes_are_set_as_such():
+    class Recording(mlx.nn.Module):
+        def __setattr__(self, key, value):
+            seen.append(key)
+            super().__setattr__(key, value)
+
+    seen = []
+    module = Recording()
+    module.eps = 0.5
+    module.eps = mx.array(0.25)
+    assert seen[-2:] == ["eps", "eps"]
+    assert vars(module).get("eps") is None
+    module.eps = 0.5
+    assert (vars(module)["eps"], "eps" in module) == (0.5, False)
+
+
+def test_statistics_are_taken_by_a_method():
+    class Other(mlx.nn.BatchNorm):
+        def _calc_stats(self, x, ddof=0):
+            return mx.array([1.0]), mx.array([1.0])
+
+    close(Other(1, eps=1e-6)(mx.array([[2.0], [7.0]])), [[1.0], [6.0]])
 
 
 def test_extra_repr_stands_in_repr():

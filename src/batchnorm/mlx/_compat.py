@@ -1,4 +1,4 @@
-"""What `mlx.nn.Module` does not promise and we rely on; tests/test_mlx_compat.py watches it."""
+"""What `mlx.nn` does not promise and we rely on; tests/test_mlx_compat.py watches it."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ import mlx.nn as nn
 from .. import checks
 from ..conventions import CONVENTIONS
 
-_STATISTICS = (CONVENTIONS["mlx"].mean, CONVENTIONS["mlx"].var)
-_KEPT = (*_STATISTICS, "eps", "momentum")
+_CONVENTION = CONVENTIONS["mlx"]
+_STATISTICS = (_CONVENTION.mean, _CONVENTION.var)
+_NEVER_TRAINED = (*_STATISTICS, "eps", "momentum")
+_CALC_STATS = nn.BatchNorm._calc_stats  # type: ignore[attr-defined]
 
 
 def _never_computed() -> mx.array:
@@ -42,11 +44,11 @@ def is_traced_for_any_size() -> bool:
     return False
 
 
-class Module(nn.Module):  # type: ignore[misc, name-defined]
-    """A module whose running statistics, eps and momentum stay float32 and are never trained."""
+class Layer(nn.BatchNorm):  # type: ignore[misc, name-defined]
+    """MLX's own layer, but for what stays float32, is never trained or is no array of MLX."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, num_features: int, affine: bool, track_running_stats: bool) -> None:
+        super().__init__(num_features, affine=affine, track_running_stats=track_running_stats)
         # For: a parent's unfreeze() empties its modules' sets of frozen keys without asking them.
         # Breaks it: another name for the set, or another test than `in`. Then: an optimizer moves
         # what is not trained.
@@ -55,11 +57,18 @@ class Module(nn.Module):  # type: ignore[misc, name-defined]
     def __setitem__(self, key: str, value: Any) -> None:
         # For: set_dtype() and load_weights() of any parent. Breaks it: a way of setting an array
         # other than this. Then: statistics in bfloat16, which hold no small step.
-        if key in _KEPT and not (type(value) is mx.array and value.dtype == mx.float32):
+        if key in _NEVER_TRAINED and not _is_float32(value):
             checks.instance(key, value, mx.array)
-            checks.floating(key, value.dtype, not mx.issubdtype(value.dtype, mx.complexfloating))
-            value = value.astype(mx.float32)
+            value = _float32(key, value)
         super().__setitem__(key, value)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key == "eps" and isinstance(value, mx.array):
+            # A module asks first whether it has the attribute, and eps may refuse to be read.
+            self[key] = value
+            self.__dict__.pop(key, None)
+        else:
+            super().__setattr__(key, value)
 
     def _extra_repr(self) -> str:
         # For: options beside a module's name and above its children, which `extra_repr` gives.
@@ -68,8 +77,29 @@ class Module(nn.Module):  # type: ignore[misc, name-defined]
         return options
 
 
+def refuse_other_statistics(layer: Layer) -> None:
+    """Refuse one that takes statistics as mlx.nn.BatchNorm would, over devices for instance."""
+    # For: a layer's own `_calc_stats`, which nothing would call. Breaks it: another name for
+    # it. Then: the import is an AttributeError.
+    if getattr(layer._calc_stats, "__func__", None) is not _CALC_STATS:
+        raise TypeError(
+            f"{type(layer).__name__} has a _calc_stats of its own, but batchnorm.mlx.BatchNorm "
+            "takes the statistics together with the output and would not call it. Override "
+            "__call__ and use batchnorm.mlx.batch_norm, which pools over a group."
+        )
+
+
+def _is_float32(value: Any) -> bool:
+    return type(value) is mx.array and value.dtype == mx.float32
+
+
+def _float32(name: str, value: mx.array) -> mx.array:
+    checks.floating(name, value.dtype, not mx.issubdtype(value.dtype, mx.complexfloating))
+    return value.astype(mx.float32)
+
+
 class _FrozenKeys(set[str]):
     """The keys of a module that are not trained; those that it keeps can't be taken out."""
 
     def __contains__(self, key: object) -> bool:
-        return key in _KEPT or super().__contains__(key)
+        return key in _NEVER_TRAINED or super().__contains__(key)

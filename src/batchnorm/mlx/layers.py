@@ -1,6 +1,7 @@
 """The layer in the place of `mlx.nn.BatchNorm`."""
 
 import math
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -8,13 +9,13 @@ from .. import checks
 from ..conventions import CONVENTIONS
 from . import _stages
 from ._arguments import Number, check_number, check_parameters, checked, fraction
-from ._compat import Module
+from ._compat import Layer, refuse_other_statistics
 
 _CONVENTION = CONVENTIONS["mlx"]
 
 
-class BatchNorm(Module):
-    """Batch normalization over the last axis, in the place of `mlx.nn.BatchNorm`.
+class BatchNorm(Layer):
+    """Batch normalization over the last axis, in the place of `mlx.nn.BatchNorm`, and one itself.
 
     In training, x is normalized by the mean and the population variance of each of its channels,
     which also move the running statistics; in evaluation, by the running statistics [1]_:
@@ -38,6 +39,7 @@ class BatchNorm(Module):
     track_running_stats : bool
         Whether there are running statistics. Without them, evaluation uses those of the batch.
     activation : None, "relu" or "silu"
+        A layer that has one does not let `eps` be read, which see.
 
     Raises
     ------
@@ -78,7 +80,6 @@ class BatchNorm(Module):
         *,
         activation: str | None = None,
     ) -> None:
-        super().__init__()
         # The messages of mlx.nn.BatchNorm itself, which programs may look for; so in __call__.
         if isinstance(eps, mx.array):
             check_number("eps", eps)
@@ -89,21 +90,53 @@ class BatchNorm(Module):
         else:
             checks.positive_eps(eps)
         fraction("momentum", momentum)
-        self.num_features = checks.positive_integer("num_features", num_features)
+        super().__init__(
+            checks.positive_integer("num_features", num_features),
+            checks.boolean("affine", affine),
+            checks.boolean("track_running_stats", track_running_stats),
+        )
         self.eps = eps
         self.momentum = momentum
-        self.track_running_stats = checks.boolean("track_running_stats", track_running_stats)
         self.activation = checks.activation(activation)
-        if checks.boolean("affine", affine):
-            self.weight = mx.ones((num_features,))
-            self.bias = mx.zeros((num_features,))
-        if track_running_stats:
-            self.running_mean = mx.zeros((num_features,))
-            self.running_var = mx.ones((num_features,))
+
+    @property
+    def eps(self) -> Number:
+        """Added to the variance, inside the root.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has an activation: who reads eps builds another layer of this one, or
+            folds it into a convolution, and would leave the activation out. What eps is says
+            ``vars(layer)["eps"]``, or ``layer["eps"]`` where it is an array.
+        """
+        if self.activation is not None:
+            raise RuntimeError(
+                f"eps of this {type(self).__name__} with activation={self.activation!r} is asked "
+                "for, as by what builds another layer of it, which would lose the activation "
+                "without a word. Set activation to None before, and call "
+                f"mlx.nn.{self.activation} after the layer. The number alone is "
+                'vars(layer)["eps"], or layer["eps"] where it is an array.'
+            )
+        return self._own_eps()
+
+    @eps.setter
+    def eps(self, value: Any) -> None:
+        self.__dict__["eps"] = value
+
+    def _own_eps(self) -> Number:
+        eps: Number = self["eps"] if "eps" in self else self.__dict__["eps"]
+        return eps
+
+    def unfreeze(
+        self, *, recurse: bool = True, keys: str | list[str] | None = None, strict: bool = False
+    ) -> Self:
+        super().unfreeze(recurse=recurse, keys=keys, strict=strict)
+        return self  # which that of mlx.nn.BatchNorm does not
 
     def extra_repr(self) -> str:
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"{self.num_features}, eps={self._own_eps()}, momentum={self.momentum}, "
             f"affine={'weight' in self}, track_running_stats={self.track_running_stats}"
             + (f", activation={self.activation!r}" if self.activation else "")
         )
@@ -139,11 +172,12 @@ class BatchNorm(Module):
             raise ValueError(
                 f"Expected input tensor to have 2, 3 or 4 dimensions, but got {x.ndim}"
             )
+        refuse_other_statistics(self)
         checks.number_of_channels(x.shape[-1], self.num_features, x.shape)
         if self.training and math.prod(x.shape[:-1]) == 1:
             raise ValueError("BatchNorm training requires more than one value per channel.")
         weight, bias = self.get("weight"), self.get("bias")
-        options = self.eps, mask, residual, self.activation
+        options = self._own_eps(), mask, residual, self.activation
         problem, inputs = checked(x, weight, bias, -1, *options, name_of_scale="weight")
         if not self.track_running_stats:
             y, _ = _stages.batch_norm(problem, inputs)
