@@ -71,13 +71,20 @@ def test_stateful_that_is_not_mutable_can_be_read():
         assert Read.call({}) == 5.0
         with pytest.raises(ValueError, match=r"^Collection is not mutable\. Use the `mutate`"):
             Sum.call({}, 1.0)
-    assert state.as_dict() == same.as_dict() == {"/": {"total": 5.0}}
+        assert same is nn.get_state() is state
+        same["/"]["total"] = 7.0
+        assert Read.call({}) == 7.0
+    assert state.as_dict() == {"/": {"total": 7.0}}
     with (
         nn.stateful(state) as mutable,
-        nn.stateful(mutable, mutable=False),
-        pytest.raises(ValueError, match=r"^Collection is not mutable\."),
+        nn.stateful(mutable, mutable=False) as frozen,
     ):
-        Sum.call({}, 1.0)
+        with pytest.raises(ValueError, match=r"^Collection is not mutable\."):
+            Sum.call({}, 1.0)
+        assert frozen.state is mutable.state
+        mutable["/"]["total"] = 8.0
+        assert Read.call({}) == 8.0
+    assert state.as_dict() == {"/": {"total": 7.0}}
 
 
 @pytest.mark.parametrize("state", [{}, {"/": {"total": 1.0}}, 3])
@@ -126,13 +133,101 @@ def test_mutate_makes_a_copy_that_is_mutable_for_a_while():
         Store.call({}, 3, copy)
 
 
-def test_as_dict_is_a_copy():
+def test_as_dict_is_a_copy_of_the_outer_dict_alone():
     collection = nn.Collection({"/": {"a": 1}})
     copy = collection.as_dict()
     copy["/"]["a"] = 2
     copy["/b"] = 3
-    assert collection.as_dict() == collection.state == {"/": {"a": 1}}
-    assert repr(collection) == "Collection({'/': {'a': 1}})"
+    assert collection.as_dict() == collection.state == {"/": {"a": 2}}
+    assert repr(collection) == "Collection({'/': {'a': 2}})"
+
+
+@pytest.mark.parametrize("mutable", [nn.Collection.mutate, nn.stateful])
+def test_what_is_written_into_a_mutable_copy_counts(mutable):
+    original = nn.Collection({path: {"mean": 0.0, "list": [1]} for path in ("/a", "/b")})
+    with mutable(original) as new:
+        for variables in new.as_dict().values():
+            variables.update(mean=5.0)
+            variables["list"].append(2)
+        new.state["/c"] = {"mean": 7.0}
+        new["/a"]["var"] = 3.0
+    assert new.as_dict() == {
+        "/a": {"mean": 5.0, "list": [1, 2], "var": 3.0},
+        "/b": {"mean": 5.0, "list": [1, 2]},
+        "/c": {"mean": 7.0},
+    }
+    assert original.as_dict() == {path: {"mean": 0.0, "list": [1]} for path in ("/a", "/b")}
+
+
+def test_virtual_batches_are_synchronized_by_writing_into_as_dict():
+    batches = jnp.array([[[1.0], [3.0]], [[5.0], [7.0]]])
+    with nn.stateful() as state:
+        _, params = nn.BatchNorm.init(KEY, batches[0])
+
+    @jax.jit
+    def step(state, batches):
+        def of_one(x):
+            with nn.stateful(state) as new_state:
+                nn.BatchNorm.call(params, x, momentum=0.5)
+            return new_state
+
+        with jax.vmap(of_one)(batches).mutate() as new_state:
+            for variables in new_state.as_dict().values():
+                variables.update(jax.tree.map(lambda each: each.mean(axis=0), variables))
+        return new_state
+
+    synchronized = step(state, batches)
+    assert synchronized["/"] == {"mean": jnp.array([2.0]), "var": jnp.array([1.0])}
+    assert state["/"] == {"mean": jnp.array([0.0]), "var": jnp.array([1.0])}
+
+
+def test_a_collection_holds_the_very_objects_that_it_is_given():
+    first, second = object(), {"a": [1]}
+    given = {"/": first}
+    collection = nn.Collection(given)
+    assert collection.state is given
+    assert collection["/"] is first
+    assert collection.as_dict()["/"] is first
+
+    @nn.module
+    def exchange(into):
+        return into.retrieve(), into.store(second), into.retrieve()
+
+    with collection.mutate() as copy:
+        before, replaced, after = exchange.call({}, copy)
+    assert before is replaced is first
+    assert after is copy["/"] is second
+
+
+def test_a_state_variable_is_written_where_it_stands():
+    class Swap(nn.Module):
+        def apply(self, x):
+            variable = self.state("x")
+            found, variable.value = variable.value, x
+            return found
+
+    first, second = [1], [2]
+    original = nn.Collection({"/swap": {"x": first, "y": 3}})
+    with nn.stateful(original) as state:
+        variables = state.as_dict()["/swap"]
+        variables["x"] = first
+        assert Swap.call({}, second, name="swap") is first
+        assert variables is state["/swap"]
+        assert variables["x"] is second
+        variables["x"] = first
+        assert Swap.call({}, second, name="swap") is first
+    assert variables == {"x": [2], "y": 3}
+    assert original["/swap"] == {"x": [1], "y": 3}
+
+
+def test_a_state_variable_that_is_refused_changes_nothing():
+    original = nn.Collection({"/": {"total": 5.0}})
+    with nn.stateful(original, mutable=False) as state:
+        variables = state["/"]
+        with pytest.raises(ValueError, match=r"^Collection is not mutable\."):
+            Sum.call({}, 1.0)
+    assert variables is original["/"]
+    assert variables == {"total": 5.0}
 
 
 def test_a_missing_path_is_a_key_error():

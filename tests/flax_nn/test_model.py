@@ -64,6 +64,23 @@ def test_models_hash_by_identity():
     assert a != b
 
 
+def test_parameters_are_the_very_objects_that_were_given():
+    tree = {"a": [1.0]}
+
+    class Tree(nn.Module):
+        def apply(self):
+            return self.param("tree", None, lambda rng, shape: tree), self.get_param("tree")
+
+    (declared, got), params = Tree.init(KEY)
+    assert declared is got is params["tree"] is tree
+    model = nn.Model(Tree, params)
+    assert model.params is params
+    assert model.replace(module=Bias).params is params
+    params["tree"] = other = {"b": [2.0]}
+    for declared, got in (model(), Tree.call(params), Tree.partial().call(params)):
+        assert declared is got is other
+
+
 def test_methods_of_a_model():
     model = nn.Model(Methods, {"bias": jnp.array([1.0, 2.0])})
     assert model.norm() == 5.0
@@ -233,6 +250,21 @@ def test_a_shared_module_has_an_output_for_each_use():
     with nn.capture_module_outputs() as outer, nn.capture_module_outputs() as inner:
         network.init(KEY, X)
     assert outer.as_dict() == inner.as_dict() == {"/": [3.0], "/bias": [2.0, 3.0]}
+
+
+def test_the_outputs_of_a_module_stay_in_one_list():
+    twice = nn.Model(nn.module(lambda x: 2 * x), {})
+    with nn.capture_module_outputs() as outputs:
+        twice(1, name="twice")
+        listed = outputs.as_dict()["/twice"]
+        twice(2, name="twice")
+        with pytest.raises(ValueError, match=r"^Stateful operations are not allowed"):
+            jax.vmap(lambda x: twice(x, name="twice"))(X)
+        assert listed == [2, 4]
+        listed.remove(2)
+        twice(3, name="twice")
+    assert outputs["/twice"] is listed
+    assert listed == [4, 6]
 
 
 def test_capturing_inside_of_jit():

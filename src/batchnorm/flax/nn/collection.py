@@ -75,8 +75,12 @@ class Collection:
         return f"Collection({self.state!r})"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return a copy of what is stored, by path."""
-        return _copied(self.state)
+        """Return what is stored, by path.
+
+        The dict is a copy, the values are those of the collection: what is written into a
+        dict that a module has stored counts.
+        """
+        return self.state.copy()
 
     def __getitem__(self, path: str) -> Any:
         if path not in self.state:
@@ -85,8 +89,11 @@ class Collection:
 
     @contextlib.contextmanager
     def mutate(self) -> Iterator[Collection]:
-        """Make a copy in which modules can store; after the with statement it is frozen."""
-        collection = frozen_copy(self)
+        """Make a copy in which modules can store; after the with statement it is frozen.
+
+        Dicts, lists and other containers are copied, what they hold is not.
+        """
+        collection = _unflatten(self.anchor, (_copied(self.state),))
         collection.mutation = Mutation(current_trace())
         try:
             yield collection
@@ -128,8 +135,11 @@ class Collection:
         return store(self, top_frame("store").scope, value)
 
 
-def frozen_copy(collection: Collection) -> Collection:
-    return _unflatten(collection.anchor, (_copied(collection.state),))
+def frozen(collection: Collection) -> Collection:
+    """Return the collection, in the place of a mutable one another that holds the same."""
+    if collection.mutation is None:
+        return collection
+    return _unflatten(collection.anchor, (collection.state,))
 
 
 def retrieve(collection: Collection, scope: Scope, default: Any) -> Any:
@@ -139,6 +149,14 @@ def retrieve(collection: Collection, scope: Scope, default: Any) -> Any:
 
 def store(collection: Collection, scope: Scope, value: Any) -> Any:
     """Store a value for the module at `scope`, and return the one it replaces."""
+    path = path_to_store(collection, scope, value)
+    replaced = collection.state.get(path)
+    collection.state[path] = value
+    return replaced
+
+
+def path_to_store(collection: Collection, scope: Scope, value: Any) -> str:
+    """Return where the module at `scope` stores, if it may store `value`."""
     mutation = collection.mutation
     if mutation is None:
         raise ValueError(
@@ -160,11 +178,8 @@ def store(collection: Collection, scope: Scope, value: Any) -> Any:
             " should have a name. Pass name= to each call, the same one where they share"
             " state, or make the Collection mutable for each of them anew."
         )
-    path = path_of(line)
-    replaced = collection.state.get(path)
-    collection.state[path] = value
     mutation.root = first
-    return replaced
+    return path_of(line)
 
 
 def _line_to(scope: Scope, anchor: Scope | None) -> list[Scope]:

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from ._compat import belongs_to, current_trace
-from .collection import Collection
-from .scope import Stack
+from .collection import Collection, path_to_store
+from .scope import Stack, top_frame
 
 _recorders: Stack[Callable[[Any], None]] = Stack()
 
@@ -43,7 +43,7 @@ def capture_module_outputs() -> Iterator[Collection]:
     ...     Network.call({"Double_0": {}}, 5)
     11
     >>> outputs.as_dict()
-    {'/': [11], '/Double_0': [10]}
+    {'/Double_0': [10], '/': [11]}
     """
     with (
         Collection().mutate() as outputs,
@@ -68,4 +68,5 @@ def outputs_at(paths: Any, run: Callable[[], Any]) -> Any:
 
 
 def _keep(outputs: Collection, output: Any) -> None:
-    outputs.store([*outputs.retrieve(default=[]), output])
+    path = path_to_store(outputs, top_frame("capture_module_outputs").scope, output)
+    outputs.state.setdefault(path, []).append(output)

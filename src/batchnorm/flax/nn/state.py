@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from .collection import Collection, frozen_copy, retrieve, store
+from .collection import Collection, frozen, path_to_store, retrieve
 from .scope import Scope, Stack
 
 _entered: Stack[Collection] = Stack()  # by `stateful`
@@ -14,7 +14,7 @@ _entered: Stack[Collection] = Stack()  # by `stateful`
 
 @contextlib.contextmanager
 def stateful(state: Collection | None = None, mutable: bool = True) -> Iterator[Collection]:
-    """Let modules keep state, for the time of a with statement, in a copy of `state`.
+    """Let modules keep state, for the time of a with statement, in a mutable copy of `state`.
 
     Of several such statements the innermost counts; each thread has its own. Under
     `jax.jit` and its like, pass `state` as an argument, enter `stateful` inside of the
@@ -25,12 +25,12 @@ def stateful(state: Collection | None = None, mutable: bool = True) -> Iterator[
     state
         The state so far; by default there is none.
     mutable
-        Whether modules may change it: pass False to evaluate.
+        Whether modules may change it: pass False to evaluate. Then there is no copy.
 
     Yields
     ------
     Collection
-        The copy, which holds the new state after the with statement.
+        The copy, which holds the new state after the with statement; or `state`.
 
     Raises
     ------
@@ -63,8 +63,8 @@ def stateful(state: Collection | None = None, mutable: bool = True) -> Iterator[
             "nn.Collection(...) makes one from a dict."
         )
     before = Collection() if state is None else state
-    copy = before.mutate() if mutable else contextlib.nullcontext(frozen_copy(before))
-    with copy as after, _entered.pushed(after):
+    kept = before.mutate() if mutable else contextlib.nullcontext(frozen(before))
+    with kept as after, _entered.pushed(after):
         yield after
 
 
@@ -156,7 +156,9 @@ class ModuleState:
     @value.setter
     def value(self, value: Any) -> None:
         variables = variables_of(self._collection, self._scope, self.name)
-        store(self._collection, self._scope, {**variables, self.name: value})
+        path = path_to_store(self._collection, self._scope, value)
+        # In place: programs keep the dict, and write into it themselves.
+        self._collection.state.setdefault(path, variables)[self.name] = value
 
 
 def variables_of(collection: Collection, scope: Scope, name: str) -> dict[str, Any]:
