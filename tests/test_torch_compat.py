@@ -28,6 +28,24 @@ def test_check_input_of_sync():
         _compat.check_input_of_sync(layer, torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        torch.nn.Module.register_forward_pre_hook,
+        torch.nn.Module.register_forward_hook,
+        torch.nn.Module.register_full_backward_pre_hook,
+        torch.nn.Module.register_full_backward_hook,
+    ],
+)
+def test_has_hooks(register):
+    module = torch.nn.ReLU()
+    assert not _compat.has_hooks(module)
+    handle = register(module, lambda *_: None)
+    assert _compat.has_hooks(module)
+    handle.remove()
+    assert not _compat.has_hooks(module)
+
+
 def test_traceable_all_reduce(tmp_path):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1

@@ -82,6 +82,19 @@ def _(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor)
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether anything is to happen when the module is called, beside its forward.
+
+    Were a kind of hooks elsewhere, it would not be called for an activation that is fused.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def is_batch_of_autograd(tensor: Tensor) -> bool:
     """Whether it is one of the batches of torch.autograd's own vmap (is_grads_batched).
 

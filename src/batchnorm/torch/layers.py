@@ -32,7 +32,7 @@ from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
 NormalizeBy = Literal["batch", "running"]
 
 _CONVENTION = CONVENTIONS["torch"]
-FREEZING = ("normalize_by", "update_running")
+BEYOND_TORCH = ("activation", "skip_nonfinite", "normalize_by", "update_running")
 _RUNNING = ("running_mean", "running_var")
 
 
@@ -57,8 +57,8 @@ class Layer(_compat.BatchNormBase):
     update_running: bool | None = None
     # With momentum=None, which weighs batches by their elements; None until that is needed.
     _tracked: Tracked | None = None
-    # What `convert` has made a SyncBatchNorm of; None where the class says it.
-    converted_from: type | None = None
+    # The class that `convert` makes such a layer of, and `revert` makes it again.
+    stands_for: type[torch.nn.Module]
 
     def __init__(
         self,
@@ -114,6 +114,46 @@ class Layer(_compat.BatchNormBase):
         if any(each is not None and each.is_meta for each in before.values()):
             self._start_statistics()  # in new memory, where there is nothing that freezing keeps
         return self
+
+    @property
+    def eps(self) -> Any:
+        """Added to the variance, inside the root.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has what torch.nn's layers have not: an activation, say, or if it is
+            frozen. Who reads eps builds another layer of this one, which would do without it. The
+            number itself is ``vars(layer)["eps"]``.
+        """
+        if beyond := self.beyond_torch():
+            what = ", ".join(f"{name}={value!r}" for name, value in beyond.items())
+            raise RuntimeError(
+                f"eps of this {type(self).__name__} with {what} is asked for, as by what builds "
+                "another layer of one, which would lose that without a word. Call "
+                "batchnorm.torch.revert(model, separate_activations=True) before, and unfreeze() "
+                "what is frozen; or batchnorm.torch.convert(model, sync=True) for layers that "
+                'share their batch. The number alone is vars(layer)["eps"].'
+            )
+        return vars(self)["eps"]
+
+    @eps.setter
+    def eps(self, value: Any) -> None:
+        vars(self)["eps"] = value
+
+    def __dir__(self) -> list[str]:
+        """Without eps where that can't be read: torch.jit.trace, say, asks for all that is here."""
+        return [name for name in super().__dir__() if name != "eps" or not self.beyond_torch()]
+
+    @classmethod
+    def synchronized(cls) -> type["Layer"]:
+        """The class of such a layer that shares its batch with other processes."""
+        return SyncBatchNorm
+
+    def beyond_torch(self) -> dict[str, Any]:
+        """What it does, and a layer of torch.nn with the same parameters does not."""
+        values = {name: getattr(self, name) for name in BEYOND_TORCH}
+        return {name: each for name, each in values.items() if each != getattr(Layer, name)}
 
     def forward(
         self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
@@ -253,15 +293,8 @@ class Layer(_compat.BatchNormBase):
             self.num_batches_skipped.zero_()
 
     def extra_repr(self) -> str:
-        added = {
-            "activation": self.activation,
-            "skip_nonfinite": self.skip_nonfinite or None,
-            "normalize_by": self.normalize_by,
-            "update_running": self.update_running,
-        }
-        return super().extra_repr() + "".join(
-            f", {name}={value}" for name, value in added.items() if value is not None
-        )
+        added = "".join(f", {name}={value}" for name, value in self.beyond_torch().items())
+        return super().extra_repr() + added
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
@@ -301,7 +334,7 @@ class Layer(_compat.BatchNormBase):
         if residual is not None:
             residual = residual_like(input, residual)
         weights = None if mask is None else weights_of(input, mask)
-        eps = number(self.eps, checks.positive_eps)
+        eps = number(self.__dict__["eps"], checks.positive_eps)
         problem = Problem((1,), eps, self.activation)
         call = Call(problem, self._processes(), watched or isinstance(eps, Tensor))
         return call, Inputs(input, weight, bias, residual, weights)
@@ -326,7 +359,7 @@ class Layer(_compat.BatchNormBase):
 
     def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """As the operators that an exporter knows, to which eps is a number."""
-        mean, eps = self.running_mean, self.eps
+        mean, eps = self.running_mean, self.__dict__["eps"]
         eps = checks.positive_eps(eps.item() if isinstance(eps, Tensor) else eps)
         # Not all kernels take parameters of another dtype than the statistics; a cast that does
         # nothing would stand in the program.
@@ -430,6 +463,8 @@ class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
     tensor([0.2000, 4.0000])
     """
 
+    stands_for: type[torch.nn.Module] = torch.nn.BatchNorm1d
+
 
 class BatchNorm2d(Layer, torch.nn.BatchNorm2d):
     """`torch.nn.BatchNorm2d`: batch normalization of (N, C, H, W); see `BatchNorm1d`.
@@ -443,16 +478,21 @@ class BatchNorm2d(Layer, torch.nn.BatchNorm2d):
     >>> y = block(x, residual=x, mask=torch.ones(2, 1, 8, 8))
     """
 
+    stands_for: type[torch.nn.Module] = torch.nn.BatchNorm2d
+
 
 class BatchNorm3d(Layer, torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d`: batch normalization of (N, C, D, H, W); see `BatchNorm1d`."""
 
+    stands_for: type[torch.nn.Module] = torch.nn.BatchNorm3d
 
-class SyncBatchNorm(Layer):
+
+class SyncBatchNorm(Layer, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d):
     """`torch.nn.SyncBatchNorm`: the batch is that of all processes of a group; any device.
 
-    It is no instance of torch.nn.SyncBatchNorm, all instances of which DistributedDataParallel
-    refuses on a CPU; but one of their base, as all layers are.
+    It takes the inputs of BatchNorm1d, BatchNorm2d and BatchNorm3d, and is an instance of each, so
+    that a program which looks for these finds it. It is none of torch.nn.SyncBatchNorm, all
+    instances of which DistributedDataParallel refuses on a CPU.
 
     It normalizes (N, C, ...) as one process would normalize all the processes' batches joined,
     exactly, however many elements each has, none included; and so are its gradients those of the
@@ -488,6 +528,8 @@ class SyncBatchNorm(Layer):
     >>> y = SyncBatchNorm(3)(torch.randn(4, 3))
     """
 
+    stands_for: type[torch.nn.Module] = torch.nn.SyncBatchNorm
+
     # Where it is in the model that called it first: a backward pass no longer knows. And that as a
     # number, by which processes know whether they are at the same layer.
     _path: str | None = None
@@ -510,6 +552,37 @@ class SyncBatchNorm(Layer):
             num_features, eps, momentum, affine, track_running_stats, *arguments, **keywords
         )
         self.process_group = process_group
+
+    @classmethod
+    def synchronized(cls) -> type[Layer]:
+        return cls
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: torch.nn.Module, process_group: Group | None = None
+    ) -> torch.nn.Module:
+        """As that of torch.nn.SyncBatchNorm: ``convert(module, sync=process_group or True)``.
+
+        Parameters
+        ----------
+        module : torch.nn.Module
+            Changed in place, unlike there.
+        process_group : torch.distributed.ProcessGroup, optional
+            The processes whose batches are normalized as one; all by default.
+
+        Returns
+        -------
+        torch.nn.Module
+            The same module.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `convert`.
+        """
+        from .conversion import convert
+
+        return convert(module, sync=True if process_group is None else process_group)
 
     def _processes(self) -> Alone:
         if not self.training and self.normalize_by is None and self.update_running is None:
@@ -561,16 +634,22 @@ class _Lazy:
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):
     """`torch.nn.LazyBatchNorm1d`: a `BatchNorm1d` that takes num_features from its first input."""
 
+    stands_for: type[torch.nn.Module] = torch.nn.LazyBatchNorm1d
+
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d, BatchNorm2d):
     """`torch.nn.LazyBatchNorm2d`: a `BatchNorm2d` that takes num_features from its first input."""
 
+    stands_for: type[torch.nn.Module] = torch.nn.LazyBatchNorm2d
+
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d, BatchNorm3d):
     """`torch.nn.LazyBatchNorm3d`: a `BatchNorm3d` that takes num_features from its first input."""
+
+    stands_for: type[torch.nn.Module] = torch.nn.LazyBatchNorm3d
 
     cls_to_become = BatchNorm3d
