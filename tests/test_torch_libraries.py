@@ -473,3 +473,60 @@ def test_layers_share_their_batch_by_the_method_of_the_class():
     assert layer.process_group is None
     with pytest.raises(TypeError, match=r"ProcessGroup, but got 'all'"):
         bt.SyncBatchNorm.convert_sync_batchnorm(model, process_group="all")
+
+
+# ---- Opacus
+
+
+@pytest.fixture
+def opacus(monkeypatch):
+    """Its tables of classes: what it refuses, and what it puts in the place."""
+
+    class ModuleValidator:
+        VALIDATORS = dict.fromkeys(TUPLE, lambda layer: ["mixes examples"])
+        FIXERS = dict.fromkeys(TUPLE, lambda layer, **_: nn.GroupNorm(1, layer.num_features))
+
+        @classmethod
+        def validate(cls, model):
+            found = (cls.VALIDATORS.get(type(each)) for each in model.modules())
+            return [message for each in found if each for message in each(model)]
+
+    validators = types.ModuleType("opacus.validators")
+    validators.ModuleValidator = ModuleValidator
+    monkeypatch.setitem(sys.modules, "opacus.validators", validators)
+    return ModuleValidator
+
+
+class MyBatchNorm(bt.BatchNorm2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: bt.BatchNorm1d(3, track_running_stats=False),
+        lambda: bt.LazyBatchNorm2d(track_running_stats=False),
+        lambda: bt.SyncBatchNorm(3),
+        lambda: MyBatchNorm(3),
+        lambda: bt.convert(nn.BatchNorm3d(3)),
+        lambda: bt.convert(nn.BatchNorm3d(3), sync=True),
+        lambda: bt.convert(BatchNormAct2d(3, nn.ReLU())),
+        lambda: bt.convert(Alone(3), kinds={Alone: lambda layer: MyBatchNorm(3)}),
+    ],
+)
+def test_opacus_refuses_a_layer_of_ours(opacus, made):
+    assert opacus.validate(nn.Sequential(made())) == ["mixes examples"]
+
+
+def test_opacus_hears_of_a_layer_that_is_loaded(opacus):
+    saved = pickle.dumps(MyBatchNorm(3))
+    opacus.VALIDATORS.pop(MyBatchNorm)
+    assert opacus.validate(pickle.loads(saved))
+
+
+def test_opacus_replaces_a_layer_and_keeps_its_activation(opacus):
+    for kind in (bt.BatchNorm2d, MyBatchNorm):
+        layer = kind(3, activation="relu")
+        fixed = opacus.FIXERS[kind](layer)
+        assert repr(fixed) == repr(nn.Sequential(nn.GroupNorm(1, 3), nn.ReLU()))
+        assert repr(opacus.FIXERS[kind](kind(3))) == repr(nn.GroupNorm(1, 3))

@@ -13,6 +13,7 @@ from . import layers
 from ._activations import apart
 from ._arguments import check_settings
 from ._compat import BatchNormBase
+from ._opacus import tell_opacus
 from ._sync import Group, group_of
 
 Rule = type[layers.Layer] | Callable[[Any], torch.nn.Module]
@@ -143,6 +144,7 @@ def convert(
                 layer.process_group = None if sync is True else sync
             vars(layer).setdefault("process_group")
         layer.widen_statistics()
+        tell_opacus(new)
     return _replaced(module, replacements)
 
 

@@ -25,6 +25,7 @@ from ._arguments import (
     residual_like,
     weights_of,
 )
+from ._opacus import tell_opacus
 from ._running import Running, Tracked, explained
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
@@ -81,6 +82,7 @@ class Layer(_compat.BatchNormBase):
 
     def _add(self, activation: str | None, skip_nonfinite: bool) -> None:
         """What these layers have and torch.nn's have not."""
+        tell_opacus(type(self))
         self.activation = checks.activation(activation)
         self.skip_nonfinite = checks.boolean("skip_nonfinite", skip_nonfinite)
         if skip_nonfinite:
@@ -114,6 +116,10 @@ class Layer(_compat.BatchNormBase):
         if any(each is not None and each.is_meta for each in before.values()):
             self._start_statistics()  # in new memory, where there is nothing that freezing keeps
         return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        tell_opacus(type(self))
 
     @property
     def eps(self) -> Any:
