@@ -1133,7 +1133,7 @@ def test_attributes_are_checked_where_they_are_used(attribute, value, message):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(3, 1), (1,), (), (1, 3), (4,)])
+@pytest.mark.parametrize("shape", [(3, 1), (1,), (1, 3), (4,)])
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
 def test_running_statistics_have_the_feature_shape_in_both_modes(name, shape, training):
     layer = BatchNorm(3).train(training)
@@ -1148,14 +1148,129 @@ def test_running_statistics_have_the_feature_shape_in_both_modes(name, shape, tr
         assert layer[each] is value
 
 
-@pytest.mark.parametrize("name", ["running_mean", "running_var"])
-@pytest.mark.parametrize("value", [np.zeros(3), 0.0, mx.zeros(3, mx.complex64)])
-def test_what_is_no_running_statistic_is_not_assigned(name, value):
+ARRAYS = ["weight", "bias", "running_mean", "running_var"]
+
+
+def by_attribute(layer, name, value):
+    setattr(layer, name, value)
+
+
+def by_item(layer, name, value):
+    layer[name] = value
+
+
+def by_update(layer, name, value):
+    layer.update({name: value}, strict=False)
+
+
+def by_loading(layer, name, value):
+    layer.load_weights([(name, value)], strict=False)
+
+
+WAYS = [by_attribute, by_item, by_update, by_loading]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.full(3, 0.5, np.float32),
+        np.full(3, 0.5),
+        np.full((6,), 0.5)[::2],
+        np.full(3, 2),
+        [0.5] * 3,
+        (2, 2, 2),
+        0.5,
+        2,
+        np.float32(0.5),
+        np.array(0.5),
+        mx.array(0.5),
+        mx.full((3,), 2, mx.int32),
+        torch.full((3,), 0.5),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_becomes_an_array_of_the_layer(name, value, training):
+    x, wanted = normal(6, 3), np.broadcast_to(np.array(mx.array(value), np.float64), 3)
+    options = {"scale": wanted} if name == "weight" else {"bias": wanted} if name == "bias" else {}
+    layer = BatchNorm(3, momentum=0.25).train(training)
+    before = dict(layer)
+    for way in WAYS:
+        way(layer, name, value)
+        assert (layer[name].shape, layer[name].dtype) == ((3,), mx.float32)
+        assert getattr(layer, name) is layer[name]
+        assert layer.parameters().keys() == before.keys()
+    if training:
+        expected = truth.batch_norm(x, **options)
+        close(layer(x), expected.y)
+        if name == "running_mean":
+            close(layer.running_mean, 0.75 * wanted + 0.25 * expected.mean)
+    else:
+        scale, bias, mean, var = (wanted if name == each else before[each] for each in ARRAYS)
+        close(layer(x), (np.array(x) - mean) / np.sqrt(np.array(var) + 1e-5) * scale + bias)
+
+
+def test_an_array_of_a_half_dtype_is_kept_where_it_is_trained():
     layer = BatchNorm(3)
-    before = layer[name]
-    with pytest.raises(TypeError, match=f"{name} must be an"):
-        layer[name] = value
-    assert layer[name] is before
+    layer.weight = layer.running_var = np.ones(3, np.float16)
+    assert (layer.weight.dtype, layer.running_var.dtype) == (mx.float16, mx.float32)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("a", "must be an array, but of str none can be made"),
+        ({}, "must be an array, but of dict none can be made"),
+        ([[1.0], [1.0, 2.0]], "must be an array, but of list none can be made"),
+        (np.array(["a", "b", "c"]), "must be an array, but of ndarray none can be made"),
+        (np.ma.masked_array([1.0, 2.0, 3.0]), "must not be a masked array"),
+        (1j, "must be an array of real floating-point numbers, but its dtype is .*complex64"),
+        (mx.zeros(3, mx.complex64), "must be an array of real .*, but its dtype is .*complex64"),
+    ],
+)
+def test_what_becomes_no_array_of_the_layer(name, way, value, message):
+    layer = BatchNorm(3)
+    before, attributes = dict(layer), dict(vars(layer))
+    if isinstance(value, (dict, list)) and way in (by_update, by_loading):
+        way = by_item  # there a tree of modules
+    with pytest.raises(TypeError, match=f"{name} {message}"):
+        way(layer, name, value)
+    assert vars(layer) == attributes
+    assert all(layer[each] is kept for each, kept in before.items())
+
+
+def test_without_a_weight_there_is_no_bias():
+    x, theirs = normal(6, 3), mlx.nn.BatchNorm(3)
+    ours = layer_with_parameters(3)
+    theirs.weight = ours.weight = None
+    theirs.bias = ours.bias
+    close(ours(x), theirs(x))
+    assert "affine=False" in repr(ours)
+    ours.weight, theirs.weight = normal(3), None
+    close(ours(x), truth.batch_norm(x, ours.weight, ours.bias).y)
+    ours.bias = None
+    close(ours(x), truth.batch_norm(x, ours.weight).y)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_running_statistics_that_are_not_there(name, training):
+    layer, x = BatchNorm(3).train(training), normal(6, 3)
+    setattr(layer, name, None)
+    with pytest.raises(ValueError, match=f"True, but {name} is None or absent. Set both, or set"):
+        layer(x)
+    setattr(layer, name, 1.0)
+    layer(x)
+    late = BatchNorm(3, track_running_stats=False).train(training)
+    late.track_running_stats = True
+    with pytest.raises(ValueError, match="True, but running_mean is None or absent"):
+        late(x)
+    late.running_mean, late.running_var = 0.0, 1.0
+    late(x)
+    assert late.trainable_parameters().keys() == {"weight", "bias"}
 
 
 # ---- numbers in arrays

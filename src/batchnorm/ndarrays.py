@@ -1,4 +1,4 @@
-"""Arrays as users bring them to the doors of NumPy and of JAX, which make arrays of much."""
+"""Arrays as users bring them to NumPy's door, JAX's and MLX's layer, which make arrays of much."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -7,10 +7,13 @@ import mlx.nn as nn
 
 from .. import checks
 from ..conventions import CONVENTIONS
+from ..ndarrays import converted
 
 _CONVENTION = CONVENTIONS["mlx"]
 _STATISTICS = (_CONVENTION.mean, _CONVENTION.var)
-_NEVER_TRAINED = (*_STATISTICS, "eps", "momentum")
+_OF_FEATURES = (*_STATISTICS, _CONVENTION.scale, _CONVENTION.bias)
+_NUMBERS = ("eps", "momentum")
+_NEVER_TRAINED = (*_STATISTICS, *_NUMBERS)
 _CALC_STATS = nn.BatchNorm._calc_stats  # type: ignore[attr-defined]
 
 
@@ -57,18 +60,33 @@ class Layer(nn.BatchNorm):  # type: ignore[misc, name-defined]
     def __setitem__(self, key: str, value: Any) -> None:
         # For: set_dtype() and load_weights() of any parent. Breaks it: a way of setting an array
         # other than this. Then: statistics in bfloat16, which hold no small step.
-        if key in _NEVER_TRAINED and not _is_float32(value):
+        if key in _OF_FEATURES:
+            value = self._of_features(key, value)
+        elif key in _NUMBERS and not _is_float32(value):
             checks.instance(key, value, mx.array)
             value = _float32(key, value)
         super().__setitem__(key, value)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        if key == "eps" and isinstance(value, mx.array):
-            # A module asks first whether it has the attribute, and eps may refuse to be read.
+        # For: numbers and others' arrays, which a module keeps beside its parameters; and an array
+        # in the place of eps, before which a module asks for the number, that may refuse. Breaks
+        # it: a way of setting an attribute other than this. Then: a weight that is not used.
+        if (key in _OF_FEATURES and value is not None) or (
+            key == "eps" and isinstance(value, mx.array)
+        ):
             self[key] = value
             self.__dict__.pop(key, None)
         else:
             super().__setattr__(key, value)
+
+    def _of_features(self, key: str, value: Any) -> mx.array:
+        if not isinstance(value, mx.array):
+            value = converted(key, value, mx.array)
+        if value.dtype != mx.float32 and (
+            key in _STATISTICS or not mx.issubdtype(value.dtype, mx.floating)
+        ):
+            value = _float32(key, value)
+        return value if value.ndim else mx.broadcast_to(value, (self.num_features,))
 
     def _extra_repr(self) -> str:
         # For: options beside a module's name and above its children, which `extra_repr` gives.

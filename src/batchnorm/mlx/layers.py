@@ -24,6 +24,9 @@ class BatchNorm(Layer):
     Running statistics are no trainable parameters, whatever is unfrozen, and stay float32, whatever
     `set_dtype` makes of the other parameters. An empty batch leaves them as they were.
 
+    What is assigned to `weight`, `bias`, `running_mean` or `running_var` becomes an array of MLX: a
+    number one of num_features elements. With None for `weight` there is no bias either.
+
     Parameters
     ----------
     num_features : int
@@ -176,13 +179,21 @@ class BatchNorm(Layer):
         checks.number_of_channels(x.shape[-1], self.num_features, x.shape)
         if self.training and math.prod(x.shape[:-1]) == 1:
             raise ValueError("BatchNorm training requires more than one value per channel.")
-        weight, bias = self.get("weight"), self.get("bias")
+        weight = self.get("weight")
+        bias = None if weight is None else self.get("bias")  # as in mlx.nn
         options = self._own_eps(), mask, residual, self.activation
         problem, inputs = checked(x, weight, bias, -1, *options, name_of_scale="weight")
         if not self.track_running_stats:
             y, _ = _stages.batch_norm(problem, inputs)
         else:
             mean, var = self.get("running_mean"), self.get("running_var")
+            if mean is None or var is None:
+                raise ValueError(
+                    "running_mean and running_var must be arrays while track_running_stats is "
+                    f"True, but {'running_mean' if mean is None else 'running_var'} is None or "
+                    "absent. Set both, or set track_running_stats to False to normalize by the "
+                    "statistics of each batch."
+                )
             check_parameters(x, problem.features, running_mean=mean, running_var=var)
             if self.training:
                 rate = _CONVENTION.rate(fraction("momentum", self.momentum))
