@@ -1,11 +1,13 @@
 """batchnorm.torch's layers against torch.nn's: what they are, what they keep, what they compute."""
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
 import subprocess
 import sys
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -100,6 +102,38 @@ def test_constructor_is_that_of_torch(ours, theirs, shape, arguments, keywords):
         assert (got.shape, got.device) == (wanted.shape, wanted.device)
         assert got.dtype == (dtype or wanted.dtype)
         assert wanted.is_meta or torch.equal(got, wanted)
+
+
+NAMES = [name for name in bt.__all__ if "BatchNorm" in name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_tools_see_of_a_constructor(name):
+    kind, theirs = getattr(bt, name), inspect.signature(getattr(nn, name)).parameters
+    ours = inspect.signature(kind).parameters
+    added = {"activation": None, "skip_nonfinite": False}
+    assert [*ours] == [*theirs, *added]
+    for one in ours.values():
+        other = theirs.get(one.name)
+        assert one.annotation is not inspect.Parameter.empty
+        assert one.kind == (one.KEYWORD_ONLY if other is None else other.kind)
+        assert one.default == (added[one.name] if other is None else other.default)
+    assert typing.get_type_hints(kind.__init__).keys() == {*ours, "return"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "Lazy" not in name])
+def test_a_layer_is_made_without_initialization(name):
+    layer = nn.utils.skip_init(getattr(bt, name), 4, activation="relu", device="cpu")
+    assert layer.activation == "relu"
+    assert layer.running_mean.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "SyncBatchNorm"])
+def test_without_bias_everywhere(name):
+    layer = getattr(bt, name)(4, affine=True, bias=False)
+    assert (layer.bias, layer.weight.shape) == (None, (4,))
+    with pytest.raises(TypeError, match="bias must be True or False, but got 'no'"):
+        getattr(bt, name)(4, bias="no")
 
 
 BAD_SETTINGS = [
@@ -337,6 +371,23 @@ def test_without_parameters_or_statistics(keywords):
         x = tensor(7, 4)
         close(one.train(training)(x), other.train(training)(x))
     assert state(one).keys() == state(other).keys()
+
+
+# torch.nn says so of its own lazy layers, too.
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("lazy", [False, True])
+def test_without_parameters_and_statistics_a_layer_takes_any_channels(lazy):
+    keywords = {"affine": False, "track_running_stats": False}
+    name, arguments = ("LazyBatchNorm1d", ()) if lazy else ("BatchNorm1d", (4,))
+    one, other = (getattr(kind, name)(*arguments, **keywords) for kind in (bt, nn))
+    for training, channels in itertools.product((True, False), (5, 4, 1)):
+        x = tensor(7, channels, 2)
+        close(one.train(training)(x), other.train(training)(x))
+    assert one(torch.ones(3, 0)).shape == (3, 0)
+    for layer in (one, other):
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            layer.train()(torch.ones(1, 9))
+    assert repr(one) == repr(other)
 
 
 def test_running_statistics_may_be_taken_away():

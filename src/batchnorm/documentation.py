@@ -173,25 +173,29 @@ def documented(
     """
     words = {"array": array, "wide": wide, "like": like, "activations": CHOICES}
 
-    def completed(function: Function) -> Function:
-        common = _sections(COMMON[function.__name__].format(**words))
-        own = _sections(function.__doc__ or "")
-        parts = []
-        for title in ("", "Parameters", "Returns", "Raises", "Notes", "References", "Examples"):
-            texts = [sections[title] for sections in (common, own) if sections.get(title)]
-            if not title:
-                texts = [text.removeprefix("...").strip() for text in texts if text != "..."]
-            elif title == "Parameters":
-                texts = [_merged(texts, inspect.signature(function).parameters)]
-            elif title in ("Returns", "Raises"):
-                texts = [_merged(texts)]
-            if texts:
-                heading = f"{title}\n{'-' * len(title)}\n" if title else ""
-                parts.append(heading + "\n\n".join(texts))
-        function.__doc__ = "\n\n".join(parts)
+    def with_docstring(function: Function) -> Function:
+        function.__doc__ = completed(function, COMMON[function.__name__].format(**words))
         return function
 
-    return completed
+    return with_docstring
+
+
+def completed(documented: Callable[..., Any], common: str) -> str:
+    """The docstring of a function or class, completed from a common text as `documented` says."""
+    sections = _sections(common), _sections(documented.__doc__ or "")
+    parts = []
+    for title in ("", "Parameters", "Returns", "Raises", "Notes", "References", "Examples"):
+        texts = [each[title] for each in sections if each.get(title)]
+        if not title:
+            texts = [text.removeprefix("...").strip() for text in texts if text != "..."]
+        elif title == "Parameters":
+            texts = [_merged(texts, inspect.signature(documented).parameters)]
+        elif title in ("Returns", "Raises"):
+            texts = [_merged(texts)]
+        if any(texts):
+            heading = f"{title}\n{'-' * len(title)}\n" if title else ""
+            parts.append(heading + "\n\n".join(texts))
+    return "\n\n".join(parts)
 
 
 def _sections(docstring: str) -> dict[str, str]:

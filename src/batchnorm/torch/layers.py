@@ -1,7 +1,8 @@
 """The layers of torch.nn, with its constructors, its state_dict keys and its messages."""
 
 import zlib
-from typing import Any, Literal, Self
+from collections.abc import Callable
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from .. import checks
 from ..activations import activate
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
+from ..documentation import completed
 from . import _compat, _derivatives
 from ._arguments import (
     Number,
@@ -32,6 +34,7 @@ from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
 
 NormalizeBy = Literal["batch", "running"]
 
+_Class = TypeVar("_Class")
 _CONVENTION = CONVENTIONS["torch"]
 BEYOND_TORCH = ("activation", "skip_nonfinite", "normalize_by", "update_running")
 _RUNNING = ("running_mean", "running_var")
@@ -68,16 +71,19 @@ class Layer(_compat.BatchNormBase):
         momentum: Number | None = _CONVENTION.momentum,
         affine: bool = True,
         track_running_stats: bool = True,
-        *arguments: Any,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
         activation: str | None = None,
         skip_nonfinite: bool = False,
-        **keywords: Any,
     ) -> None:
         if not isinstance(self, _Lazy):  # which takes 0 until its first input
             checks.positive_integer("num_features", num_features)
-        check_settings(eps, momentum, affine=affine, track_running_stats=track_running_stats)
-        settings: Any = (eps, momentum, affine, track_running_stats)
-        super().__init__(num_features, *settings, *arguments, **keywords)
+        switches = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
+        check_settings(eps, momentum, **switches)
+        settings: Any = (eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, *settings, **_without_bias(bias))
         self._add(activation, skip_nonfinite)
 
     def _add(self, activation: str | None, skip_nonfinite: bool) -> None:
@@ -219,7 +225,7 @@ class Layer(_compat.BatchNormBase):
                 self._move_running(call, inputs, given, statistics)
             return y
         if not call.processes.is_shared:
-            check_values(input.numel() // (self.num_features or 1), input.shape)
+            check_values(input.numel() // (input.shape[1] or 1), input.shape)
         if moves and (self.momentum is None or self.skip_nonfinite):
             y, statistics = _derivatives.forward(call, inputs)
             self._move_running(call, inputs, given, statistics)
@@ -316,8 +322,11 @@ class Layer(_compat.BatchNormBase):
     ) -> tuple[Call, Inputs]:
         dtype, device, shape = input.dtype, input.device, input.shape
         checks.floating("input", dtype, dtype.is_floating_point)
-        checks.number_of_channels(shape[1], self.num_features, shape)
         weight, bias = self.weight, self.bias
+        if shape[1] != self.num_features and any(
+            each is not None for each in (weight, bias, *running)
+        ):
+            checks.number_of_channels(shape[1], self.num_features, shape)
         channels = shape[1:2]
         for name, each in (
             ("weight", weight),
@@ -434,28 +443,65 @@ class Layer(_compat.BatchNormBase):
             self._tracked = kept
 
 
+def _without_bias(bias: bool) -> dict[str, Any]:
+    """For a constructor of torch.nn; that of an older version, which knows none, refuses it."""
+    return {} if bias else {"bias": False}
+
+
+_COMMON = """
+`torch.nn.{name}`: batch normalization of {shapes}.
+
+Its state_dict is torch.nn's, and so are its defaults and what it computes, up to rounding.
+An empty batch leaves everything as it is. Running statistics are float32 at least: in a layer
+of float16 or bfloat16, which averages of that dtype would not follow, and through half(),
+bfloat16() and to().
+
+Parameters
+----------
+num_features : int
+    How many channels the input has, C.
+eps : float, or tensor without axes
+    Added to the variance, inside the root; within [1e-37, 1e30].
+momentum : float within [0, 1], tensor without axes, or None
+    The weight of a batch in the running statistics. None: they are the average of all batches, each
+    of which weighs by how many elements it has.
+affine : bool
+    Whether there are parameters: a weight, which multiplies each channel, and a bias, added to it.
+track_running_stats : bool
+    Whether there are running statistics, which training moves and evaluation normalizes by;
+    without them a batch is always normalized by its own.
+process_group : torch.distributed.ProcessGroup, optional
+    The processes whose batches are normalized as one; all where there is none.
+device, dtype : optional
+    Of parameters and running statistics; those that torch.empty takes without them.
+bias : bool, keyword only
+    With affine=True: whether there is a bias.
+activation : None, "relu" or "silu", keyword only
+    Applied to the output, in the same pass over memory.
+skip_nonfinite : bool, keyword only
+    Let a batch with NaN or infinity leave the running statistics as they are, to the bit; the
+    buffer `num_batches_skipped` counts such batches.
+
+Raises
+------
+TypeError, ValueError
+    If an argument is of a wrong type or out of range.
+"""
+
+
+def _documented(shapes: str) -> Callable[[type[_Class]], type[_Class]]:
+    """Complete the docstring of a layer from what they have in common."""
+
+    def with_docstring(kind: type[_Class]) -> type[_Class]:
+        kind.__doc__ = completed(kind, _COMMON.format(name=kind.__name__, shapes=shapes))
+        return kind
+
+    return with_docstring
+
+
+@_documented("(N, C) or (N, C, L)")
 class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d`: batch normalization of (N, C) or (N, C, L).
-
-    Its state_dict is torch.nn's, and so are its defaults and what it computes, up to rounding.
-    An empty batch leaves everything as it is. Running statistics are float32 at least: in a layer
-    of float16 or bfloat16, which averages of that dtype would not follow, and through half(),
-    bfloat16() and to().
-
-    Parameters
-    ----------
-    num_features, eps, momentum, affine, track_running_stats, device, dtype, bias
-        As in torch.nn. With ``momentum=None``, batches weigh by how many elements they have.
-    activation : None, "relu" or "silu", keyword only
-        Applied to the output, in the same pass over memory.
-    skip_nonfinite : bool, keyword only
-        Let a batch with NaN or infinity leave the running statistics as they are, to the bit; the
-        buffer `num_batches_skipped` counts such batches.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument is of a wrong type or out of range.
+    """...
 
     Examples
     --------
@@ -472,8 +518,9 @@ class BatchNorm1d(Layer, torch.nn.BatchNorm1d):
     stands_for: type[torch.nn.Module] = torch.nn.BatchNorm1d
 
 
+@_documented("(N, C, H, W)")
 class BatchNorm2d(Layer, torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d`: batch normalization of (N, C, H, W); see `BatchNorm1d`.
+    """...
 
     Examples
     --------
@@ -487,14 +534,23 @@ class BatchNorm2d(Layer, torch.nn.BatchNorm2d):
     stands_for: type[torch.nn.Module] = torch.nn.BatchNorm2d
 
 
+@_documented("(N, C, D, H, W)")
 class BatchNorm3d(Layer, torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d`: batch normalization of (N, C, D, H, W); see `BatchNorm1d`."""
+    """...
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import BatchNorm3d
+    >>> y = BatchNorm3d(3)(torch.randn(2, 3, 4, 4, 4))
+    """
 
     stands_for: type[torch.nn.Module] = torch.nn.BatchNorm3d
 
 
+@_documented("(N, C, ...), over processes")
 class SyncBatchNorm(Layer, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d):
-    """`torch.nn.SyncBatchNorm`: the batch is that of all processes of a group; any device.
+    """... It is on any device.
 
     It takes the inputs of BatchNorm1d, BatchNorm2d and BatchNorm3d, and is an instance of each, so
     that a program which looks for these finds it. It is none of torch.nn.SyncBatchNorm, all
@@ -511,13 +567,6 @@ class SyncBatchNorm(Layer, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.
     same mode. One that has no data calls the layer with an empty batch. One whose backward pass
     does not come to the layer (its loss does not depend on the output, or neither its input nor the
     layer's parameters require a gradient) keeps the others waiting.
-
-    Parameters
-    ----------
-    num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias
-        As in torch.nn.
-    activation, skip_nonfinite
-        As in `BatchNorm1d`.
 
     Raises
     ------
@@ -551,12 +600,16 @@ class SyncBatchNorm(Layer, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Group | None = None,
-        *arguments: Any,
-        **keywords: Any,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, *arguments, **keywords
-        )
+        settings = (eps, momentum, affine, track_running_stats, device, dtype)
+        added: Any = {"bias": bias, "activation": activation, "skip_nonfinite": skip_nonfinite}
+        super().__init__(num_features, *settings, **added)
         self.process_group = process_group
 
     @classmethod
@@ -618,13 +671,17 @@ class _Lazy:
         momentum: Number | None = _CONVENTION.momentum,
         affine: bool = True,
         track_running_stats: bool = True,
-        *arguments: Any,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
         activation: str | None = None,
         skip_nonfinite: bool = False,
-        **keywords: Any,
     ) -> None:
-        check_settings(eps, momentum, affine=affine, track_running_stats=track_running_stats)
-        super().__init__(eps, momentum, affine, track_running_stats, *arguments, **keywords)  # type: ignore[call-arg]
+        switches = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
+        check_settings(eps, momentum, **switches)
+        settings: Any = (eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(*settings, **_without_bias(bias))
         self._add(activation, skip_nonfinite)  # type: ignore[attr-defined]
 
     def initialize_parameters(self, input: Tensor, **keywords: Any) -> None:
@@ -637,24 +694,57 @@ class _Lazy:
             self._start_statistics()  # type: ignore[attr-defined]
 
 
+@_documented("(N, C) or (N, C, L)")
 class LazyBatchNorm1d(_Lazy, torch.nn.LazyBatchNorm1d, BatchNorm1d):
-    """`torch.nn.LazyBatchNorm1d`: a `BatchNorm1d` that takes num_features from its first input."""
+    """... It takes num_features from its first input, and then is a `BatchNorm1d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import LazyBatchNorm1d
+    >>> layer = LazyBatchNorm1d()
+    >>> y = layer(torch.randn(2, 3, 4))
+    >>> layer.num_features
+    3
+    """
 
     stands_for: type[torch.nn.Module] = torch.nn.LazyBatchNorm1d
 
     cls_to_become = BatchNorm1d
 
 
+@_documented("(N, C, H, W)")
 class LazyBatchNorm2d(_Lazy, torch.nn.LazyBatchNorm2d, BatchNorm2d):
-    """`torch.nn.LazyBatchNorm2d`: a `BatchNorm2d` that takes num_features from its first input."""
+    """... It takes num_features from its first input, and then is a `BatchNorm2d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import LazyBatchNorm2d
+    >>> layer = LazyBatchNorm2d()
+    >>> y = layer(torch.randn(2, 3, 4, 4))
+    >>> layer.num_features
+    3
+    """
 
     stands_for: type[torch.nn.Module] = torch.nn.LazyBatchNorm2d
 
     cls_to_become = BatchNorm2d
 
 
+@_documented("(N, C, D, H, W)")
 class LazyBatchNorm3d(_Lazy, torch.nn.LazyBatchNorm3d, BatchNorm3d):
-    """`torch.nn.LazyBatchNorm3d`: a `BatchNorm3d` that takes num_features from its first input."""
+    """... It takes num_features from its first input, and then is a `BatchNorm3d`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import LazyBatchNorm3d
+    >>> layer = LazyBatchNorm3d()
+    >>> y = layer(torch.randn(2, 3, 4, 4, 4))
+    >>> layer.num_features
+    3
+    """
 
     stands_for: type[torch.nn.Module] = torch.nn.LazyBatchNorm3d
 
