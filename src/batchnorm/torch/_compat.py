@@ -85,7 +85,8 @@ def _(tensor: Tensor) -> Tensor:
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether anything is to happen when the module is called, beside its forward.
 
-    Were a kind of hooks elsewhere, it would not be called for an activation that is fused.
+    Were a kind of hooks elsewhere, they would not be called for an activation that is fused, and
+    twice for a layer that torch.fx traces.
     """
     return bool(
         module._forward_hooks

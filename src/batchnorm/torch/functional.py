@@ -16,6 +16,7 @@ from ._arguments import (
     number,
     values_of,
 )
+from ._recording import recorded, stand_in
 from ._running import Running
 from ._stages import Given
 
@@ -70,6 +71,10 @@ def batch_norm(
     >>> print(mean)
     tensor([0.2000, 4.0000])
     """
+    if stand_in(input, running_mean, running_var, weight, bias, momentum, eps) is not None:
+        places = (input, running_mean, running_var, weight, bias, training, momentum, eps)
+        recording: Tensor = recorded(batch_norm, *places)
+        return recording
     check_floating("input", input)
     if input.ndim < 2:  # as torch.nn says it
         raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")

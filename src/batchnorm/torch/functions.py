@@ -21,6 +21,7 @@ from ._arguments import (
     values_of,
 )
 from ._compat import check_memory
+from ._recording import recorded, stand_in
 from ._stages import Given, wide
 from ._sync import Group
 
@@ -70,6 +71,11 @@ def batch_norm(
     >>> print(statistics.mean)
     tensor([ 2., 40.])
     """
+    if stand_in(x, scale, bias, eps, mask, residual) is not None:
+        settings = {"axis": axis, "eps": eps, "mask": mask, "residual": residual, "sync": sync}
+        settings |= {"activation": activation, "allow_one_value": allow_one_value}
+        recording: tuple[Tensor, Statistics] = recorded(batch_norm, x, scale, bias, **settings)
+        return recording
     call, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation, sync)
     values = None if call.processes.is_shared else values_of(call, inputs)
     checks.more_than_one_value(values, x.shape, allow_one_value)
@@ -101,6 +107,10 @@ def normalize(
     tensor([[0.],
             [1.]])
     """
+    if stand_in(x, mean, var, scale, bias, eps, residual) is not None:
+        settings = {"axis": axis, "eps": eps, "residual": residual, "activation": activation}
+        recording: Tensor = recorded(normalize, x, mean, var, scale, bias, **settings)
+        return recording
     call, inputs = checked(x, scale, bias, axis, eps, None, residual, activation)
     for name, value in (("mean", mean), ("var", var)):
         check_parameter(name, value, x, call.problem.features)
@@ -125,6 +135,9 @@ def batch_statistics(
     >>> print(batch_statistics(x[:4]).merge(batch_statistics(x[4:])).var)
     tensor([33., 33.])
     """
+    if stand_in(x, mask) is not None:
+        recording: Statistics = recorded(batch_statistics, x, axis=axis, mask=mask, sync=sync)
+        return recording
     call, inputs = checked(x, None, None, axis, 1.0, mask, None, None, sync)
     return _statistics(x, _derivatives.batch_statistics(call, inputs))
 
@@ -143,6 +156,12 @@ def update_running(
     >>> update_running(torch.zeros(1), torch.ones(1), statistics, rate=0.5, correction=1)
     (tensor([1.]), tensor([1.5000]))
     """
+    if stand_in(mean, var, statistics, rate) is not None:
+        settings = {"rate": rate, "correction": correction}
+        recording: tuple[Tensor, Tensor] = recorded(
+            update_running, mean, var, statistics, **settings
+        )
+        return recording
     check_statistics("statistics", statistics)
     for name, value in (("mean", mean), ("var", var)):
         check_floating(name, value)

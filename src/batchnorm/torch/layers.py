@@ -28,6 +28,7 @@ from ._arguments import (
     weights_of,
 )
 from ._opacus import tell_opacus
+from ._recording import recorded_layer, stand_in
 from ._running import Running, Tracked, explained
 from ._stages import Call, Given
 from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
@@ -168,7 +169,7 @@ class Layer(_compat.BatchNormBase):
         return {name: each for name, each in values.items() if each != getattr(Layer, name)}
 
     def forward(
-        self, input: Tensor, *, residual: Tensor | None = None, mask: Tensor | None = None
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Normalize the input: in training by the batch, else by the running statistics.
 
@@ -193,7 +194,10 @@ class Layer(_compat.BatchNormBase):
             If the running statistics can't be updated inside a transformation of torch.func; or
             if another process of a `SyncBatchNorm` does not take part.
         """
-        check_tensor("input", input)
+        if not isinstance(input, Tensor) or residual is not None or mask is not None:
+            if (proxy := stand_in(input, residual, mask)) is not None:
+                return self._recorded(proxy, input, residual=residual, mask=mask)
+            check_tensor("input", input)
         self._check_input_dim(input)
         # Once, since torch.nn.Module takes its time to find a tensor.
         given = Given(self.running_mean, self.running_var)
@@ -232,6 +236,11 @@ class Layer(_compat.BatchNormBase):
             return y
         running = self._running(call, inputs, given, self._rate()) if moves else None
         return _derivatives.training_step(call, inputs, running)
+
+    def _recorded(self, proxy: Any, input: Any, **others: Any) -> Any:
+        others = {name: each for name, each in others.items() if each is not None}
+        is_ours = type(self).forward is Layer.forward and "forward" not in vars(self)
+        return recorded_layer(self, proxy, None if is_ours else forward_of, input=input, **others)
 
     def freeze(
         self, *, normalize_by: NormalizeBy | None = "running", update_running: bool | None = False
@@ -441,6 +450,11 @@ class Layer(_compat.BatchNormBase):
         # Nor is a tensor of another kind than the buffers, such as a tracer's.
         if not is_apart and type(elements) is type(batches):
             self._tracked = kept
+
+
+def forward_of(layer: Layer, input: Tensor, **others: Tensor) -> Tensor:
+    """Our part of a forward that a subclass or a user has given a layer."""
+    return Layer.forward(layer, input, **others)
 
 
 def _without_bias(bias: bool) -> dict[str, Any]:
@@ -685,6 +699,11 @@ class _Lazy:
         self._add(activation, skip_nonfinite)  # type: ignore[attr-defined]
 
     def initialize_parameters(self, input: Tensor, **keywords: Any) -> None:
+        if stand_in(input) is not None:
+            raise TypeError(
+                f"torch.fx can't trace a {type(self).__name__} before its first input, which says "
+                "how many channels there are. Call the model once with a tensor."
+            )
         check_tensor("input", input)
         self._check_input_dim(input)  # type: ignore[attr-defined]
         is_new = self.has_uninitialized_params()  # type: ignore[attr-defined]
