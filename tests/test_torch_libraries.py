@@ -71,33 +71,20 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
-OF_TIMM = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+for each in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d):
+    each.__module__ = "timm.layers.norm_act"
+FrozenBatchNorm2d.__module__ = "torchvision.ops.misc"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def libraries():
-    """timm and torchvision, as far as `convert` knows them."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("batchnorm.torch._timm", "batchnorm.torch._torchvision"):
-            patch.delitem(sys.modules, name, raising=False)
-        for path, kinds in {
-            "timm": (),
-            "timm.layers": OF_TIMM,
-            "torchvision": (),
-            "torchvision.ops": (FrozenBatchNorm2d,),
-        }.items():
-            module = types.ModuleType(path)
-            for kind in kinds:
-                patch.setattr(kind, "__module__", path)
-                setattr(module, kind.__name__, kind)
-            patch.setitem(sys.modules, path, module)
-            parent, _, name = path.rpartition(".")
-            if parent:
-                patch.setattr(sys.modules[parent], name, module, raising=False)
-        yield
-        for name in ("_timm", "_torchvision"):
-            patch.delitem(sys.modules, f"batchnorm.torch.{name}", raising=False)
-            patch.delattr(bt, name, raising=False)
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch):
+    """Where pickle finds these classes."""
+    for kind in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, FrozenBatchNorm2d):
+        path = kind.__module__
+        for end in (*(place for place, letter in enumerate(path) if letter == "."), len(path)):
+            module = sys.modules.get(path[:end]) or types.ModuleType(path[:end])
+            monkeypatch.setitem(sys.modules, path[:end], module)
+        monkeypatch.setattr(module, kind.__name__, kind, raising=False)
 
 
 def filled(layer):
@@ -135,7 +122,7 @@ def test_a_norm_with_an_activation_of_timm(act, drop, fused, sync):
     ours = bt.convert(copy.deepcopy(theirs), sync=sync)
     assert isinstance(ours[0], (bt.layers.Layer, nn.BatchNorm2d, BatchNormAct2d))
     assert (type(ours[0]).__name__, ours[0].activation) == (
-        "BatchNormAct2d" if sync is None else "SyncBatchNormAct",
+        "BatchNormAct2d" if sync is None else "SyncBatchNormAct2d",
         fused,
     )
     for training in (True, False):

@@ -1,8 +1,7 @@
 """From torch.nn's layers to ours, and back."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,18 +12,16 @@ from . import layers
 from ._activations import apart
 from ._arguments import check_settings
 from ._compat import BatchNormBase
+from ._libraries import class_for
 from ._opacus import tell_opacus
 from ._sync import Group, group_of
 
 Rule = type[layers.Layer] | Callable[[Any], torch.nn.Module]
 
 
-def _rules(kinds: Iterable[type[layers.Layer]]) -> dict[type, Rule]:
-    return {kind.stands_for: kind for kind in kinds}
-
-
-_OF_TORCH = _rules(
-    (
+_OF_TORCH: dict[type, Rule] = {
+    kind.stands_for: kind
+    for kind in (
         layers.BatchNorm1d,
         layers.BatchNorm2d,
         layers.BatchNorm3d,
@@ -33,11 +30,7 @@ _OF_TORCH = _rules(
         layers.LazyBatchNorm2d,
         layers.LazyBatchNorm3d,
     )
-)
-# Libraries with batch normalizations of their own, and what knows them: imported where a model has
-# one, since it imports the library.
-_OF_LIBRARIES = {"timm": "_timm", "torchvision": "_torchvision"}
-
+}
 # What our classes define: an attribute of that name on another layer means something else.
 _DEFINED = {
     name
@@ -233,12 +226,8 @@ def _stands_for(layer: torch.nn.Module) -> type:
 
 
 def _rules_of_libraries(module: torch.nn.Module) -> dict[type, Rule]:
-    kinds = {type(each) for each in module.modules() if "BatchNorm" in type(each).__name__}
-    libraries = {kind.__module__.partition(".")[0] for kind in kinds}
-    rules: dict[type, Rule] = {}
-    for library in libraries.intersection(_OF_LIBRARIES):
-        rules |= _rules(import_module(f".{_OF_LIBRARIES[library]}", __package__).KINDS)
-    return rules
+    kinds = {type(each) for each in module.modules()}
+    return {kind: ours for kind in kinds if (ours := class_for(kind)) is not None}
 
 
 def _checked_kinds(kinds: Any) -> Mapping[type, Rule]:

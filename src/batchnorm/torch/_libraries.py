@@ -1,0 +1,115 @@
+"""What `convert` makes of the batch normalizations of timm and torchvision.
+
+They are known by name, so that no library is imported here; and their classes of ours derive from
+them as well, so that programs which look for them find them.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._activations import MODULES
+from ._compat import has_hooks
+from .layers import BatchNorm2d, Layer, NormalizeBy, SyncBatchNorm
+
+_ACTIVATIONS = {module: name for name, module in MODULES.items()}
+
+
+class _OfLibrary(Layer):
+    """A layer of a class that is made for one of a library: copied and pickled by the latter."""
+
+    bases: tuple[type, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, *state = reduced
+        return _new, (type(self).stands_for, self.bases), *state
+
+
+class Act(_OfLibrary):
+    """Normalization, then drop, then act; all in one where these are no more than an activation.
+
+    They stay modules of the layer and are looked at in each call: programs hook and replace them.
+    """
+
+    @property
+    def activation(self) -> str | None:  # type: ignore[override]
+        drop, act = self._after()
+        if type(drop) is not torch.nn.Identity or has_hooks(drop) or has_hooks(act):
+            return None
+        return _ACTIVATIONS.get(type(act))
+
+    def forward(self, input: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        y = super().forward(input, *arguments, **keywords)
+        if self.activation is None:
+            for module in self._after():
+                y = module(y)
+        return y
+
+    def _after(self) -> list[torch.nn.Module]:
+        # timm's own conversion makes layers that may lack them.
+        return [self._modules.get(name) or torch.nn.Identity() for name in ("drop", "act")]
+
+    @classmethod
+    def synchronized(cls) -> type[Layer]:
+        return cls if issubclass(cls, (SyncBatchNorm, Frozen)) else _class(cls.stands_for, _SYNC)
+
+
+class Frozen(_OfLibrary, BatchNorm2d):
+    """A frozen layer, whose parameters are buffers."""
+
+    weight: Any
+    bias: Any
+    normalize_by: NormalizeBy | None = "running"
+    update_running: bool | None = False
+    # What torch.nn's layers have, and torchvision's has not.
+    num_batches_tracked = None
+    momentum = 0.1
+    affine = track_running_stats = True
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return len(self.weight)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_features}, eps={vars(self)['eps']})"
+
+    def reset_parameters(self) -> None:
+        """Nothing, since there are none."""
+
+    @classmethod
+    def synchronized(cls) -> type[Layer]:
+        return cls
+
+
+_SYNC = (Act, SyncBatchNorm)
+_BASES: dict[tuple[str, str], tuple[type, ...]] = {
+    ("timm", "BatchNormAct2d"): (Act, BatchNorm2d),
+    ("timm", "SyncBatchNormAct"): _SYNC,
+    ("timm", "FrozenBatchNormAct2d"): (Act, Frozen),
+    ("torchvision", "FrozenBatchNorm2d"): (Frozen,),
+}
+
+
+def class_for(theirs: type) -> type[Layer] | None:
+    """The class of ours for one of theirs; None if it is none that is known."""
+    bases = _BASES.get((theirs.__module__.partition(".")[0], theirs.__name__))
+    return None if bases is None else _class(theirs, bases)
+
+
+@functools.cache
+def _class(theirs: Any, bases: tuple[type, ...]) -> type[Layer]:
+    name = theirs.__name__
+    if SyncBatchNorm in bases and not name.startswith("Sync"):
+        name = f"Sync{name}"
+    # No torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
+    all_bases = bases if issubclass(theirs, torch.nn.SyncBatchNorm) else (*bases, theirs)
+    contents = {"stands_for": theirs, "bases": bases, "__module__": __name__}
+    return type(name, all_bases, contents)
+
+
+def _new(theirs: type, bases: tuple[type, ...]) -> Layer:
+    kind = _class(theirs, bases)
+    return kind.__new__(kind)
