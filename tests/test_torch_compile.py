@@ -482,12 +482,71 @@ def test_onnx_of_evaluation(dynamo, activation):
 
 
 @ignoring
-def test_onnx_of_training_is_refused_by_the_older_exporter():
-    model = Apart(bt.BatchNorm2d(4)).train()
+def test_onnx_of_a_layer_alone():
+    layer = trained_a_little(bt.BatchNorm2d(4, activation="relu")).eval()
+    x = tensor(2, 4, 5, 6)
+    for arguments in ((x,), (x, x)):  # residual, too
+        file = io.BytesIO()
+        torch.onnx.export(layer, arguments, file, dynamo=False)
+        program = onnx.load_from_string(file.getvalue())
+        session = onnxruntime.InferenceSession(program.SerializeToString())
+        names = [each.name for each in session.get_inputs()]
+        (y,) = session.run(None, dict.fromkeys(names, x.numpy()))
+        np.testing.assert_allclose(y, layer(*arguments).detach(), rtol=1e-5, atol=1e-5)
+
+
+def without_statistics(layer):
+    layer.running_mean = layer.running_var = None
+
+
+NOT_EXPORTED = {
+    "training": ({}, True, lambda _: None, r"in training mode; call eval\(\) on the model"),
+    "by batch": (
+        {},
+        False,
+        lambda layer: layer.freeze(normalize_by="batch"),
+        "normalize_by='batch'",
+    ),
+    "moved": ({}, False, lambda layer: layer.freeze(update_running=True), "update_running=True"),
+    "moved in training": (
+        {},
+        True,
+        lambda layer: layer.freeze(update_running=None),
+        r"in training mode; call eval\(\)",
+    ),
+    "untracked": ({"track_running_stats": False}, False, lambda _: None, "no running statistics"),
+    "taken away": ({}, False, without_statistics, "no running statistics"),
+}
+
+
+@ignoring
+@pytest.mark.parametrize(
+    ("keywords", "training", "change", "message"), NOT_EXPORTED.values(), ids=NOT_EXPORTED
+)
+def test_the_older_exporter_says_what_it_can_not_take(keywords, training, change, message):
+    model = Apart(bt.BatchNorm2d(4, **keywords)).train(training)
+    change(model.norm)
     before = copy.deepcopy(list(model.buffers()))
-    with pytest.raises(RuntimeError, match=r"evaluation mode only: call eval\(\) on the model"):
-        exported(model, tensor(2, 4, 5, 6), False, training=torch.onnx.TrainingMode.TRAINING)
+    with pytest.raises(RuntimeError, match=f"stay as they are, but .*{message}.* dynamo=True"):
+        exported(model, tensor(2, 4, 5, 6), False, training=torch.onnx.TrainingMode.PRESERVE)
     assert all(map(torch.equal, model.buffers(), before))
+
+
+@ignoring
+@pytest.mark.parametrize("name", ["BatchNorm1d", "SyncBatchNorm", "LazyBatchNorm2d"])
+def test_scripting_says_what_to_do(name):
+    norm = getattr(bt, name)(*([4] if "Lazy" not in name else []))
+    model = nn.Sequential(nn.Linear(3, 4), nn.ModuleDict({"norm": norm}))
+    kinds = [type(each) for each in model.modules()]
+    for scripted in (model, norm):
+        with pytest.raises(TypeError, match=rf"{name} of batchnorm.torch. Give it a copy .*revert"):
+            torch.jit.script(scripted)
+    assert [type(each) for each in model.modules()] == kinds
+    if name == "BatchNorm1d":
+        model = nn.Sequential(nn.Linear(3, 4), norm).eval()
+        scripted = torch.jit.script(bt.revert(copy.deepcopy(model)))
+        x = tensor(6, 3)
+        close(scripted(x), model(x), tolerance=1e-5)
 
 
 @ignoring

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -210,10 +210,7 @@ class Layer(_compat.BatchNormBase):
         if watched and by_running and not moves and self._is_exported():
             return self._exported(input, residual)
         if watched and _compat.is_traced() and torch.onnx.is_in_onnx_export():
-            raise RuntimeError(
-                f"{type(self).__name__} can be exported to ONNX in evaluation mode only: call "
-                "eval() on the model first."
-            )
+            raise RuntimeError(self._why_not_exported(is_tracked))
         call, inputs = self._checked(input, residual, mask, given, watched)
         # An empty batch says nothing; one that checkpointing computes again, nothing new.
         is_empty = input.numel() == 0 and not call.processes.is_shared
@@ -397,6 +394,30 @@ class Layer(_compat.BatchNormBase):
             return y
         operator = getattr(F, self.activation, None)
         return activate(y, self.activation) if operator is None else operator(y)
+
+    def _why_not_exported(self, is_tracked: bool) -> str:
+        """To ONNX, by the exporter that traces."""
+        if not is_tracked:
+            why = "this one has no running statistics"
+        elif self.normalize_by == "batch":
+            why = "freeze(normalize_by='batch') is on; call unfreeze()"
+        elif self.update_running:
+            why = "freeze(update_running=True) is on; call unfreeze()"
+        else:
+            why = "this one is in training mode; call eval() on the model first"
+        return (
+            f"{type(self).__name__} can be exported to ONNX by tracing where it normalizes by "
+            f"running statistics that stay as they are, but {why}. Or use "
+            "torch.onnx.export(..., dynamo=True), which takes it as it is."
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks first."""
+        raise TypeError(
+            f"torch.jit.script can't compile {type(self).__name__} of batchnorm.torch. Give it a "
+            "copy with torch.nn's layers, batchnorm.torch.revert(copy.deepcopy(model)); or use "
+            "torch.compile, torch.export or torch.jit.trace, which take the layer."
+        )
 
     def _rate(self) -> Any:
         return _CONVENTION.rate(number(self.momentum, fraction["momentum"]))
