@@ -1,9 +1,13 @@
 """The table of conventions against the frameworks that it speaks of."""
 
 import inspect
+import re
+import tomllib
+from pathlib import Path
 
 import flax.linen
 import jax
+import mlx.core
 import mlx.nn
 import numpy as np
 import onnx
@@ -11,6 +15,8 @@ import pytest
 import torch
 
 from batchnorm.conventions import CONVENTIONS
+
+ROOT = Path(__file__).parents[1]
 
 
 def default(function, name):
@@ -26,15 +32,30 @@ def test_mlx_and_torch(layer):
     assert default(type(layer), "eps") == convention.eps
 
 
-def test_torch_momentum_and_correction():
+@pytest.mark.parametrize(
+    ("framework", "layer", "array"),
+    [
+        ("mlx", mlx.nn.BatchNorm(3), mlx.core.array),
+        ("torch", torch.nn.BatchNorm1d(3), torch.tensor),
+    ],
+    ids=["mlx", "torch"],
+)
+def test_momentum_and_correction(framework, layer, array):
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    layer = torch.nn.BatchNorm1d(3)
-    layer(torch.tensor(x))
-    convention = CONVENTIONS["torch"]
+    layer(array(x))
+    convention = CONVENTIONS[framework]
     rate = convention.rate(convention.momentum)
     np.testing.assert_allclose(layer.running_mean, rate * x.mean(0), rtol=1e-5)
     variance = x.var(0, ddof=convention.correction)
     np.testing.assert_allclose(layer.running_var, (1 - rate) + rate * variance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("page", ["conventions.md"])
+def test_the_oldest_mlx_is_the_first_that_has_this_convention(page):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = re.findall(r">=([\d.]+)", " ".join(extras["optional-dependencies"]["mlx"]))
+    named = re.findall(r"MLX (\d+\.\d+\.\d+) or newer", (ROOT / "docs" / page).read_text())
+    assert {*named} == {*required}
 
 
 def test_flax():
