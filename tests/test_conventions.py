@@ -50,7 +50,7 @@ def test_momentum_and_correction(framework, layer, array):
     np.testing.assert_allclose(layer.running_var, (1 - rate) + rate * variance, rtol=1e-5)
 
 
-@pytest.mark.parametrize("page", ["conventions.md"])
+@pytest.mark.parametrize("page", ["conventions.md", "coming-from-mlx.md"])
 def test_the_oldest_mlx_is_the_first_that_has_this_convention(page):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = re.findall(r">=([\d.]+)", " ".join(extras["optional-dependencies"]["mlx"]))
