@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from functools import partial
 
+import jax.numpy as jnp
+import ml_dtypes
 import mlx.core as mx
 import mlx.nn
 import mlx.optimizers
@@ -1177,7 +1179,11 @@ WAYS = [by_attribute, by_item, by_update, by_loading]
     [
         np.full(3, 0.5, np.float32),
         np.full(3, 0.5),
-        np.full((6,), 0.5)[::2],
+        np.linspace(1, 3, 6)[::-2],
+        np.full(3, 0.5, ">f4"),
+        np.full(3, 0.5, np.float16),
+        np.full(3, 0.5, np.longdouble),
+        ml_dtypes.bfloat16(0.5),
         np.full(3, 2),
         [0.5] * 3,
         (2, 2, 2),
@@ -1187,12 +1193,14 @@ WAYS = [by_attribute, by_item, by_update, by_loading]
         np.array(0.5),
         mx.array(0.5),
         mx.full((3,), 2, mx.int32),
+        [mx.array(0.5)] * 3,
         torch.full((3,), 0.5),
+        jnp.full(3, 0.5),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_becomes_an_array_of_the_layer(name, value, training):
-    x, wanted = normal(6, 3), np.broadcast_to(np.array(mx.array(value), np.float64), 3)
+    x, wanted = normal(6, 3), np.broadcast_to(np.asarray(value).astype(np.float64), 3)
     options = {"scale": wanted} if name == "weight" else {"bias": wanted} if name == "bias" else {}
     layer = BatchNorm(3, momentum=0.25).train(training)
     before = dict(layer)
@@ -1213,7 +1221,7 @@ def test_what_becomes_an_array_of_the_layer(name, value, training):
 
 def test_an_array_of_a_half_dtype_is_kept_where_it_is_trained():
     layer = BatchNorm(3)
-    layer.weight = layer.running_var = np.ones(3, np.float16)
+    layer.weight = layer.running_var = mx.ones(3, mx.float16)
     assert (layer.weight.dtype, layer.running_var.dtype) == (mx.float16, mx.float32)
 
 
@@ -1227,7 +1235,9 @@ def test_an_array_of_a_half_dtype_is_kept_where_it_is_trained():
         ([[1.0], [1.0, 2.0]], "must be an array, but of list none can be made"),
         (np.array(["a", "b", "c"]), "must be an array, but of ndarray none can be made"),
         (np.ma.masked_array([1.0, 2.0, 3.0]), "must not be a masked array"),
-        (1j, "must be an array of real floating-point numbers, but its dtype is .*complex64"),
+        (np.datetime64("2020"), "must be an array, but of datetime64 none can be made"),
+        (None, "must be an array, but of NoneType none can be made"),
+        (1j, "must be an array, but of complex none can be made"),
         (mx.zeros(3, mx.complex64), "must be an array of real .*, but its dtype is .*complex64"),
     ],
 )
@@ -1236,6 +1246,8 @@ def test_what_becomes_no_array_of_the_layer(name, way, value, message):
     before, attributes = dict(layer), dict(vars(layer))
     if isinstance(value, (dict, list)) and way in (by_update, by_loading):
         way = by_item  # there a tree of modules
+    if value is None and way is by_attribute:
+        way = by_item  # there it means that there is none
     with pytest.raises(TypeError, match=f"{name} {message}"):
         way(layer, name, value)
     assert vars(layer) == attributes

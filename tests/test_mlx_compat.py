@@ -5,6 +5,7 @@ import mlx.nn
 import pytest
 from compare import close
 
+from batchnorm.mlx import BatchNorm
 from batchnorm.mlx._compat import is_traced_for_any_size
 
 
@@ -64,6 +65,12 @@ def test_statistics_are_taken_by_a_method():
             return mx.array([1.0]), mx.array([1.0])
 
     close(Other(1, eps=1e-6)(mx.array([[2.0], [7.0]])), [[1.0], [6.0]])
+
+
+def test_without_that_method_layers_work(monkeypatch):
+    monkeypatch.delattr(mlx.nn.BatchNorm, "_calc_stats")
+    monkeypatch.setattr("batchnorm.mlx._compat._CALC_STATS", None)
+    close(BatchNorm(1, eps=1e-6)(mx.array([[2.0], [4.0]])), [[-1.0], [1.0]], atol=1e-5)
 
 
 def test_extra_repr_stands_in_repr():

@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .. import checks
 from ..conventions import CONVENTIONS
@@ -14,7 +15,7 @@ _STATISTICS = (_CONVENTION.mean, _CONVENTION.var)
 _OF_FEATURES = (*_STATISTICS, _CONVENTION.scale, _CONVENTION.bias)
 _NUMBERS = ("eps", "momentum")
 _NEVER_TRAINED = (*_STATISTICS, *_NUMBERS)
-_CALC_STATS = nn.BatchNorm._calc_stats  # type: ignore[attr-defined]
+_CALC_STATS = getattr(nn.BatchNorm, "_calc_stats", None)  # type: ignore[attr-defined]
 
 
 def _never_computed() -> mx.array:
@@ -81,7 +82,7 @@ class Layer(nn.BatchNorm):  # type: ignore[misc, name-defined]
 
     def _of_features(self, key: str, value: Any) -> mx.array:
         if not isinstance(value, mx.array):
-            value = converted(key, value, mx.array)
+            value = converted(key, value, _float32_array)
         if value.dtype != mx.float32 and (
             key in _STATISTICS or not mx.issubdtype(value.dtype, mx.floating)
         ):
@@ -98,8 +99,9 @@ class Layer(nn.BatchNorm):  # type: ignore[misc, name-defined]
 def refuse_other_statistics(layer: Layer) -> None:
     """Refuse one that takes statistics as mlx.nn.BatchNorm would, over devices for instance."""
     # For: a layer's own `_calc_stats`, which nothing would call. Breaks it: another name for
-    # it. Then: the import is an AttributeError.
-    if getattr(layer._calc_stats, "__func__", None) is not _CALC_STATS:
+    # it. Then: such a layer is passed over.
+    own = getattr(layer, "_calc_stats", None)
+    if getattr(own, "__func__", own) is not _CALC_STATS:
         raise TypeError(
             f"{type(layer).__name__} has a _calc_stats of its own, but batchnorm.mlx.BatchNorm "
             "takes the statistics together with the output and would not call it. Override "
@@ -109,6 +111,11 @@ def refuse_other_statistics(layer: Layer) -> None:
 
 def _is_float32(value: Any) -> bool:
     return type(value) is mx.array and value.dtype == mx.float32
+
+
+def _float32_array(value: Any) -> mx.array:
+    # Not by mx.array alone, which ends the process on a date, and takes no negative strides.
+    return mx.array(np.asarray(value).astype(np.float32, order="C", casting="same_kind"))
 
 
 def _float32(name: str, value: mx.array) -> mx.array:
