@@ -1,7 +1,7 @@
 """Train a small network on handwritten digits in JAX, as a program for Flax before Linen.
 
-Of such a program two things change: the import of nn, and that layers other than BatchNorm are its
-own. Here these are Dense and Conv, with the arguments and the parameters of the old ones.
+Of such a program two things change: the import of nn, which is old_flax_nn.py beside this file, and
+the optimizer.
 
     pip install ".[demo]"
     python examples/digits_jax.py
@@ -13,48 +13,9 @@ import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-
-from batchnorm.flax import nn
+import old_flax_nn as nn
 
 OURS = "batchnorm.flax.nn.BatchNorm"
-
-
-class Dense(nn.Module):
-    def apply(
-        self,
-        inputs,
-        features,
-        bias=True,
-        kernel_init=nn.initializers.lecun_normal(),  # noqa: B008, it makes a pure function
-        bias_init=nn.initializers.zeros,
-    ):
-        kernel = self.param("kernel", (inputs.shape[-1], features), kernel_init)
-        y = inputs @ kernel
-        return y + self.param("bias", (features,), bias_init) if bias else y
-
-
-class Conv(nn.Module):
-    def apply(
-        self,
-        inputs,
-        features,
-        kernel_size,
-        strides=(1, 1),
-        padding="SAME",
-        bias=True,
-        kernel_init=nn.initializers.lecun_normal(),  # noqa: B008, it makes a pure function
-        bias_init=nn.initializers.zeros,
-    ):
-        shape = (*kernel_size, inputs.shape[-1], features)
-        kernel = self.param("kernel", shape, kernel_init)
-        layout = ("NHWC", "HWIO", "NHWC")
-        y = lax.conv_general_dilated(inputs, kernel, strides, padding, dimension_numbers=layout)
-        return y + self.param("bias", (features,), bias_init) if bias else y
-
-
-def max_pool(x, window, strides):
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, *window, 1), (1, *strides, 1), "VALID")
 
 
 class Network(nn.Module):
@@ -65,15 +26,15 @@ class Network(nn.Module):
         normalization = nn.BatchNorm.partial(use_running_average=not train, momentum=0.9)
         for index, channels in enumerate(digits.CHANNELS):
             if index > 0:
-                x = max_pool(x, (2, 2), strides=(2, 2))
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
             # A bias would do nothing: the normalization that follows subtracts it with the mean.
-            x = Conv(x, channels, kernel_size=(3, 3), bias=False, name=f"convolution_{index}")
-            x = jax.nn.relu(normalization(x, name=f"normalization_{index}"))
-        return Dense(jnp.mean(x, axis=(1, 2)), digits.CLASSES, name="output")
+            x = nn.Conv(x, channels, kernel_size=(3, 3), bias=False, name=f"convolution_{index}")
+            x = nn.relu(normalization(x, name=f"normalization_{index}"))
+        return nn.Dense(jnp.mean(x, axis=(1, 2)), digits.CLASSES, name="output")
 
 
 def loss_of(logits, labels):
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1))
+    return -jnp.mean(jnp.take_along_axis(nn.log_softmax(logits), labels[:, None], axis=1))
 
 
 @jax.jit
