@@ -9,9 +9,11 @@ import sys
 import tomllib
 from pathlib import Path
 
+import old_flax_nn
 import pytest
 
 import batchnorm
+import batchnorm.flax.nn
 
 ROOT = Path(__file__).parents[1]
 DOORS = ["numpy", "mlx", "jax", "flax", "flax.nn", "torch", "torch.functional"]
@@ -50,13 +52,72 @@ def test_layers_are_found():
     assert ("batchnorm.torch", "SyncBatchNorm") in LAYERS
 
 
+# What the old flax.nn had beside the module system and BatchNorm, and flax beside flax.nn.
+OF_OLD_FLAX_NN = {
+    *("celu", "elu", "gelu", "glu", "leaky_relu", "log_sigmoid", "log_softmax", "relu", "sigmoid"),
+    *("silu", "soft_sign", "softmax", "softplus", "swish", "tanh"),
+    *("Dense", "DenseGeneral", "Conv", "ConvTranspose", "Embed", "LayerNorm", "GroupNorm"),
+    *("LSTMCell", "GRUCell", "ConvLSTM", "OptimizedLSTMCell", "max_pool", "avg_pool"),
+    *("MultiHeadDotProductAttention", "SelfAttention", "dot_product_attention"),
+    *("stochastic", "is_stochastic", "make_rng", "dropout"),
+}
+OF_FLAX = {
+    *("core", "jax_utils", "linen", "metrics", "nnx", "serialization", "struct", "training"),
+    "traverse_util",
+}
+ADVISED = [
+    *(("batchnorm", name, f"from batchnorm.torch import {name}") for name in ["SyncBatchNorm"]),
+    *(("batchnorm.flax.nn", name, "docs/coming-from-flax.md") for name in sorted(OF_OLD_FLAX_NN)),
+    *(("batchnorm.flax", name, f"from flax import {name}") for name in sorted(OF_FLAX)),
+    ("batchnorm.flax", "optim", "Optax"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "advice"), ADVISED)
+def test_advice_is_seen_however_the_name_is_asked_for(module, name, advice):
+    shown = importlib.import_module(module)
+    assert not hasattr(shown, name)
+    assert getattr(shown, name, None) is None
+    with pytest.raises(AttributeError, match=advice) as of_attribute:
+        getattr(shown, name)
+    for form in (f"{name}", f"{name} as other", f"__name__, {name}"):
+        with pytest.raises(ImportError, match=advice) as of_import:
+            exec(f"from {module} import {form}", {})
+        assert str(of_import.value) == str(of_attribute.value)
+        assert of_import.value.name == module
+    assert re.match(rf"{name}\b", str(of_attribute.value))
+
+
+@pytest.mark.parametrize("name", sorted(OF_OLD_FLAX_NN))
+def test_the_file_for_old_programs_has_what_is_said_to_be_there(name):
+    with pytest.raises(AttributeError) as advice:
+        getattr(batchnorm.flax.nn, name)
+    assert hasattr(old_flax_nn, name) == ("a Module of yours" not in str(advice.value))
+    function = re.search(r"use (jax\.\w+)\.(\w+), or", str(advice.value))
+    if function:
+        there = getattr(importlib.import_module(function[1]), function[2])
+        assert there is getattr(old_flax_nn, name)
+
+
+def test_the_file_for_old_programs_has_what_the_package_has():
+    for name in batchnorm.flax.nn.__all__:
+        assert getattr(old_flax_nn, name) is getattr(batchnorm.flax.nn, name)
+
+
+@pytest.mark.parametrize("name", sorted(OF_FLAX))
+def test_flax_has_what_is_said_to_be_there(name):
+    importlib.import_module(f"flax.{name}")
+
+
 @pytest.mark.parametrize("name", ["other", "batch_norm", "BatchNorm4d", "__wrapped__"])
-def test_another_name_is_an_ordinary_mistake(name):
-    assert not hasattr(batchnorm, name)
-    with pytest.raises(AttributeError, match=f"module 'batchnorm' has no attribute '{name}'"):
-        getattr(batchnorm, name)
-    with pytest.raises(ImportError, match=f"cannot import name '{name}' from 'batchnorm'"):
-        exec(f"from batchnorm import {name}", {})
+@pytest.mark.parametrize("module", ["batchnorm", "batchnorm.flax", "batchnorm.flax.nn"])
+def test_another_name_is_an_ordinary_mistake(module, name):
+    shown = importlib.import_module(module)
+    assert not hasattr(shown, name)
+    with pytest.raises(AttributeError, match=f"^module '{module}' has no attribute '{name}'$"):
+        getattr(shown, name)
+    with pytest.raises(ImportError, match=f"^cannot import name '{name}' from '{module}'"):
+        exec(f"from {module} import {name}", {})
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ Import the module of your framework: `batchnorm.numpy`, `batchnorm.mlx`, `batchn
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
+from .absent import no_attribute
 from .native import native_status, set_num_threads
 
 __version__ = version("batchnorm")
@@ -26,12 +27,11 @@ _LAYERS = {
 if not TYPE_CHECKING:  # which would take any name for one that is there
 
     def __getattr__(name: str) -> NoReturn:
-        doors = [door for door, layers in _LAYERS.items() if name in layers]
-        if doors:  # an ImportError, since `import` hides the text of an AttributeError
-            raise ImportError(
-                f"{name} is the layer of a framework: "
-                + " or ".join(f"from {door} import {name}" for door in doors)
-                + f". batchnorm itself has {', '.join(__all__)}.",
-                name=__name__,
+        imports = [f"from {door} import {name}" for door in _LAYERS if name in _LAYERS[door]]
+        advice = None
+        if imports:
+            advice = (
+                f"{name} is the layer of a framework: {' or '.join(imports)}."
+                f" batchnorm itself has {', '.join(__all__)}."
             )
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise no_attribute(__name__, name, advice)

@@ -1,5 +1,26 @@
 """Batch normalization for Flax: `batchnorm.flax.nn` is the module API of Flax before Linen."""
 
+from typing import TYPE_CHECKING, NoReturn
+
+from ..absent import no_attribute
+
 __all__ = ["nn"]  # noqa: F822, which `import` finds
 
 __dir__ = __all__.copy  # public names alone
+
+_OF_FLAX_ITSELF = (
+    *("core", "jax_utils", "linen", "metrics", "nnx", "serialization", "struct", "training"),
+    "traverse_util",
+)
+_ADVICE = {
+    name: f"{name} is still Flax's own: from flax import {name}. batchnorm.flax has nn alone."
+    for name in _OF_FLAX_ITSELF
+} | {
+    "optim": "optim is no longer in Flax, and batchnorm.flax has nn alone: use Optax, which takes a"
+    " Model as it is. docs/coming-from-flax.md shows how."
+}
+
+if not TYPE_CHECKING:  # which would take any name for one that is there
+
+    def __getattr__(name: str) -> NoReturn:
+        raise no_attribute(__name__, name, _ADVICE.get(name))

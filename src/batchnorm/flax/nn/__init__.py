@@ -1,5 +1,8 @@
 """The module API of Flax before Linen, `flax.nn`, on today's JAX; `Module` shows how to begin."""
 
+from typing import TYPE_CHECKING, NoReturn
+
+from ...absent import no_attribute
 from ...installation import missing
 
 try:
@@ -32,3 +35,39 @@ __all__ = [
 ]
 
 __dir__ = __all__.copy  # public names alone
+
+# What the old flax.nn had besides: in jax.nn, in examples/old_flax_nn.py as well, or in neither.
+_FUNCTIONS = {
+    *("celu", "elu", "gelu", "glu", "leaky_relu", "log_sigmoid", "log_softmax", "relu", "sigmoid"),
+    *("silu", "soft_sign", "softmax", "softplus", "swish", "tanh"),
+}
+_IN_THE_EXAMPLE = {
+    *("Conv", "ConvTranspose", "Dense", "DenseGeneral", "Embed", "GRUCell", "GroupNorm"),
+    *("LSTMCell", "LayerNorm", "OptimizedLSTMCell", "avg_pool", "dropout", "is_stochastic"),
+    *("make_rng", "max_pool", "stochastic"),
+}
+_IN_NEITHER = {
+    *("ConvLSTM", "MultiHeadDotProductAttention", "SelfAttention", "dot_product_attention"),
+}
+
+
+def _advice(name: str) -> str | None:
+    if name in _FUNCTIONS:
+        advice = f"use jax.{'numpy' if name == 'tanh' else 'nn'}.{name}, or"
+    elif name in _IN_THE_EXAMPLE:
+        advice = "with its old arguments and parameters it is in"
+    elif name in _IN_NEITHER:
+        advice = "use a Module of yours, like those in"
+    else:
+        return None
+    return (
+        f"{name} is not in batchnorm.flax.nn, which of the layers has BatchNorm alone: {advice}"
+        " examples/old_flax_nn.py of a checkout of batchnorm, a file for the place of flax.nn."
+        " See docs/coming-from-flax.md there."
+    )
+
+
+if not TYPE_CHECKING:  # which would take any name for one that is there
+
+    def __getattr__(name: str) -> NoReturn:
+        raise no_attribute(__name__, name, _advice(name))
