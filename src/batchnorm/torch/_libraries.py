@@ -54,7 +54,8 @@ class Act(_OfLibrary):
 
     @classmethod
     def synchronized(cls) -> type[Layer]:
-        return cls if issubclass(cls, (SyncBatchNorm, Frozen)) else _class(cls.stands_for, _SYNC)
+        theirs: Any = cls.stands_for
+        return cls if issubclass(cls, (SyncBatchNorm, Frozen)) else _class(theirs, _SYNC)
 
 
 class Frozen(_OfLibrary, BatchNorm2d):
