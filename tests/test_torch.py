@@ -1301,6 +1301,63 @@ def test_bad_input_is_refused_and_changes_nothing(case, skip_nonfinite):
         assert value.is_meta or torch.equal(value, before[name])
 
 
+def nested(x, layout):
+    parts = [x[:2], x[2:]] if x.ndim > 1 else [x, x]
+    return torch.nested.nested_tensor(parts, layout=layout)
+
+
+# How a tensor may lie that is not dense, what a message calls it, and what it says to do.
+LAYOUTS = {
+    "COO": (lambda x: x.to_sparse(), "of the layout torch.sparse_coo", "to_dense"),
+    "CSR": (lambda x: x.to_sparse_csr(), "of the layout torch.sparse_csr", "to_dense"),
+    "CSC": (lambda x: x.to_sparse_csc(), "of the layout torch.sparse_csc", "to_dense"),
+    "BSR": (lambda x: x.to_sparse_bsr((2, 2)), "of the layout torch.sparse_bsr", "to_dense"),
+    "BSC": (lambda x: x.to_sparse_bsc((2, 2)), "of the layout torch.sparse_bsc", "to_dense"),
+    "MKL-DNN": (lambda x: x.to_mkldnn(), "of the layout torch._mkldnn", "to_dense"),
+    "nested": (
+        lambda x: nested(x, torch.strided),
+        "a nested tensor, .* torch.strided",
+        "to_padded",
+    ),
+    "jagged": (lambda x: nested(x, torch.jagged), "a nested tensor, .* torch.jagged", "to_padded"),
+    "masked": (lambda x: torch.masked.masked_tensor(x, x > 0), "a masked tensor", "get_data"),
+}
+
+
+# PyTorch says so of each when one is made.
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+@pytest.mark.filterwarnings("ignore:Sparse C.* support is in beta state")
+@pytest.mark.filterwarnings("ignore:Sparse B.* support is in beta state")
+@pytest.mark.parametrize(("made", "what", "advice"), LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [bt.BatchNorm1d, bt.SyncBatchNorm])
+@pytest.mark.parametrize("keywords", [{}, {"momentum": None, "skip_nonfinite": True}], ids=str)
+def test_what_is_not_dense_is_refused_by_its_layout(kind, keywords, training, made, what, advice):
+    layer = kind(4, **keywords).train(training)
+    before, other = state(layer), made(GOOD)
+    for name, call in {
+        "input": lambda: layer(other),
+        "residual": lambda: layer(GOOD, residual=other),
+        "mask": lambda: layer(GOOD, mask=other),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name} must be a dense .* it is {what}.*{advice}"):
+            call()
+        same(state(layer), before)
+    if what[-3:] in ("csr", "csc", "bsr", "bsc"):
+        return  # of two axes
+    other = made(torch.ones(4))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        layer = kind(4, **keywords).train(training)
+        if name in ("weight", "bias"):
+            delattr(layer, name)
+        setattr(layer, name, other)
+        kept = [each for each in layer.buffers() if each is not other]
+        before = [each.clone() for each in kept]
+        with pytest.raises(TypeError, match=f"^{name} must be a dense .* it is {what}.*{advice}"):
+            layer(GOOD)
+        same(kept, before)
+
+
 # ---- torch.nn.functional's function
 
 

@@ -175,16 +175,16 @@ def test_kept():
     assert torch.equal(state, torch.full((3,), 2.0))
 
 
-def test_check_memory():
+def test_check_dense():
     x = torch.ones(3)
     batched = []
-    torch.vmap(lambda x: batched.append(_compat.check_memory("x", x)) or x)(x)
+    torch.vmap(lambda x: batched.append(_compat.check_dense("x", x)) or x)(x)
     assert batched == [None]
-    for each in (x, x.to_sparse(), x.to("meta"), x[:0], torch.zeros_like(x).expand(2, 3)):
-        _compat.check_memory("x", each)
+    for each in (x, x.to("meta"), x[:0], torch.zeros_like(x).expand(2, 3)):
+        _compat.check_dense("x", each)
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"x has no memory: its shape is \(3,\)"):
-        _compat.check_memory("x", x)
+        _compat.check_dense("x", x)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch's threads are not sought")

@@ -129,19 +129,19 @@ def feature_shape(
         )
 
 
-def broadcasts(name: str, shape: Shape, x_shape: Shape) -> None:
+def broadcasts(name: str, shape: Shape, x_shape: Shape, x_name: str = "x") -> None:
     aligned = zip(reversed(tuple(shape)), reversed(tuple(x_shape)), strict=False)
     if len(shape) > len(x_shape) or any(size != 1 and size != of_x for size, of_x in aligned):
         raise ValueError(
-            f"{name} must broadcast to the shape {tuple(x_shape)} of x, "
+            f"{name} must broadcast to the shape {tuple(x_shape)} of {x_name}, "
             f"but its shape is {tuple(shape)}."
         )
 
 
-def number_of_channels(channels: int, num_features: int, shape: Shape) -> None:
+def number_of_channels(channels: int, num_features: int, shape: Shape, x_name: str = "x") -> None:
     if channels != num_features:
         raise ValueError(
-            f"x must have num_features={num_features} channels, "
+            f"{x_name} must have num_features={num_features} channels, "
             f"but it has {channels}: its shape is {tuple(shape)}."
         )
 

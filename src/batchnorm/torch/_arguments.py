@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import checks
 from ..definition import Inputs, Problem
 from ..layout import feature_shape, values_per_feature
-from ._compat import check_memory, is_watched
-from ._stages import Call, wide
+from ._compat import check_dense, is_watched
+from ._stages import OF_FUNCTIONS, Call, wide
 from ._sync import Group, processes_of
 
 Axis = int | Sequence[int]
@@ -42,6 +42,7 @@ def checked(
     residual: Tensor | None,
     activation: str | None,
     sync: Group | bool | None = None,
+    names: dict[str, str] = OF_FUNCTIONS,
 ) -> tuple[Call, Inputs]:
     check_floating("x", x)
     features = checks.feature_axes(axis, x.shape)
@@ -52,29 +53,27 @@ def checked(
     eps = number(eps, checks.positive_eps)
     problem = Problem(features, eps, checks.activation(activation))
     inputs = Inputs(x, scale, bias, residual_like(x, residual), weights_of(x, mask))
-    return Call(problem, processes, is_watched(x) or isinstance(eps, Tensor)), inputs
+    return Call(problem, processes, is_watched(x) or isinstance(eps, Tensor), names), inputs
 
 
-def residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
+def residual_like(x: Tensor, residual: Tensor | None, x_name: str = "x") -> Tensor | None:
     if residual is None:
         return None
     check_floating("residual", residual)
-    check_memory("residual", residual)
-    check_device("residual", residual, x)
-    checks.broadcasts("residual", residual.shape, x.shape)
+    check_device("residual", residual, x, x_name)
+    checks.broadcasts("residual", residual.shape, x.shape, x_name)
     # Its gradient is added up in the wider of the two dtypes.
     wider = torch.promote_types(residual.dtype, x.dtype)
     return residual.to(wider).expand(x.shape).to(x.dtype)
 
 
-def weights_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
+def weights_of(x: Tensor, mask: Tensor | None, x_name: str = "x") -> Tensor | None:
     """The mask as weights, of the rank of x, NaN where they are negative."""
     if mask is None:
         return None
     check_real("mask", mask)
-    check_memory("mask", mask)
-    check_device("mask", mask, x)
-    checks.broadcasts("mask", mask.shape, x.shape)
+    check_device("mask", mask, x, x_name)
+    checks.broadcasts("mask", mask.shape, x.shape, x_name)
     weights = mask.to(wide(x.dtype))
     if mask.dtype != torch.bool:
         weights = torch.where(weights < 0, math.nan, weights)
@@ -105,35 +104,17 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_floating(name: str, value: object) -> None:
-    _check_dense(name, value)
+    check_tensor(name, value)
     assert isinstance(value, Tensor)
+    check_dense(name, value)
     checks.floating(name, value.dtype, value.dtype.is_floating_point)
 
 
 def check_real(name: str, value: object) -> None:
-    _check_dense(name, value)
-    assert isinstance(value, Tensor)
-    checks.floating(name, value.dtype, not value.dtype.is_complex)
-
-
-def _check_dense(name: str, value: object) -> None:
     check_tensor(name, value)
     assert isinstance(value, Tensor)
-    if isinstance(value, torch.masked.MaskedTensor):
-        raise TypeError(
-            f"{name} must not be a masked tensor. Pass {name}.get_data(), and mask=x.get_mask() "
-            "for the statistics of x."
-        )
-    if value.is_nested:
-        raise TypeError(
-            f"{name} must not be a nested tensor. Pass torch.nested.to_padded_tensor({name}, 0.0), "
-            "and a mask for the statistics of x."
-        )
-    if value.layout is not torch.strided:
-        raise TypeError(
-            f"{name} must be a dense tensor, but its layout is {value.layout}. "
-            f"Pass {name}.to_dense()."
-        )
+    check_dense(name, value)
+    checks.floating(name, value.dtype, not value.dtype.is_complex)
 
 
 def check_parameter(

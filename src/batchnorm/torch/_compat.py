@@ -112,13 +112,26 @@ def apply_of(function: type[torch.autograd.Function]) -> Any:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-def check_memory(name: str, tensor: Tensor) -> None:
-    """That its storage has not been given back, as FSDP does between uses: operations would crash.
+def check_dense(name: str, tensor: Tensor) -> None:
+    """That it is dense, and its storage not given back, as FSDP does between uses.
 
-    What has no storage of its own (sparse, say, or batched) says so by a NotImplementedError. Were
-    that another one, such tensors would be refused with it: add it here. A storage of a symbolic
-    size is there; to compare that size would leave the comparison in the program that is traced.
+    Operations on such a storage would crash. What has no storage of its own (a batched tensor, say)
+    says so by a NotImplementedError. Were that another one, such tensors would be refused with it:
+    add it here. A storage of a symbolic size is there; to compare that size would leave the
+    comparison in the program that is traced. Were nested or masked tensors, which are prototypes,
+    no longer told by these, operations would refuse them in words of their own.
     """
+    what = None
+    if isinstance(tensor, torch.masked.MaskedTensor):
+        what = "a masked tensor"
+        advice = f"Pass {name}.get_data(), and a mask for the statistics."
+    elif tensor.is_nested:
+        what = f"a nested tensor, of the layout {tensor.layout}"
+        advice = f"Pass torch.nested.to_padded_tensor({name}, 0.0), and a mask for the statistics."
+    elif tensor.layout is not torch.strided:
+        what, advice = f"of the layout {tensor.layout}", f"Pass {name}.to_dense()."
+    if what is not None:
+        raise TypeError(f"{name} must be a dense tensor, but it is {what}. {advice}")
     if torch.compiler.is_compiling():  # of what will be there later
         return
     try:

@@ -50,7 +50,7 @@ def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
 def batch_statistics(call: Call, inputs: Inputs) -> Tensor:
     if call.watched or _requires_grad(inputs[:1]):
         return forward(call, inputs)[1]
-    stages = Stages(call.problem, inputs, watched=False)
+    stages = Stages(call, inputs, watched=False)
     return call.processes.pooled(stages.statistics(), call.problem.eps)
 
 
@@ -75,7 +75,7 @@ def _forward(
     watched: bool,
 ) -> tuple[Tensor, Any]:
     """y and what it is normalized by; by plain operations where something else looks on."""
-    stages = Stages(call.problem, inputs, watched=watched)
+    stages = Stages(call, inputs, watched=watched)
     if given is not None:
         return stages.normalize(given), given
     if not call.processes.is_shared:
@@ -83,7 +83,7 @@ def _forward(
     shape = inputs.x.shape
     is_padded = watched and 0 in shape
     if is_padded:
-        stages = Stages(call.problem, _one_that_does_not_count(inputs), watched=True)
+        stages = Stages(call, _one_that_does_not_count(inputs), watched=True)
     statistics = call.processes.pooled(stages.statistics(), call.problem.eps)
     if running is not None:
         running.move(statistics, watched=watched)
@@ -167,14 +167,15 @@ def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
     dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
     if dtypes != ctx.dtypes:
         raise ValueError(
-            f"scale (weight) and bias had the dtypes {ctx.dtypes}, but they have {dtypes}."
+            f"{call.names.get('scale', 'scale')} and bias had the dtypes {ctx.dtypes}, but they "
+            f"have {dtypes}."
         )
     if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
         return None, None, None, *_differentiable_gradients(ctx, dy, dstatistics)
     if dy is None:
         return (None,) * 10
     watched = _compat.is_watched(x) or _compat.is_batch_of_autograd(dy)
-    stages = Stages(call.problem, inputs, watched=watched)
+    stages = Stages(call, inputs, watched=watched)
     if call.processes.is_shared and not isinstance(by, Given):
         own = stages.gradient_sums(by, dy)
         sums = call.processes.sum(own if scale is None else own * scale.to(own.dtype))
@@ -196,7 +197,7 @@ def _differentiable_gradients(
         inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
         given = ctx.by if isinstance(ctx.by, Given) else None
         given = given if mean is None else Given(mean, var)
-        Stages(ctx.call.problem, inputs, watched=True).check("dy", dy)
+        Stages(ctx.call, inputs, watched=True).check("dy", dy)
         outputs = _forward(ctx.call, inputs, given, watched=True)
         if given is None:
             outputs = outputs[0], rounded(outputs[1])

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native
 from ..definition import update_running
 from ..moments import Statistics
-from ._compat import check_memory, is_transformed
+from ._compat import check_dense, is_transformed
 
 
 def rounded(statistics: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Running(NamedTuple):
             ("num_batches_tracked", self.batches),
         ):
             if tensor is not None:
-                check_memory(name, tensor)
+                check_dense(name, tensor)
         count, mean, var = rounded(statistics).detach().unbind(0)
         with explained(self.owner), torch.no_grad():
             batches = (count > 0).any() if self.may_be_empty else 1

@@ -17,7 +17,7 @@ from ..arrays import namespace
 from ..definition import Inputs, Problem
 from ..layout import feature_shape, weights_shape
 from ..moments import Moments, Statistics
-from ._compat import check_memory, operations_library
+from ._compat import check_dense, operations_library
 from ._running import Running, rounded
 from ._sync import Alone
 
@@ -26,12 +26,25 @@ for _kind in (Tensor, torch.nn.Parameter):
     namespace(_kind(torch.empty(0)))
 
 
+# What users of functions, and of layers, call an operand that has another name here.
+OF_FUNCTIONS = {"weights": "mask"}
+OF_LAYERS = {
+    **OF_FUNCTIONS,
+    "x": "input",
+    "scale": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+    "batches": "num_batches_tracked",
+}
+
+
 class Call(NamedTuple):
     """What is not a tensor; `watched` is `_compat.is_watched(x)`."""
 
     problem: Problem
     processes: Alone
     watched: bool
+    names: dict[str, str] = OF_FUNCTIONS
 
 
 class Given(NamedTuple):
@@ -59,10 +72,10 @@ class Stages:
     scale and bias are of the feature shape and of any dtype, residual is like x, weights broadcast.
     """
 
-    __slots__ = ("inputs", "is_native", "problem")
+    __slots__ = ("inputs", "is_native", "names", "problem")
 
-    def __init__(self, problem: Problem, inputs: Inputs, *, watched: bool) -> None:
-        x = inputs.x
+    def __init__(self, call: Call, inputs: Inputs, *, watched: bool) -> None:
+        x, self.names = inputs.x, call.names
         self.is_native = (
             native.kernels is not None and x.is_cpu and x.dtype in _DTYPES and not watched
         )
@@ -70,9 +83,9 @@ class Stages:
             # What the record of a tensor does not say: some views negate what is in memory.
             for each in inputs:
                 if each is not None and each.is_neg():
-                    inputs = Inputs(*map(_resolved, Inputs._fields, inputs))
+                    inputs = Inputs(*map(self.resolved, Inputs._fields, inputs))
                     break
-        self.problem, self.inputs = problem, inputs
+        self.problem, self.inputs = call.problem, inputs
 
     def forward(self, running: Running | None = None) -> tuple[Tensor, Tensor]:
         """y, and the statistics that it is normalized by; running statistics move, too."""
@@ -109,7 +122,7 @@ class Stages:
         x = self.inputs.x
         if self.is_native:
             y = torch.empty_like(x)
-            if self.runs(native.kernels.normalize, {"y": y, **_named(by)}):
+            if self.runs(native.kernels.normalize, {"y": y, **self.named(by)}):
                 return y
         inputs = self.wide_inputs()
         return definition.normalize(self.problem, inputs, self.moments_of(by)).to(x.dtype)
@@ -124,7 +137,7 @@ class Stages:
             dbias = None if bias is None else torch.empty_like(bias)
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = _named(by, dy)
+            operands = self.named(by, dy)
             operands |= {"dscale": dscale, "dbias": dbias, "dx": dx, "dresidual": dresidual}
             if self.runs(native.kernels.batch_norm_gradients, operands):
                 return dscale, dbias, dx, dresidual
@@ -135,7 +148,7 @@ class Stages:
     def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
         if self.is_native:
             sums = self.rows(2)
-            if self.runs(native.kernels.gradient_sums, {"sums": sums, **_named(by, dy)}):
+            if self.runs(native.kernels.gradient_sums, {"sums": sums, **self.named(by, dy)}):
                 return sums
         self.check("dy", dy)
         inputs, moments = self.wide_inputs(), self.moments_of(by)
@@ -151,7 +164,7 @@ class Stages:
         if self.is_native:
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = {"sums": sums, "dx": dx, "dresidual": dresidual, **_named(by, dy)}
+            operands = {"sums": sums, "dx": dx, "dresidual": dresidual, **self.named(by, dy)}
             if self.runs(native.kernels.input_gradient, operands):
                 return dx, dresidual
         return self.input_gradient_by_definition(by, sums, dy, with_dresidual, are_scaled=True)
@@ -188,22 +201,24 @@ class Stages:
         """What a kernel looks at itself: an operand that goes with x, in shape and dtype."""
         if operand is None:
             return
-        check_memory(_SPOKEN.get(name, name), operand)
+        spoken, x_name = self.names.get(name, name), self.names.get("x", "x")
+        check_dense(spoken, operand)
         x = self.inputs.x
         if name in _LIKE_X and (operand.shape, operand.dtype) != (x.shape, x.dtype):
             raise ValueError(
-                f"{name} must have the shape {tuple(x.shape)} and the dtype {x.dtype} of x, but it "
-                f"has {tuple(operand.shape)} and {operand.dtype}."
+                f"{spoken} must have the shape {tuple(x.shape)} and the dtype {x.dtype} of "
+                f"{x_name}, but it has {tuple(operand.shape)} and {operand.dtype}."
             )
         if name in _COPIED and operand.device != x.device:
             raise ValueError(
-                f"{name} must be on the device {x.device} of x, but it is on {operand.device}."
+                f"{spoken} must be on the device {x.device} of {x_name}, but it is on "
+                f"{operand.device}."
             )
         if name in _BY_FEATURE:
             expected = feature_shape(self.problem.features, x.shape)
-            checks.feature_shape(name, operand.shape, expected, x.shape)
+            checks.feature_shape(spoken, operand.shape, expected, x.shape, x_name)
         if name == "weights":
-            checks.broadcasts(name, operand.shape, x.shape)
+            checks.broadcasts(spoken, operand.shape, x.shape, x_name)
 
     def wide_inputs(self) -> Inputs:
         for name, each in zip(Inputs._fields, self.inputs, strict=True):
@@ -237,6 +252,24 @@ class Stages:
 
     # ---- for the kernels
 
+    def named(self, by: By, dy: Tensor | None = None) -> dict[str, Any]:
+        operands: dict[str, Any] = {}
+        if dy is not None:
+            operands["dy"] = self.resolved("dy", dy) if dy.is_neg() else dy
+        if isinstance(by, Given):
+            operands["mean"] = self.resolved("mean", by.mean)
+            operands["var"] = self.resolved("var", by.var)
+        else:
+            operands["statistics"] = by
+        return operands
+
+    def resolved(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """As it means, where that is the negative of what is in memory."""
+        if tensor is None or not tensor.is_neg():
+            return tensor
+        check_dense(self.names.get(name, name), tensor)
+        return tensor.resolve_neg()
+
     def rows(self, number: int) -> Tensor:
         shape = self.inputs.x.shape
         return _FLOAT64.new_empty(number, *[shape[axis] for axis in self.problem.features])
@@ -266,25 +299,6 @@ class Stages:
         return True
 
 
-def _named(by: By, dy: Tensor | None = None) -> dict[str, Any]:
-    operands: dict[str, Any] = {}
-    if dy is not None:
-        operands["dy"] = _resolved("dy", dy) if dy.is_neg() else dy
-    if isinstance(by, Given):
-        operands["mean"], operands["var"] = _resolved("mean", by.mean), _resolved("var", by.var)
-    else:
-        operands["statistics"] = by
-    return operands
-
-
-def _resolved(name: str, tensor: Tensor | None) -> Tensor | None:
-    """As it means, where that is the negative of what is in memory."""
-    if tensor is None or not tensor.is_neg():
-        return tensor
-    check_memory(_SPOKEN.get(name, name), tensor)
-    return tensor.resolve_neg()
-
-
 def _like(x: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(tensor)
 
@@ -308,14 +322,6 @@ _COPIED = {
     "weights": _weights_like,
     **dict.fromkeys(_LIKE_X, _like),
     **dict.fromkeys(("x", *_BY_FEATURE), _own),
-}
-# What users of a layer call it.
-_SPOKEN = {
-    "scale": "weight (scale)",
-    "weights": "mask",
-    "mean": "running_mean (mean)",
-    "var": "running_var (var)",
-    "batches": "num_batches_tracked",
 }
 _FLOAT64 = torch.empty(0, dtype=torch.float64, device="cpu")  # to make others like it
 _DTYPES: set[torch.dtype] = set()

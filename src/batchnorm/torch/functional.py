@@ -18,7 +18,7 @@ from ._arguments import (
 )
 from ._recording import recorded, stand_in
 from ._running import Running
-from ._stages import Given
+from ._stages import OF_LAYERS, Given
 
 __all__ = ["batch_norm"]
 
@@ -86,7 +86,7 @@ def batch_norm(
     }.items():
         if value is not None:
             check_parameter(name, value, input, (1,), x_name="input")
-    call, inputs = checked(input, weight, bias, 1, eps, None, None, None)
+    call, inputs = checked(input, weight, bias, 1, eps, None, None, None, names=OF_LAYERS)
     check_running(running_mean, running_var)
     given = None
     if running_mean is not None and running_var is not None:

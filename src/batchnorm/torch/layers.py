@@ -30,7 +30,7 @@ from ._arguments import (
 from ._opacus import tell_opacus
 from ._recording import recorded_layer, stand_in
 from ._running import Running, Tracked, explained
-from ._stages import Call, Given
+from ._stages import OF_LAYERS, Call, Given
 from ._sync import ALONE, Alone, Group, Processes, path_of, processes_of
 
 NormalizeBy = Literal["batch", "running"]
@@ -198,6 +198,8 @@ class Layer(_compat.BatchNormBase):
             if (proxy := stand_in(input, residual, mask)) is not None:
                 return self._recorded(proxy, input, residual=residual, mask=mask)
             check_tensor("input", input)
+        if input.layout is not torch.strided or input.is_nested:
+            _compat.check_dense("input", input)
         self._check_input_dim(input)
         # Once, since torch.nn.Module takes its time to find a tensor.
         given = Given(self.running_mean, self.running_var)
@@ -207,6 +209,8 @@ class Layer(_compat.BatchNormBase):
             self._check_freezing(self.normalize_by, self.update_running)
         by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
         watched = _compat.is_watched(input)
+        if watched:  # by a subclass of tensors, perhaps
+            _compat.check_dense("input", input)
         if watched and by_running and not moves and self._is_exported():
             return self._exported(input, residual)
         if watched and _compat.is_traced() and torch.onnx.is_in_onnx_export():
@@ -332,18 +336,28 @@ class Layer(_compat.BatchNormBase):
         if shape[1] != self.num_features and any(
             each is not None for each in (weight, bias, *running)
         ):
-            checks.number_of_channels(shape[1], self.num_features, shape)
+            checks.number_of_channels(shape[1], self.num_features, shape, "input")
         channels = shape[1:2]
-        for name, each in (
+        named = (
             ("weight", weight),
             ("bias", bias),
             ("running_mean", running.mean),
             ("running_var", running.var),
-        ):
+        )
+        processes = self._processes()
+        if processes.is_shared:
+            for name, each in named:
+                if each is not None:  # before others get to know of this call
+                    _compat.check_dense(name, each)
+        for name, each in named:
             if each is not None and (
-                each.dtype != dtype or each.device != device or each.shape != channels
+                each.is_nested
+                or each.dtype != dtype
+                or each.device != device
+                or each.shape != channels
             ):
-                checks.feature_shape(name, each.shape, channels, shape)
+                _compat.check_dense(name, each)
+                checks.feature_shape(name, each.shape, channels, shape, "input")
                 check_device(name, each, input, "input")
                 halved = each.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
                 if each.dtype != dtype and not halved:
@@ -353,11 +367,11 @@ class Layer(_compat.BatchNormBase):
                         "Convert one of them."
                     )
         if residual is not None:
-            residual = residual_like(input, residual)
-        weights = None if mask is None else weights_of(input, mask)
+            residual = residual_like(input, residual, "input")
+        weights = None if mask is None else weights_of(input, mask, "input")
         eps = number(self.__dict__["eps"], checks.positive_eps)
         problem = Problem((1,), eps, self.activation)
-        call = Call(problem, self._processes(), watched or isinstance(eps, Tensor))
+        call = Call(problem, processes, watched or isinstance(eps, Tensor), OF_LAYERS)
         return call, Inputs(input, weight, bias, residual, weights)
 
     def _normalizes_by_running(self, is_tracked: bool) -> bool:
@@ -436,9 +450,9 @@ class Layer(_compat.BatchNormBase):
             # Without a count they change nothing.
             finite = statistics.isfinite().all()
             statistics = torch.where(finite, statistics, 0.0)
-        for name in ("num_batches_tracked", "num_batches_skipped"):
-            if (counter := getattr(self, name, None)) is not None:
-                _compat.check_memory(name, counter)
+        for name in (*_RUNNING, "num_batches_tracked", "num_batches_skipped"):
+            if (each := getattr(self, name, None)) is not None:
+                _compat.check_dense(name, each)
         if self.momentum is None:
             self._average(call, inputs, running, statistics)
         else:
