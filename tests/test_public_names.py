@@ -58,9 +58,10 @@ OF_OLD_FLAX_NN = {
     *("silu", "soft_sign", "softmax", "softplus", "swish", "tanh"),
     *("Dense", "DenseGeneral", "Conv", "ConvTranspose", "Embed", "LayerNorm", "GroupNorm"),
     *("LSTMCell", "GRUCell", "ConvLSTM", "OptimizedLSTMCell", "max_pool", "avg_pool"),
-    *("MultiHeadDotProductAttention", "SelfAttention", "dot_product_attention"),
+    *("MultiHeadDotProductAttention", "SelfAttention", "attention", "dot_product_attention"),
     *("stochastic", "is_stochastic", "make_rng", "dropout"),
 }
+SUBMODULES_OF_OLD_FLAX_NN = {"activation", "base", "linear", "pooling", "recurrent"}
 OF_FLAX = {
     *("core", "jax_utils", "linen", "metrics", "nnx", "serialization", "struct", "training"),
     "traverse_util",
@@ -68,6 +69,10 @@ OF_FLAX = {
 ADVISED = [
     *(("batchnorm", name, f"from batchnorm.torch import {name}") for name in ["SyncBatchNorm"]),
     *(("batchnorm.flax.nn", name, "docs/coming-from-flax.md") for name in sorted(OF_OLD_FLAX_NN)),
+    *(
+        ("batchnorm.flax.nn", name, f"without {name} between")
+        for name in sorted(SUBMODULES_OF_OLD_FLAX_NN)
+    ),
     *(("batchnorm.flax", name, f"from flax import {name}") for name in sorted(OF_FLAX)),
     ("batchnorm.flax", "optim", "Optax"),
 ]

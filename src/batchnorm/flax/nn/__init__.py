@@ -46,8 +46,10 @@ _IN_THE_EXAMPLE = {
     *("LSTMCell", "LayerNorm", "OptimizedLSTMCell", "avg_pool", "dropout", "is_stochastic"),
     *("make_rng", "max_pool", "stochastic"),
 }
+_SUBMODULES = {"activation", "base", "linear", "pooling", "recurrent"}
 _IN_NEITHER = {
-    *("ConvLSTM", "MultiHeadDotProductAttention", "SelfAttention", "dot_product_attention"),
+    *("ConvLSTM", "MultiHeadDotProductAttention", "SelfAttention", "attention"),
+    "dot_product_attention",
 }
 
 
@@ -56,6 +58,8 @@ def _advice(name: str) -> str | None:
         advice = f"use jax.{'numpy' if name == 'tanh' else 'nn'}.{name}, or"
     elif name in _IN_THE_EXAMPLE:
         advice = "with its old arguments and parameters it is in"
+    elif name in _SUBMODULES:
+        advice = f"its names stand, without {name} between, in"
     elif name in _IN_NEITHER:
         advice = "use a Module of yours, like those in"
     else:
