@@ -254,7 +254,7 @@ def collectives(function):
 
 @in_processes
 def a_step_has_one_collective_forward_and_one_backward(groups):
-    forward, backward = [(3 * CHANNELS + 2) * PROCESSES], [2 * CHANNELS]
+    forward, backward = [(3 * CHANNELS + 3) * PROCESSES], [2 * CHANNELS]
     layer = bt.SyncBatchNorm(CHANNELS, activation="relu")
     for rows in (4, 4 * (dist.get_rank() > 0)):
         x = torch.randn(rows, CHANNELS, LENGTH, requires_grad=True)
@@ -482,11 +482,61 @@ def a_group_of_one_is_alone(groups):
 
 
 @in_processes
-def one_row_in_all_has_no_variance(groups):
-    """As in torch.nn, whose layers refuse it in one process only."""
-    rows = int(dist.get_rank() == 1)
+def one_value_in_all_is_refused_by_all(groups):
+    """Whichever process has it, before anything has changed; as torch.nn's layers refuse it."""
+    rank = dist.get_rank()
+    mask = torch.ones(4, 1) if rank == 0 else torch.zeros(4, 1)
+    keywords = [{}, {"momentum": None}, {"skip_nonfinite": True}, {"affine": False}]
+    for holder, one in zip((0, 1, 2, 0), keywords, strict=True):
+        layer = bt.SyncBatchNorm(CHANNELS, **one)
+        x = torch.randn(int(rank == holder), CHANNELS, requires_grad=True)
+        before = {name: each.clone() for name, each in layer.named_buffers()}
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when train"):
+            layer(x)
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel when train"):
+            layer.freeze(normalize_by="batch").eval()(x)
+        for name, each in layer.named_buffers():
+            assert torch.equal(each, before[name]), name
+        with pytest.raises(ValueError, match=r"more than one value .* allow_one_value=True"):
+            bt.batch_norm(x, sync=True)
+        y, statistics = bt.batch_norm(x, sync=True, allow_one_value=True)
+        assert torch.equal(y, torch.zeros_like(x))
+        assert torch.equal(statistics.count, torch.ones(CHANNELS))
+        assert torch.equal(bt.batch_statistics(x, sync=True).count, torch.ones(CHANNELS))
+        assert layer.unfreeze().eval()(x).shape == x.shape
+        layer.freeze(update_running=True)(x)  # which normalizes by the running ones
+        assert bt.batch_norm(x[:, :0], sync=True)[0].shape == (len(x), 0)
+    # Of four values one counts: that is another matter, as it is in one process.
+    bt.SyncBatchNorm(CHANNELS)(torch.randn(4, CHANNELS), mask=mask * torch.eye(4)[:, :1])
+    bt.SyncBatchNorm(CHANNELS)(torch.randn(int(rank < 2), CHANNELS))  # two values
+
+
+@in_processes
+def what_is_not_dense_is_refused_before_the_others_know(groups):
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        layer = bt.SyncBatchNorm(CHANNELS)
+        delattr(layer, name)
+        setattr(layer, name, torch.ones(CHANNELS).to_sparse())
+        before = [each.clone() for each in layer.buffers() if not each.is_sparse]
+
+        def call(layer=layer, name=name):
+            with pytest.raises(TypeError, match=f"^{name} must be a dense tensor"):
+                layer(torch.randn(4, CHANNELS))
+
+        assert not collectives(call)[0]
+        for each, value in zip(
+            (b for b in layer.buffers() if not b.is_sparse), before, strict=True
+        ):
+            assert torch.equal(each, value)
+
+
+@in_processes
+def one_value_in_all_is_nan_in_compiled_code(groups):
+    x = torch.randn(int(dist.get_rank() == 1), CHANNELS)
     layer = bt.SyncBatchNorm(CHANNELS)
-    assert torch.equal(layer(torch.randn(rows, CHANNELS)), torch.zeros(rows, CHANNELS))
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert y.isnan().all()
+    assert torch.equal(layer.running_mean, torch.zeros(CHANNELS))
 
 
 @in_processes

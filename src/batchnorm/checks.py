@@ -8,7 +8,7 @@ dtypes and Python numbers alone, so that they cost nothing in a traced or lazy f
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 from .activations import ACTIVATIONS, CHOICES
 
@@ -163,8 +163,11 @@ def positive_integer(name: str, value: Any) -> int:
 def more_than_one_value(values: Any, x_shape: Shape, allow_one_value: Any) -> None:
     """Of each feature of x; what several devices hold together may not be known, and None."""
     if not boolean("allow_one_value", allow_one_value) and values == 1 and 0 not in x_shape:
-        raise ValueError(
-            "batch_norm needs more than one value of each feature, but x of shape "
-            f"{tuple(x_shape)} has one. Use normalize with running statistics; or, where bias "
-            "alone is a right output, allow_one_value=True."
-        )
+        refuse_one_value(f"x of shape {tuple(x_shape)} has one")
+
+
+def refuse_one_value(what_has_it: str) -> NoReturn:
+    raise ValueError(
+        f"batch_norm needs more than one value of each feature, but {what_has_it}. Use normalize "
+        "with running statistics; or, where bias alone is a right output, allow_one_value=True."
+    )

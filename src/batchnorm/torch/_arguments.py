@@ -139,9 +139,9 @@ def check_running(mean: Tensor | None, var: Tensor | None) -> None:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
 
 
-def check_values(values: int, shape: Sequence[int]) -> None:
+def check_values(values: int, shape: Sequence[int], where: str = "") -> None:
     """As torch.nn says it."""
     if values == 1:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {shape}"
+            f"Expected more than 1 value per channel when training, got input size {shape}{where}"
         )

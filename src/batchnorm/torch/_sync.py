@@ -1,9 +1,10 @@
 """Sums over the processes of a group, and the statistics of what they hold together.
 
 A step of training has two collectives, both sums of float64 numbers: forward, of 3 for each feature
-and process, which is how every process gets to know the statistics of each, and of 2 for each
-process, by which they know whether they do the same; backward, of 2 for each feature. Where
-torch.compile or a derivative of higher order looks on, the sum backward is as the one forward.
+and process, which is how every process gets to know the statistics of each, and of 3 for each
+process, by which they know whether they do the same, and on enough; backward, of 2 for each
+feature. Where torch.compile or a derivative of higher order looks on, the sum backward is as the
+one forward.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..moments import or_one
 from ._compat import is_watched, traceable_all_reduce
 
+_ENOUGH = 2
 Group = Any  # torch.distributed.ProcessGroup, where PyTorch is built with it
 
 
@@ -39,13 +41,18 @@ class Processes(Alone):
     """Those that share statistics; `name` says for whom, in an error.
 
     `place` is the same number in all of them where they are at the same layer of the same model; 0
-    where that is not known.
+    where that is not known. Of so many `values` of each feature the batch of this one is; or of
+    enough, where one in all will do. Where all together have one, it is to be refused.
     """
 
     is_shared = True
 
     def __init__(self, group: Group, name: Callable[[], str]) -> None:
         self.group, self.name, self.place = group, name, 0
+        self.values, self.refuse = _ENOUGH, lambda: None
+
+    def need_values(self, values: int, refuse: Callable[[], None]) -> None:
+        self.values, self.refuse = values, refuse
 
     def pooled(self, statistics: Tensor, eps: float | Tensor) -> Tensor:
         """The statistics of all the processes' elements: the formula of Chan, Golub & LeVeque.
@@ -54,25 +61,32 @@ class Processes(Alone):
         """
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         like: Any = {"dtype": statistics.dtype, "device": statistics.device}
-        what = torch.stack([torch.as_tensor(each, **like) for each in (eps, self.place)])
+        what = torch.stack(
+            [
+                torch.as_tensor(eps, **like),
+                torch.as_tensor(self.place, **like),
+                torch.full((), self.values, **like),  # of a symbolic size, too
+            ]
+        )
         own = torch.cat((statistics.flatten(), what))
         others = torch.zeros_like(own)
         parts = torch.stack([own if each == rank else others for each in range(size)])
         total = self.sum(parts)
-        whats = total[:, -2:].detach()
-        counts, means, variances = total[:, :-2].unflatten(1, statistics.shape).unbind(1)
+        whats = total[:, -3:].detach()
+        counts, means, variances = total[:, :-3].unflatten(1, statistics.shape).unbind(1)
         count = counts.sum(0)
         shares = counts / or_one(count)
         mean = (shares * means).sum(0)
         if whats.is_cpu and not is_watched(whats):
             self.check_agreement(*whats.T.tolist())
         else:  # whose values can't be looked at, or not without waiting for them
-            mean = torch.where((whats[:, 0] != what[0]).any(), torch.nan, mean)
+            is_wrong = (whats[:, 0] != what[0]).any() | (whats[:, 2].sum() == 1)
+            mean = torch.where(is_wrong, torch.nan, mean)
         var = (shares * (variances + (means - mean) ** 2)).sum(0)
         return torch.stack((count, mean, var))
 
-    def check_agreement(self, eps: list[float], places: list[float]) -> None:
-        """That all processes do the same; if not, all of them find out."""
+    def check_agreement(self, eps: list[float], places: list[float], values: list[float]) -> None:
+        """That all processes do the same, on enough; if not, all of them find out."""
         if len(set(eps)) > 1:
             raise RuntimeError(
                 f"{self.name()} must have the same eps in every process of the group, but from the "
@@ -84,6 +98,8 @@ class Processes(Alone):
                 f"{self.name()} met another layer in another process: every process of the group "
                 "must call the same layers of the same model, in the same order."
             )
+        if sum(values) == 1:
+            self.refuse()
 
     def sum(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which can't look into `_Sum`

@@ -1,5 +1,7 @@
 """The functions that every door has, on tensors."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from ._arguments import (
 )
 from ._recording import recorded, stand_in
 from ._stages import Given, wide
-from ._sync import Group
+from ._sync import Group, Processes
 
 
 @documented(array="tensor", like="shape, dtype and memory format")
@@ -76,8 +78,13 @@ def batch_norm(
         recording: tuple[Tensor, Statistics] = recorded(batch_norm, x, scale, bias, **settings)
         return recording
     call, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation, sync)
-    values = None if call.processes.is_shared else values_of(call, inputs)
-    checks.more_than_one_value(values, x.shape, allow_one_value)
+    checks.boolean("allow_one_value", allow_one_value)
+    values = values_of(call, inputs) if x.numel() else 0
+    if not isinstance(call.processes, Processes):
+        checks.more_than_one_value(values, x.shape, allow_one_value)
+    elif not allow_one_value:
+        all_have_one = f"x of shape {tuple(x.shape)} and those of the other processes have one"
+        call.processes.need_values(values, partial(checks.refuse_one_value, all_have_one))
     y, statistics = _derivatives.forward(call, inputs)
     return y, _statistics(x, statistics)
 

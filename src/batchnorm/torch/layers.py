@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import torch
@@ -229,8 +230,12 @@ class Layer(_compat.BatchNormBase):
                     statistics = _derivatives.batch_statistics(call, inputs)
                 self._move_running(call, inputs, given, statistics)
             return y
-        if not call.processes.is_shared:
-            check_values(input.numel() // (input.shape[1] or 1), input.shape)
+        values = input.numel() // (input.shape[1] or 1)
+        if isinstance(call.processes, Processes):
+            where = " here, and all processes of the group together have 1"
+            call.processes.need_values(values, partial(check_values, 1, input.shape, where))
+        else:
+            check_values(values, input.shape)
         if moves and (self.momentum is None or self.skip_nonfinite):
             y, statistics = _derivatives.forward(call, inputs)
             self._move_running(call, inputs, given, statistics)
@@ -608,7 +613,7 @@ class SyncBatchNorm(Layer, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.
     It normalizes (N, C, ...) as one process would normalize all the processes' batches joined,
     exactly, however many elements each has, none included; and so are its gradients those of the
     sum of the processes' losses, to any order. Forward, a training step adds up 3 float64 numbers
-    of each channel and process, and 2 of each process; backward, 2 of each channel. In evaluation,
+    of each channel and process, and 3 of each process; backward, 2 of each channel. In evaluation,
     with one process and without torch.distributed there is nothing to share, and it works like the
     other layers.
 
@@ -619,6 +624,8 @@ class SyncBatchNorm(Layer, torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.
 
     Raises
     ------
+    ValueError
+        In training, if all processes together have one value of each channel.
     RuntimeError
         In a call or a backward pass, if another process of the group does not take part: after the
         group's timeout, as far as its backend tells, naming this layer and its step (unless
