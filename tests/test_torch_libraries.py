@@ -226,6 +226,20 @@ def test_one_that_is_unfrozen_is_trained_and_not_reverted():
     assert type(bt.revert(model)[0]) is FrozenBatchNorm2d
 
 
+@pytest.mark.parametrize(
+    "made", [lambda: FrozenBatchNorm2d(3), lambda: FrozenBatchNormAct2d(3, nn.ReLU())]
+)
+def test_a_frozen_layer_without_memory_loads_a_checkpoint(made):
+    saved = filled(made()).state_dict()
+    with torch.device("meta"):
+        layer = bt.convert(made())
+    assert not any(copy.deepcopy(layer).load_state_dict(saved, assign=True))
+    layer = layer.to_empty(device="cpu")
+    assert torch.equal(layer.running_var, torch.ones(3))
+    assert not any(layer.load_state_dict(saved))
+    alike(layer(X), filled(made())(X), 1e-5)
+
+
 def test_blocks_of_a_library_are_gone_through():
     class Conv2dNormActivation(nn.Sequential):  # as torchvision's
         pass

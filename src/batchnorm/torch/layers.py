@@ -40,6 +40,7 @@ _Class = TypeVar("_Class")
 _CONVENTION = CONVENTIONS["torch"]
 BEYOND_TORCH = ("activation", "skip_nonfinite", "normalize_by", "update_running")
 _RUNNING = ("running_mean", "running_var")
+_INITIAL = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "num_batches_skipped": 0}
 
 
 class Layer(_compat.BatchNormBase):
@@ -315,9 +316,11 @@ class Layer(_compat.BatchNormBase):
             self._start_statistics()
 
     def _start_statistics(self) -> None:
-        super().reset_running_stats()
-        if self.skip_nonfinite and self.track_running_stats:
-            self.num_batches_skipped.zero_()
+        if self.track_running_stats:
+            for name, value in _INITIAL.items():
+                buffer = getattr(self, name, None)
+                if not (buffer is None or isinstance(buffer, UninitializedBuffer)):
+                    buffer.fill_(value)
 
     def extra_repr(self) -> str:
         added = "".join(f", {name}={value}" for name, value in self.beyond_torch().items())
