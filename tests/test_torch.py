@@ -279,6 +279,28 @@ def test_copies_go_on_alike_and_apart(copied):
     same(state(layer), state(other))
 
 
+# PyTorch's own exporter uses what it calls deprecated.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    "outside", [["batchnorm.**"], ["batchnorm.native.**", "array_api_compat.**"]], ids=str
+)
+def test_a_package_holds_a_model(outside):
+    model = nn.Sequential(nn.Linear(3, 4), bt.BatchNorm1d(4, activation="relu", momentum=None))
+    model(tensor(6, 3, dtype=torch.float32))
+    file = io.BytesIO()
+    with torch.package.PackageExporter(file) as exporter:
+        exporter.extern([*outside, "torch.**", "numpy.**"])
+        exporter.intern("batchnorm.**")
+        exporter.save_pickle("model", "model.pkl", model)
+    file.seek(0)
+    loaded = torch.package.PackageImporter(file).load_pickle("model", "model.pkl")
+    assert isinstance(loaded[1], nn.BatchNorm1d)
+    x = tensor(5, 3, dtype=torch.float32, seed=1)
+    for training in (True, False):
+        same(loaded.train(training)(x), model.train(training)(x))
+        same(state(loaded), state(model))
+
+
 def test_to_moves_everything():
     layer = bt.BatchNorm1d(3, skip_nonfinite=True).to("meta")
     assert all(each.is_meta for each in state(layer).values())

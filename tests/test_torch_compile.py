@@ -15,6 +15,7 @@ from cases import HARD, LARGE_MEAN
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm.torch as bt
 
@@ -75,6 +76,33 @@ def test_compiled_training_and_evaluation(keywords, call):
     assert layer.num_batches_tracked == 4
     # One batch size, any batch size, evaluation; with momentum=None also before and after a batch.
     assert counter.frame_count <= (4 if keywords.get("momentum", 0.1) is None else 3)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 3), bt.BatchNorm1d(3, activation="relu"))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_counts_a_batch_once_where_it_is_compiled(use_reentrant):
+    model = Checkpointed(use_reentrant)
+    plain = copy.deepcopy(model.block)
+    compiled = torch.compile(model, backend="aot_eager")
+    for step in range(3):
+        x = tensor(6, 4, seed=step).requires_grad_()
+        results = []
+        for module, called in ((model, compiled), (plain, plain)):
+            module.zero_grad()
+            (gradient,) = torch.autograd.grad(called(x).square().sum(), x)
+            results.append([gradient, *module.buffers()])
+        for got, wanted in zip(*results, strict=True):
+            close(got, wanted, tolerance=2e-5)
+    assert model.block[1].num_batches_tracked == 3
 
 
 # Inductor itself uses it.
