@@ -358,12 +358,13 @@ class Layer(_compat.BatchNormBase):
                 if each is not None:  # before others get to know of this call
                     _compat.check_dense(name, each)
         for name, each in named:
-            if each is not None and (
-                each.is_nested
-                or each.dtype != dtype
-                or each.device != device
-                or each.shape != channels
-            ):
+            if each is None:
+                continue
+            try:
+                fits = each.dtype == dtype and each.device == device and each.shape == channels
+            except RuntimeError:  # of a nested tensor, which has no shape
+                fits = False
+            if not fits:
                 _compat.check_dense(name, each)
                 checks.feature_shape(name, each.shape, channels, shape, "input")
                 check_device(name, each, input, "input")
