@@ -1020,6 +1020,11 @@ def test_a_frozen_layer_gets_its_first_statistics():
     wanted = bt.BatchNorm1d(4, skip_nonfinite=True)
     for layer in (made, lazy, narrow):
         same(state(layer), state(wanted))
+    without = bt.BatchNorm1d(4, device="meta", skip_nonfinite=True).freeze()
+    without.running_var = without.num_batches_tracked = None
+    same(without.to_empty(device="cpu").running_mean, wanted.running_mean)
+    lazy = bt.LazyBatchNorm1d(device="meta").half()  # has none yet
+    assert lazy.has_uninitialized_params()
 
 
 @pytest.mark.parametrize(

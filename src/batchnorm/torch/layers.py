@@ -119,11 +119,15 @@ class Layer(_compat.BatchNormBase):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What half(), to() and the like do, also those of a model that the layer is in."""
-        before = {name: self._buffers.get(name) for name in _RUNNING}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
         self.widen_statistics(before)
-        if any(each is not None and each.is_meta for each in before.values()):
-            self._start_statistics()  # in new memory, where there is nothing that freezing keeps
+        for name, initial in _INITIAL.items():
+            old, new = before.get(name), self._buffers.get(name)
+            if old is None or new is None or isinstance(new, UninitializedBuffer):
+                continue
+            if old.is_meta and not new.is_meta:  # new memory, with nothing that freezing keeps
+                new.fill_(initial)
         return self
 
     def __setstate__(self, state: Any) -> None:
