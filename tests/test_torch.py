@@ -282,7 +282,7 @@ def test_copies_go_on_alike_and_apart(copied):
 # PyTorch's own exporter uses what it calls deprecated.
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(
-    "outside", [["batchnorm.**"], ["batchnorm.native.**", "array_api_compat.**"]], ids=str
+    "outside", [["batchnorm.**"], ["batchnorm.native.**", "array_api_compat.**", "sys"]], ids=str
 )
 def test_a_package_holds_a_model(outside):
     model = nn.Sequential(nn.Linear(3, 4), bt.BatchNorm1d(4, activation="relu", momentum=None))

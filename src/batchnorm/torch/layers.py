@@ -1,7 +1,7 @@
 """The layers of torch.nn, with its constructors, its state_dict keys and its messages."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
@@ -122,12 +122,8 @@ class Layer(_compat.BatchNormBase):
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         self.widen_statistics(before)
-        for name, initial in _INITIAL.items():
-            old, new = before.get(name), self._buffers.get(name)
-            if old is None or new is None or isinstance(new, UninitializedBuffer):
-                continue
-            if old.is_meta and not new.is_meta:  # new memory, with nothing that freezing keeps
-                new.fill_(initial)
+        # In new memory there is nothing that freezing keeps.
+        self._start(name for name, each in before.items() if each is not None and each.is_meta)
         return self
 
     def __setstate__(self, state: Any) -> None:
@@ -316,15 +312,14 @@ class Layer(_compat.BatchNormBase):
 
     def reset_running_stats(self) -> None:
         """Give running statistics their initial values, unless `freeze` keeps them as they are."""
-        if self.update_running is not False:
-            self._start_statistics()
+        if self.track_running_stats and self.update_running is not False:
+            self._start(_INITIAL)
 
-    def _start_statistics(self) -> None:
-        if self.track_running_stats:
-            for name, value in _INITIAL.items():
-                buffer = getattr(self, name, None)
-                if not (buffer is None or isinstance(buffer, UninitializedBuffer)):
-                    buffer.fill_(value)
+    def _start(self, names: Iterable[str]) -> None:
+        for name in _INITIAL.keys() & names:
+            buffer = self._buffers.get(name)
+            if not (buffer is None or isinstance(buffer, UninitializedBuffer)):
+                buffer.fill_(_INITIAL[name])
 
     def extra_repr(self) -> str:
         added = "".join(f", {name}={value}" for name, value in self.beyond_torch().items())
@@ -760,7 +755,7 @@ class _Lazy:
         super().initialize_parameters(input, **keywords)  # type: ignore[misc]
         self.widen_statistics()  # type: ignore[attr-defined]
         if is_new:
-            self._start_statistics()  # type: ignore[attr-defined]
+            self._start(_INITIAL)  # type: ignore[attr-defined]
 
 
 @_documented("(N, C) or (N, C, L)")
