@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ._activations import MODULES
 from ._compat import has_hooks
-from .layers import BatchNorm2d, Layer, NormalizeBy, SyncBatchNorm
+from ._layer import Layer, NormalizeBy
+from .layers import BatchNorm2d, SyncBatchNorm
 
 _ACTIVATIONS = {module: name for name, module in MODULES.items()}
 
@@ -52,11 +53,6 @@ class Act(_OfLibrary):
         # timm's own conversion makes layers that may lack them.
         return [self._modules.get(name) or torch.nn.Identity() for name in ("drop", "act")]
 
-    @classmethod
-    def synchronized(cls) -> type[Layer]:
-        theirs: Any = cls.stands_for
-        return cls if issubclass(cls, (SyncBatchNorm, Frozen)) else _class(theirs, _SYNC)
-
 
 class Frozen(_OfLibrary, BatchNorm2d):
     """A frozen layer, whose parameters are buffers."""
@@ -80,10 +76,6 @@ class Frozen(_OfLibrary, BatchNorm2d):
     def reset_parameters(self) -> None:
         """Nothing, since there are none."""
 
-    @classmethod
-    def synchronized(cls) -> type[Layer]:
-        return cls
-
 
 _SYNC = (Act, SyncBatchNorm)
 _BASES: dict[tuple[str, str], tuple[type, ...]] = {
@@ -98,6 +90,14 @@ def class_for(theirs: type) -> type[Layer] | None:
     """The class of ours for one of theirs; None if it is none that is known."""
     bases = _BASES.get((theirs.__module__.partition(".")[0], theirs.__name__))
     return None if bases is None else _class(theirs, bases)
+
+
+def synchronized(kind: type[Layer]) -> type[Layer]:
+    """The class of a layer of that class of ours which is to share its batch."""
+    if issubclass(kind, SyncBatchNorm | Frozen):
+        return kind
+    theirs: Any = kind.stands_for
+    return _class(theirs, _SYNC) if issubclass(kind, Act) else SyncBatchNorm
 
 
 @functools.cache

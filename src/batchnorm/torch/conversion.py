@@ -12,11 +12,12 @@ from . import layers
 from ._activations import apart
 from ._arguments import check_settings
 from ._compat import BatchNormBase
-from ._libraries import class_for
+from ._layer import BEYOND_TORCH, Layer
+from ._libraries import class_for, synchronized
 from ._opacus import tell_opacus
 from ._sync import Group, group_of
 
-Rule = type[layers.Layer] | Callable[[Any], torch.nn.Module]
+Rule = type[Layer] | Callable[[Any], torch.nn.Module]
 
 
 _OF_TORCH: dict[type, Rule] = {
@@ -34,12 +35,12 @@ _OF_TORCH: dict[type, Rule] = {
 # What our classes define: an attribute of that name on another layer means something else.
 _DEFINED = {
     name
-    for kind in (layers.Layer, layers.SyncBatchNorm)
+    for kind in (Layer, layers.SyncBatchNorm)
     for name in vars(kind)
     if not name.startswith("__") and name != "eps"
 }
 # Of these, what our layers keep on themselves.
-_STATE = _DEFINED & (layers.Layer.__annotations__ | layers.SyncBatchNorm.__annotations__).keys()
+_STATE = _DEFINED & (Layer.__annotations__ | layers.SyncBatchNorm.__annotations__).keys()
 _SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -242,7 +243,7 @@ def _checked_kinds(kinds: Any) -> Mapping[type, Rule]:
             raise TypeError(
                 f"kinds must have subclasses of torch.nn.Module as keys, but got {kind!r}."
             )
-        if not (issubclass(rule, layers.Layer) if isinstance(rule, type) else callable(rule)):
+        if not (issubclass(rule, Layer) if isinstance(rule, type) else callable(rule)):
             raise TypeError(
                 f"kinds[{kind.__name__}] must be a class of batchnorm.torch, or a function that "
                 f"takes the layer and returns the module to put in its place, but got {rule!r}."
@@ -252,7 +253,7 @@ def _checked_kinds(kinds: Any) -> Mapping[type, Rule]:
 
 def _converted(
     path: str, layer: torch.nn.Module, rules: Mapping[type, Rule], is_shared: bool
-) -> type[layers.Layer] | torch.nn.Module | None:
+) -> type[Layer] | torch.nn.Module | None:
     kind, name = type(layer), path or "module"
     is_ours = "stands_for" in vars(kind)
     rule = rules.get(kind, kind if is_ours else None)
@@ -267,7 +268,7 @@ def _converted(
         )
     if not isinstance(rule, type):
         return _replacement(name, layer, rule, is_shared)
-    new: type[layers.Layer] = rule
+    new: type[Layer] = rule
     if is_shared and isinstance(layer, LazyModuleMixin):
         raise TypeError(
             f"convert(..., sync=...) needs to know num_features, but {name!r} is lazy. "
@@ -279,7 +280,7 @@ def _converted(
                 f"convert(..., sync=...) would make {name!r} a {new.__name__}, which is no "
                 "SyncBatchNorm. Give kinds a subclass of batchnorm.torch.SyncBatchNorm."
             )
-        new = new.synchronized()
+        new = synchronized(new)
     if new is kind and not is_shared:
         return None
     _check_settings(name, layer, new)
@@ -302,7 +303,7 @@ def _replacement(
             f"kinds[{type(layer).__name__}] must return the module that takes the place of "
             f"{name!r}, but it returned {type(new).__name__}."
         )
-    unshared = [each for each in new.modules() if isinstance(each, layers.Layer)]
+    unshared = [each for each in new.modules() if isinstance(each, Layer)]
     if is_shared and not all(isinstance(each, layers.SyncBatchNorm) for each in unshared):
         raise TypeError(
             f"convert(..., sync=...) would put a layer that is no SyncBatchNorm in the place of "
@@ -311,7 +312,7 @@ def _replacement(
     return new
 
 
-def _check_settings(name: str, layer: torch.nn.Module, new: type[layers.Layer]) -> None:
+def _check_settings(name: str, layer: torch.nn.Module, new: type[Layer]) -> None:
     """That a layer has, or its class will give it, what ours need, and in range."""
     own = vars(layer)
     for each in (*_SETTINGS, *_TENSORS):
@@ -331,7 +332,7 @@ def _check_settings(name: str, layer: torch.nn.Module, new: type[layers.Layer]) 
 
 
 def _reverted(path: str, layer: torch.nn.Module, separate_activations: bool) -> type | None:
-    if not isinstance(layer, layers.Layer):
+    if not isinstance(layer, Layer):
         return None
     kind, name = type(layer), path or "module"
     if "stands_for" not in vars(kind):
@@ -340,7 +341,7 @@ def _reverted(path: str, layer: torch.nn.Module, separate_activations: bool) -> 
             f"{kind.__module__}.{kind.__qualname__}. Replace it by hand."
         )
     target = _stands_for(layer)
-    for each in layers.BEYOND_TORCH:
+    for each in BEYOND_TORCH:
         usual = getattr(kind, each)
         value = vars(layer).get(each, usual)
         if value != usual and not (each == "activation" and separate_activations):

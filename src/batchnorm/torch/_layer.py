@@ -1,0 +1,502 @@
+"""What the layers have in common."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Literal, NoReturn, Self, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer
+
+from .. import checks
+from ..activations import activate
+from ..conventions import CONVENTIONS
+from ..definition import Inputs, Problem
+from . import _compat, _derivatives
+from ._arguments import (
+    Number,
+    check_device,
+    check_running,
+    check_settings,
+    check_tensor,
+    check_values,
+    fraction,
+    number,
+    residual_like,
+    weights_of,
+)
+from ._opacus import tell_opacus
+from ._recording import recorded_layer, stand_in
+from ._running import Running, Tracked, explained
+from ._stages import OF_LAYERS, Call, Given
+from ._sync import ALONE, Alone, Processes
+
+NormalizeBy = Literal["batch", "running"]
+
+_Class = TypeVar("_Class")
+_CONVENTION = CONVENTIONS["torch"]
+BEYOND_TORCH = ("activation", "skip_nonfinite", "normalize_by", "update_running")
+_RUNNING = ("running_mean", "running_var")
+_INITIAL = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "num_batches_skipped": 0}
+
+
+class Layer(_compat.BatchNormBase):
+    """What the layers have in common; each is an instance of a class of torch.nn as well.
+
+    Attributes
+    ----------
+    activation : None, "relu" or "silu"
+    skip_nonfinite : bool
+    normalize_by, update_running
+        What `freeze` was given; None where training and evaluation decide.
+    """
+
+    running_mean: Any
+    running_var: Any
+    num_batches_tracked: Any
+    num_batches_skipped: Any
+    activation: str | None = None
+    skip_nonfinite: bool = False
+    normalize_by: NormalizeBy | None = None
+    update_running: bool | None = None
+    # With momentum=None, which weighs batches by their elements; None until that is needed.
+    _tracked: Tracked | None = None
+    # The class that `convert` makes such a layer of, and `revert` makes it again.
+    stands_for: type[torch.nn.Module]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: Number = _CONVENTION.eps,
+        momentum: Number | None = _CONVENTION.momentum,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        skip_nonfinite: bool = False,
+    ) -> None:
+        if not isinstance(self, LazyModuleMixin):  # which takes 0 until its first input
+            checks.positive_integer("num_features", num_features)
+        switches = {"affine": affine, "track_running_stats": track_running_stats, "bias": bias}
+        check_settings(eps, momentum, **switches)
+        settings: Any = (eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, *settings, **without_bias(bias))
+        self._add(activation, skip_nonfinite)
+
+    def _add(self, activation: str | None, skip_nonfinite: bool) -> None:
+        """What these layers have and torch.nn's have not."""
+        tell_opacus(type(self))
+        self.activation = checks.activation(activation)
+        self.skip_nonfinite = checks.boolean("skip_nonfinite", skip_nonfinite)
+        if skip_nonfinite:
+            skipped = (
+                torch.zeros_like(self.num_batches_tracked) if self.track_running_stats else None
+            )
+            self.register_buffer("num_batches_skipped", skipped, persistent=False)
+        self.widen_statistics()
+
+    def widen_statistics(self, before: dict[str, Tensor | None] | None = None) -> None:
+        """Keep running statistics in float32 at least, with the values that they had before.
+
+        In float16 or bfloat16, an average stops where a step rounds to nothing.
+        """
+        for name in _RUNNING:
+            each = self._buffers.get(name)
+            if each is None or isinstance(each, UninitializedBuffer):
+                continue
+            if each.is_floating_point() and each.itemsize < torch.float32.itemsize:
+                wide = each.float()
+                exact = None if before is None else before[name]
+                if exact is not None and not exact.is_meta:
+                    wide.copy_(exact)
+                self._buffers[name] = wide
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What half(), to() and the like do, also those of a model that the layer is in."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        self.widen_statistics(before)
+        # In new memory there is nothing that freezing keeps.
+        self.start_statistics(
+            name for name, each in before.items() if each is not None and each.is_meta
+        )
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        tell_opacus(type(self))
+
+    @property
+    def eps(self) -> Any:
+        """Added to the variance, inside the root.
+
+        Raises
+        ------
+        RuntimeError
+            If the layer has what torch.nn's layers have not: an activation, say, or if it is
+            frozen. Who reads eps builds another layer of this one, which would do without it. The
+            number itself is ``vars(layer)["eps"]``.
+        """
+        if beyond := self.beyond_torch():
+            what = ", ".join(f"{name}={value!r}" for name, value in beyond.items())
+            raise RuntimeError(
+                f"eps of this {type(self).__name__} with {what} is asked for, as by what builds "
+                "another layer of one, which would lose that without a word. Call "
+                "batchnorm.torch.revert(model, separate_activations=True) before, and unfreeze() "
+                "what is frozen; or batchnorm.torch.convert(model, sync=True) for layers that "
+                'share their batch. The number alone is vars(layer)["eps"].'
+            )
+        return vars(self)["eps"]
+
+    @eps.setter
+    def eps(self, value: Any) -> None:
+        vars(self)["eps"] = value
+
+    def __dir__(self) -> list[str]:
+        """Without eps where that can't be read: torch.jit.trace, say, asks for all that is here."""
+        return [name for name in super().__dir__() if name != "eps" or not self.beyond_torch()]
+
+    def beyond_torch(self) -> dict[str, Any]:
+        """What it does, and a layer of torch.nn with the same parameters does not."""
+        values = {name: getattr(self, name) for name in BEYOND_TORCH}
+        return {name: each for name, each in values.items() if each != getattr(Layer, name)}
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalize the input: in training by the batch, else by the running statistics.
+
+        Parameters
+        ----------
+        input : tensor, its channels in axis 1
+        residual : tensor that broadcasts to input, optional
+            Added before the activation.
+        mask : tensor that broadcasts to input, optional
+            Which elements count in the statistics, as bools or weights >= 0; in the shape
+            (N, 1, H, W), say.
+
+        Returns
+        -------
+        tensor, of the shape, dtype and memory format of input
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the input, residual or mask does not fit the layer, or one does not fit the other.
+        RuntimeError
+            If the running statistics can't be updated inside a transformation of torch.func; or
+            if another process of a `SyncBatchNorm` does not take part.
+        """
+        if not isinstance(input, Tensor) or residual is not None or mask is not None:
+            if (proxy := stand_in(input, residual, mask)) is not None:
+                return self._recorded(proxy, input, residual=residual, mask=mask)
+            check_tensor("input", input)
+        if input.layout is not torch.strided or input.is_nested:
+            _compat.check_dense("input", input)
+        self._check_input_dim(input)
+        # Once, since torch.nn.Module takes its time to find a tensor.
+        given = Given(self.running_mean, self.running_var)
+        is_tracked = given.mean is not None
+        if not is_tracked or given.var is None:
+            check_running(*given)
+            self._check_freezing(self.normalize_by, self.update_running)
+        by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
+        watched = _compat.is_watched(input)
+        if watched:  # by a subclass of tensors, perhaps
+            _compat.check_dense("input", input)
+        if watched and by_running and not moves and self._is_exported():
+            return self._exported(input, residual)
+        if watched and _compat.is_traced() and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(self._why_not_exported(is_tracked))
+        call, inputs = self._checked(input, residual, mask, given, watched)
+        # An empty batch says nothing; one that checkpointing computes again, nothing new.
+        is_empty = input.numel() == 0 and not call.processes.is_shared
+        moves = moves and not is_empty and not _compat.is_in_backward_pass()
+        if by_running:
+            by = given
+            if moves and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+                by = Given(*map(_compat.kept, given))  # as they were, in the backward pass
+            y = _derivatives.normalize(call, inputs, by)
+            if moves:
+                with torch.no_grad():
+                    statistics = _derivatives.batch_statistics(call, inputs)
+                self._move_running(call, inputs, given, statistics)
+            return y
+        values = input.numel() // (input.shape[1] or 1)
+        if isinstance(call.processes, Processes):
+            where = " here, and all processes of the group together have 1"
+            call.processes.need_values(values, partial(check_values, 1, input.shape, where))
+        else:
+            check_values(values, input.shape)
+        if moves and (self.momentum is None or self.skip_nonfinite):
+            y, statistics = _derivatives.forward(call, inputs)
+            self._move_running(call, inputs, given, statistics)
+            return y
+        running = self._running(call, inputs, given, self._rate()) if moves else None
+        return _derivatives.training_step(call, inputs, running)
+
+    def _recorded(self, proxy: Any, input: Any, **others: Any) -> Any:
+        others = {name: each for name, each in others.items() if each is not None}
+        is_ours = type(self).forward is Layer.forward and "forward" not in vars(self)
+        return recorded_layer(self, proxy, None if is_ours else forward_of, input=input, **others)
+
+    def freeze(
+        self, *, normalize_by: NormalizeBy | None = "running", update_running: bool | None = False
+    ) -> Self:
+        """Decide what statistics do from now on, whatever train() and eval() say.
+
+        It lasts until `unfreeze`. It is a mode, as train() and requires_grad are: in copies and
+        pickles, but not in a state_dict, so that a new model that loads one is to be frozen anew.
+        Whether weight and bias are trained is another matter: that is their requires_grad. Running
+        statistics that no batch moves are not reset either, by `reset_running_stats`,
+        `reset_parameters` or the tools that call these, as `torch.optim.swa_utils.update_bn` does.
+
+        Parameters
+        ----------
+        normalize_by : "running", "batch" or None
+            Which statistics normalize; None: in training the batch's, else the running ones.
+        update_running : bool or None
+            Whether a batch moves the running statistics; None: in training.
+
+        Returns
+        -------
+        The layer itself
+
+        Raises
+        ------
+        ValueError
+            If an argument is none of these, or if the layer keeps no running statistics.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from batchnorm.torch import BatchNorm1d
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), BatchNorm1d(3).freeze()).train()
+        >>> y = model(torch.randn(8, 4))
+        >>> model[1].running_mean
+        tensor([0., 0., 0.])
+        """
+        self._check_freezing(normalize_by, update_running)
+        self.normalize_by, self.update_running = normalize_by, update_running
+        return self
+
+    def _check_freezing(self, normalize_by: Any, update_running: Any) -> None:
+        for name, value, allowed in (
+            ("normalize_by", normalize_by, ("running", "batch", None)),
+            ("update_running", update_running, (True, False, None)),
+        ):
+            if not any(type(value) is type(each) and value == each for each in allowed):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}."
+                )
+        if self.running_mean is None and (normalize_by == "running" or update_running):
+            raise ValueError(
+                f"freeze(normalize_by={normalize_by!r}, update_running={update_running!r}) needs "
+                "running statistics, but the layer has none: it was made with "
+                "track_running_stats=False, or they were taken away. Call unfreeze()."
+            )
+
+    def unfreeze(self) -> Self:
+        """Let train() and eval() decide again, as in a new layer."""
+        self.normalize_by = self.update_running = None
+        return self
+
+    def reset_running_stats(self) -> None:
+        """Give running statistics their initial values, unless `freeze` keeps them as they are."""
+        if self.track_running_stats and self.update_running is not False:
+            self.start_statistics()
+
+    def start_statistics(self, names: Iterable[str] = _INITIAL.keys()) -> None:
+        """Give them, of those that there are, the values with which they begin."""
+        for name in _INITIAL.keys() & names:
+            buffer = self._buffers.get(name)
+            if not (buffer is None or isinstance(buffer, UninitializedBuffer)):
+                buffer.fill_(_INITIAL[name])
+
+    def extra_repr(self) -> str:
+        added = "".join(f", {name}={value}" for name, value in self.beyond_torch().items())
+        return super().extra_repr() + added
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.widen_statistics()  # which assign=True takes as they are
+
+    def _checked(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        running: Given,
+        watched: bool,
+    ) -> tuple[Call, Inputs]:
+        dtype, device, shape = input.dtype, input.device, input.shape
+        checks.floating("input", dtype, dtype.is_floating_point)
+        weight, bias = self.weight, self.bias
+        if shape[1] != self.num_features and any(
+            each is not None for each in (weight, bias, *running)
+        ):
+            checks.number_of_channels(shape[1], self.num_features, shape, "input")
+        channels = shape[1:2]
+        named = (
+            ("weight", weight),
+            ("bias", bias),
+            ("running_mean", running.mean),
+            ("running_var", running.var),
+        )
+        processes = self._processes()
+        if processes.is_shared:
+            for name, each in named:
+                if each is not None:  # before others get to know of this call
+                    _compat.check_dense(name, each)
+        for name, each in named:
+            if each is None:
+                continue
+            try:
+                fits = each.dtype == dtype and each.device == device and each.shape == channels
+            except RuntimeError:  # of a nested tensor, which has no shape
+                fits = False
+            if not fits:
+                _compat.check_dense(name, each)
+                checks.feature_shape(name, each.shape, channels, shape, "input")
+                check_device(name, each, input, "input")
+                halved = each.dtype == torch.float32 and dtype in (torch.float16, torch.bfloat16)
+                if each.dtype != dtype and not halved:
+                    raise TypeError(
+                        f"{name} must have the dtype {dtype} of input (or torch.float32, for a "
+                        f"torch.float16 or torch.bfloat16 input), but its dtype is {each.dtype}. "
+                        "Convert one of them."
+                    )
+        if residual is not None:
+            residual = residual_like(input, residual, "input")
+        weights = None if mask is None else weights_of(input, mask, "input")
+        eps = number(self.__dict__["eps"], checks.positive_eps)
+        problem = Problem((1,), eps, self.activation)
+        call = Call(problem, processes, watched or isinstance(eps, Tensor), OF_LAYERS)
+        return call, Inputs(input, weight, bias, residual, weights)
+
+    def _normalizes_by_running(self, is_tracked: bool) -> bool:
+        if self.normalize_by is not None:
+            return self.normalize_by == "running"
+        return not self.training and is_tracked
+
+    def _moves_running(self, is_tracked: bool) -> bool:
+        if not is_tracked:
+            return False
+        if self.update_running is not None:
+            return self.update_running
+        return self.training and self.track_running_stats
+
+    def _processes(self) -> Alone:
+        return ALONE
+
+    def _is_exported(self) -> bool:
+        return _compat.is_traced() or torch.compiler.is_exporting()
+
+    def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """As the operators that an exporter knows, to which eps is a number."""
+        mean, eps = self.running_mean, self.__dict__["eps"]
+        eps = checks.positive_eps(eps.item() if isinstance(eps, Tensor) else eps)
+        # Not all kernels take parameters of another dtype than the statistics; a cast that does
+        # nothing would stand in the program.
+        weight, bias = (
+            each if each is None or each.dtype == mean.dtype else each.to(mean.dtype)
+            for each in (self.weight, self.bias)
+        )
+        y = F.batch_norm(input, mean, self.running_var, weight, bias, eps=eps)
+        y = y if residual is None else y + residual.to(y.dtype)
+        if self.activation is None:
+            return y
+        operator = getattr(F, self.activation, None)
+        return activate(y, self.activation) if operator is None else operator(y)
+
+    def _why_not_exported(self, is_tracked: bool) -> str:
+        """To ONNX, by the exporter that traces."""
+        if not is_tracked:
+            why = "this one has no running statistics"
+        elif self.normalize_by == "batch":
+            why = "freeze(normalize_by='batch') is on; call unfreeze()"
+        elif self.update_running:
+            why = "freeze(update_running=True) is on; call unfreeze()"
+        else:
+            why = "this one is in training mode; call eval() on the model first"
+        return (
+            f"{type(self).__name__} can be exported to ONNX by tracing where it normalizes by "
+            f"running statistics that stay as they are, but {why}. Or use "
+            "torch.onnx.export(..., dynamo=True), which takes it as it is."
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks first."""
+        raise TypeError(
+            f"torch.jit.script can't compile {type(self).__name__} of batchnorm.torch. Give it a "
+            "copy with torch.nn's layers, batchnorm.torch.revert(copy.deepcopy(model)); or use "
+            "torch.compile, torch.export or torch.jit.trace, which take the layer."
+        )
+
+    def _rate(self) -> Any:
+        return _CONVENTION.rate(number(self.momentum, fraction["momentum"]))
+
+    def _running(self, call: Call, inputs: Inputs, running: Given, rate: float | Tensor) -> Running:
+        may_be_empty = self.skip_nonfinite or inputs.weights is not None or call.processes.is_shared
+        return Running(
+            *running, self.num_batches_tracked, rate, may_be_empty, owner=type(self).__name__
+        )
+
+    def _move_running(self, call: Call, inputs: Inputs, running: Given, statistics: Tensor) -> None:
+        """What needs to look at the batch's statistics first."""
+        statistics = statistics.detach()
+        finite: Tensor | None = None
+        if self.skip_nonfinite:
+            # Without a count they change nothing.
+            finite = statistics.isfinite().all()
+            statistics = torch.where(finite, statistics, 0.0)
+        for name in (*_RUNNING, "num_batches_tracked", "num_batches_skipped"):
+            if (each := getattr(self, name, None)) is not None:
+                _compat.check_dense(name, each)
+        if self.momentum is None:
+            self._average(call, inputs, running, statistics)
+        else:
+            moving = self._running(call, inputs, running, self._rate())
+            moving.move(statistics, watched=call.watched)
+        if finite is not None:
+            with explained(type(self).__name__):
+                self.num_batches_skipped.add_(~finite)
+
+    def _average(self, call: Call, inputs: Inputs, running: Given, statistics: Tensor) -> None:
+        """What momentum=None does: without a number of batches nothing, as in torch.nn."""
+        batches, count = self.num_batches_tracked, statistics[0]
+        moving = self._running(call, inputs, running, 0.0)
+        if batches is None:
+            moving.move(statistics, watched=call.watched)
+            return
+        # From where nothing is kept until the next call.
+        is_apart = _compat.is_transformed() or self._is_exported()
+        with torch.no_grad():
+            before = batches * count
+            if self._tracked is not None and not is_apart:
+                before = self._tracked.elements_of(moving, count)
+            elements = before + count
+            rate = count / torch.where(elements == 0, 1.0, elements)
+            values = (batches, *running)
+            kept = Tracked(elements, *(torch.empty_like(each) for each in values))
+            moving._replace(rate=rate).move(statistics, watched=call.watched)
+            for each, value in zip(kept[1:], values, strict=True):
+                each.copy_(value)
+        # Nor is a tensor of another kind than the buffers, such as a tracer's.
+        if not is_apart and type(elements) is type(batches):
+            self._tracked = kept
+
+
+def forward_of(layer: Layer, input: Tensor, **others: Tensor) -> Tensor:
+    """Our part of a forward that a subclass or a user has given a layer."""
+    return Layer.forward(layer, input, **others)
+
+
+def without_bias(bias: bool) -> dict[str, Any]:
+    """For a constructor of torch.nn; that of an older version, which knows none, refuses it."""
+    return {} if bias else {"bias": False}
