@@ -169,8 +169,11 @@ def test_what_becomes_of_an_activation_of_timm_after_conversion_counts():
     alike(layer(X), nn.functional.gelu(plain(X)), 1e-6)
     layer.act = nn.SiLU()
     alike(layer(X), nn.functional.silu(plain(X)), 1e-6)
+    layer.act.forward = lambda x: 2 * x
+    alike(layer(X), 2 * plain(X), 1e-6)
     layer.drop = nn.Hardtanh(0, 1)
-    alike(layer(X), nn.functional.silu(plain(X).clamp(0, 1)), 1e-6)
+    alike(layer(X), 2 * plain(X).clamp(0, 1), 1e-6)
+    alike(layer(x=X), 2 * plain(X).clamp(0, 1), 1e-6)
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d, FrozenBatchNorm2d])
@@ -213,6 +216,36 @@ def test_a_frozen_layer_of_torchvision_loads_what_a_batch_norm_has_saved():
     same(layer.running_mean, checkpoint["running_mean"])
     without_metadata = {name: each for name, each in checkpoint.items() if name[:3] != "num"}
     assert not any(layer.load_state_dict(without_metadata))
+
+
+def test_a_frozen_layer_of_torchvision_without_eps():
+    theirs = filled(FrozenBatchNorm2d(3, eps=0.0))
+    ours = bt.convert(copy.deepcopy(theirs))
+    alike(ours(x=X), theirs(X), 1e-6)
+    assert vars(bt.revert(ours)).keys() == vars(theirs).keys()
+    assert ours.eps == 0
+    other = bt.convert(FrozenBatchNorm2d(3))
+    other.eps = 0.0
+    assert torch.isfinite(other(X)).all()
+    with pytest.raises(ValueError, match="'module': eps must be positive"):
+        bt.convert(nn.BatchNorm2d(3, eps=0.0))
+
+
+def test_a_model_of_timm_that_torch_fx_has_traced():
+    theirs = nn.Sequential(
+        filled(BatchNormAct2d(3, nn.ReLU())), filled(BatchNormAct2d(3, nn.GELU()))
+    )
+    traced = torch.fx.symbolic_trace(bt.convert(copy.deepcopy(theirs)))
+    assert [node.op for node in traced.graph.nodes] == [
+        "placeholder",
+        "call_module",
+        "call_module",
+        "output",
+    ]
+    expected = theirs(X)
+    alike(traced(X), expected, 1e-5)
+    bt.revert(traced)
+    alike(traced(X), expected, 1e-6)
 
 
 def test_one_that_is_unfrozen_is_trained_and_not_reverted():
@@ -300,6 +333,23 @@ def test_kinds_of_a_module_that_is_one():
     assert bt.convert(layer, kinds={Named: bt.BatchNorm2d}) is layer
     stays = nn.Sequential(layer)
     assert bt.convert(stays, kinds={nn.BatchNorm2d: lambda layer: layer})[0] is layer
+
+
+class Block(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+
+def test_kinds_within_what_another_rule_has_made():
+    model = nn.Sequential(Block(Named(3)))
+    kinds = {
+        Block: lambda block: nn.Sequential(block, Block(block.norm)),
+        Named: lambda layer: bt.BatchNorm2d(3),
+    }
+    bt.convert(model, kinds=kinds)
+    assert type(model[0][0].norm) is bt.BatchNorm2d
+    assert model[0][0].norm is model[0][1].norm
 
 
 def test_kinds_that_share_their_batch():
@@ -401,9 +451,19 @@ def test_what_would_lose_something_of_a_layer_is_refused(rebuild, made):
     assert type(layer) is type(made())
 
 
-@pytest.mark.parametrize("rebuild", REBUILDING[:-1])
-def test_a_layer_that_has_nothing_of_its_own_is_rebuilt(rebuild):
+@pytest.mark.parametrize("rebuild", REBUILDING[1:-1])
+def test_a_layer_that_has_nothing_of_its_own_is_fused(rebuild):
     assert isinstance(rebuild(filled(bt.BatchNorm2d(3)).eval()), nn.Module)
+
+
+def test_what_would_undo_a_conversion_is_refused():
+    def freeze_batch_norm_2d(layer):  # as timm's
+        return FrozenBatchNorm2d(layer.num_features, layer.eps)
+
+    for undo in (rebuilt_by_torch, freeze_batch_norm_2d):
+        with pytest.raises(RuntimeError, match=r"would lose what is ours without .* sync=True"):
+            undo(bt.BatchNorm2d(3))
+        undo(bt.revert(bt.BatchNorm2d(3)))
 
 
 @pytest.mark.parametrize("made", BEYOND.values(), ids=BEYOND)
@@ -437,6 +497,9 @@ def test_an_activation_is_put_after_the_layer():
     alone = bt.revert(bt.BatchNorm2d(3, activation="relu"), separate_activations=True)
     alike(alone(X), nn.BatchNorm2d(3)(X).relu(), 1e-5)
     assert vars(alone[0]).keys() == vars(nn.BatchNorm2d(3)).keys()
+    assert not bt.revert(bt.BatchNorm2d(3, activation="relu").eval(), separate_activations=True)[
+        1
+    ].training
     with pytest.raises(ValueError, match="normalize_by"):
         bt.revert(bt.BatchNorm2d(3, activation="relu").freeze(), separate_activations=True)
     with pytest.raises(TypeError, match="separate_activations must be True or False, but got 1"):
@@ -531,3 +594,6 @@ def test_opacus_replaces_a_layer_and_keeps_its_activation(opacus):
         fixed = opacus.FIXERS[kind](layer)
         assert repr(fixed) == repr(nn.Sequential(nn.GroupNorm(1, 3), nn.ReLU()))
         assert repr(opacus.FIXERS[kind](kind(3))) == repr(nn.GroupNorm(1, 3))
+    layer = bt.convert(BatchNormAct2d(3, nn.GELU()))
+    fixed = opacus.FIXERS[type(layer)](layer)
+    assert repr(fixed) == repr(nn.Sequential(nn.GroupNorm(1, 3), nn.Identity(), nn.GELU()))

@@ -7,7 +7,6 @@ Import the module of your framework: `batchnorm.numpy`, `batchnorm.mlx`, `batchn
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
-from .absent import no_attribute
 from .native import native_status, set_num_threads
 
 __version__ = version("batchnorm")
@@ -27,6 +26,8 @@ _LAYERS = {
 if not TYPE_CHECKING:  # which would take any name for one that is there
 
     def __getattr__(name: str) -> NoReturn:
+        from .absent import no_attribute  # an import of batchnorm imports no more than it needs
+
         imports = [f"from {door} import {name}" for door in _LAYERS if name in _LAYERS[door]]
         advice = None
         if imports:

@@ -9,4 +9,4 @@ def apart(module: torch.nn.Module, activation: str | None) -> torch.nn.Module:
     """The module, and the activation as one of its own after it."""
     if activation is None:
         return module
-    return torch.nn.Sequential(module, MODULES[activation]())
+    return torch.nn.Sequential(module, MODULES[activation]()).train(module.training)

@@ -1,5 +1,6 @@
 """What the layers have in common."""
 
+import inspect
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, NoReturn, Self, TypeVar
@@ -39,6 +40,8 @@ _Class = TypeVar("_Class")
 _CONVENTION = CONVENTIONS["torch"]
 BEYOND_TORCH = ("activation", "skip_nonfinite", "normalize_by", "update_running")
 _RUNNING = ("running_mean", "running_var")
+# What of torch.nn and timm puts layers of theirs in the place of every batch normalization.
+_UNDOING = ("convert_sync_batchnorm", "freeze_batch_norm_2d", "unfreeze_batch_norm_2d")
 _INITIAL = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "num_batches_skipped": 0}
 
 
@@ -139,23 +142,34 @@ class Layer(_compat.BatchNormBase):
         ------
         RuntimeError
             If the layer has what torch.nn's layers have not: an activation, say, or if it is
-            frozen. Who reads eps builds another layer of this one, which would do without it. The
-            number itself is ``vars(layer)["eps"]``.
+            frozen. Who reads eps builds another layer of this one, which would do without it.
+            And, whatever the layer has, to what of torch.nn and timm makes layers of a model shared
+            or frozen by putting others in their place. The number is ``vars(layer)["eps"]``.
         """
-        if beyond := self.beyond_torch():
-            what = ", ".join(f"{name}={value!r}" for name, value in beyond.items())
-            raise RuntimeError(
-                f"eps of this {type(self).__name__} with {what} is asked for, as by what builds "
-                "another layer of one, which would lose that without a word. Call "
-                "batchnorm.torch.revert(model, separate_activations=True) before, and unfreeze() "
-                "what is frozen; or batchnorm.torch.convert(model, sync=True) for layers that "
-                'share their batch. The number alone is vars(layer)["eps"].'
-            )
-        return vars(self)["eps"]
+        beyond, frame = self.beyond_torch(), inspect.currentframe()
+        asker = frame.f_back.f_code.co_name if frame and frame.f_back else ""
+        if not beyond and asker not in _UNDOING:
+            return vars(self)["eps"]
+        layer = type(self).__name__
+        if beyond:
+            layer += f" with {', '.join(f'{name}={each!r}' for name, each in beyond.items())}"
+        separate = ", separate_activations=True" if vars(self).get("activation") else ""
+        raise RuntimeError(
+            f"eps of this {layer} is asked for, as by what builds another layer of one, which "
+            f"would lose {'that' if beyond else 'what is ours'} without a word. Call "
+            f"batchnorm.torch.revert(model{separate}) before; or, for layers that share their "
+            "batch, batchnorm.torch.convert(model, sync=True). The number alone is "
+            'vars(layer)["eps"].'
+        )
 
     @eps.setter
     def eps(self, value: Any) -> None:
         vars(self)["eps"] = value
+
+    @staticmethod
+    def usable(eps: Any) -> Any:
+        """The eps to compute with."""
+        return eps
 
     def __dir__(self) -> list[str]:
         """Without eps where that can't be read: torch.jit.trace, say, asks for all that is here."""
@@ -242,7 +256,8 @@ class Layer(_compat.BatchNormBase):
 
     def _recorded(self, proxy: Any, input: Any, **others: Any) -> Any:
         others = {name: each for name, each in others.items() if each is not None}
-        is_ours = type(self).forward is Layer.forward and "forward" not in vars(self)
+        forward = type(self).forward
+        is_ours = forward.__module__.startswith(f"{__package__}.") and "forward" not in vars(self)
         return recorded_layer(self, proxy, None if is_ours else forward_of, input=input, **others)
 
     def freeze(
@@ -374,7 +389,7 @@ class Layer(_compat.BatchNormBase):
         if residual is not None:
             residual = residual_like(input, residual, "input")
         weights = None if mask is None else weights_of(input, mask, "input")
-        eps = number(self.__dict__["eps"], checks.positive_eps)
+        eps = number(self.usable(self.__dict__["eps"]), checks.positive_eps)
         problem = Problem((1,), eps, self.activation)
         call = Call(problem, processes, watched or isinstance(eps, Tensor), OF_LAYERS)
         return call, Inputs(input, weight, bias, residual, weights)
@@ -399,7 +414,7 @@ class Layer(_compat.BatchNormBase):
 
     def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """As the operators that an exporter knows, to which eps is a number."""
-        mean, eps = self.running_mean, self.__dict__["eps"]
+        mean, eps = self.running_mean, self.usable(self.__dict__["eps"])
         eps = checks.positive_eps(eps.item() if isinstance(eps, Tensor) else eps)
         # Not all kernels take parameters of another dtype than the statistics; a cast that does
         # nothing would stand in the program.

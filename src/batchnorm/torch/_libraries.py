@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
+from .. import checks
 from ._activations import MODULES
 from ._compat import has_hooks
 from ._layer import Layer, NormalizeBy
@@ -37,14 +39,18 @@ class Act(_OfLibrary):
 
     @property
     def activation(self) -> str | None:  # type: ignore[override]
-        drop, act = self._after()
-        if type(drop) is not torch.nn.Identity or has_hooks(drop) or has_hooks(act):
+        drop, act = after = self._after()
+        if type(drop) is not torch.nn.Identity:
+            return None
+        if any(has_hooks(each) or "forward" in vars(each) for each in after):
             return None
         return _ACTIVATIONS.get(type(act))
 
-    def forward(self, input: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        y = super().forward(input, *arguments, **keywords)
-        if self.activation is None:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        y = super().forward(x, residual, mask)
+        if self.activation is None and not isinstance(y, Proxy):  # which stands for all of it
             for module in self._after():
                 y = module(y)
         return y
@@ -69,6 +75,15 @@ class Frozen(_OfLibrary, BatchNorm2d):
     @property
     def num_features(self) -> int:  # type: ignore[override]
         return len(self.weight)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        return super().forward(x, residual, mask)
+
+    @staticmethod
+    def usable(eps: Any) -> Any:
+        return eps or checks.SMALLEST_EPS  # torchvision's own models have 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_features}, eps={vars(self)['eps']})"

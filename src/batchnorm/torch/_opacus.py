@@ -23,6 +23,10 @@ def tell_opacus(kind: type[torch.nn.Module]) -> None:
 
     def fix(layer: Any, **options: Any) -> torch.nn.Module:
         replaced: torch.nn.Module = validator.FIXERS[base](layer, **options)
+        # Those of timm have their activation as a module.
+        after = list(layer.children())
+        if after:
+            return torch.nn.Sequential(replaced, *after)
         return apart(replaced, layer.activation)
 
     validator.VALIDATORS[kind] = validator.VALIDATORS[base]

@@ -211,11 +211,13 @@ def _found(
 def _replaced(
     module: torch.nn.Module, replacements: Mapping[torch.nn.Module, torch.nn.Module]
 ) -> torch.nn.Module:
-    by_path = dict(module.named_modules(remove_duplicate=False))
-    for path, child in by_path.items():
-        parent, _, name = path.rpartition(".")
-        if name and replacements.get(child, child) is not child:
-            setattr(by_path[parent], name, replacements[child])
+    for root in (module, *replacements.values()):
+        by_path = dict(root.named_modules(remove_duplicate=False))
+        for path, child in by_path.items():
+            parent, _, name = path.rpartition(".")
+            new = replacements.get(child, child)
+            if name and new is not child and new is not root:  # which may hold what it replaces
+                setattr(by_path[parent], name, new)
     return replacements.get(module, module)
 
 
@@ -324,7 +326,8 @@ def _check_settings(name: str, layer: torch.nn.Module, new: type[Layer]) -> None
             )
     momentum, *switches = (own.get(each, getattr(new, each, None)) for each in _SETTINGS[2:])
     try:
-        check_settings(own["eps"], momentum, **dict(zip(_SETTINGS[3:], switches, strict=True)))
+        eps, names = new.usable(own["eps"]), _SETTINGS[3:]
+        check_settings(eps, momentum, **dict(zip(names, switches, strict=True)))
         if "num_features" in own and not isinstance(layer, LazyModuleMixin):
             checks.positive_integer("num_features", own["num_features"])
     except (TypeError, ValueError) as error:
