@@ -218,6 +218,12 @@ def test_lazy_layers():
     assert type(bt.revert(model)[0]) is nn.BatchNorm2d
 
 
+def test_a_lazy_layer_without_parameters_and_statistics():
+    model = nn.Sequential(nn.LazyBatchNorm2d(affine=False, track_running_stats=False))
+    expected = model(torch.arange(24.0).reshape(2, 3, 2, 2))
+    alike(bt.convert(model)(torch.arange(24.0).reshape(2, 3, 2, 2)), expected, 1e-5)
+
+
 def test_sync_makes_every_layer_one_that_shares_and_back():
     model = nn.Sequential(nn.BatchNorm2d(3), bt.BatchNorm2d(3, activation="relu"))
     model.append(nn.SyncBatchNorm(3))

@@ -328,7 +328,9 @@ def _check_settings(name: str, layer: torch.nn.Module, new: type[Layer]) -> None
     try:
         eps, names = new.usable(own["eps"]), _SETTINGS[3:]
         check_settings(eps, momentum, **dict(zip(names, switches, strict=True)))
-        if "num_features" in own and not isinstance(layer, LazyModuleMixin):
+        # One without parameters and statistics has no use for it, and 0 if it was lazy.
+        is_used = any(getattr(layer, each) is not None for each in _TENSORS)
+        if "num_features" in own and is_used and not isinstance(layer, LazyModuleMixin):
             checks.positive_integer("num_features", own["num_features"])
     except (TypeError, ValueError) as error:
         raise type(error)(f"convert cannot take {name!r}: {error}") from error
