@@ -3,7 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from batchnorm.flax.nn._compat import belongs_to, current_trace, partial_results
+from batchnorm.flax.nn._compat import (
+    belongs_to,
+    current_trace,
+    partial_results,
+    set_current_trace,
+)
 
 
 def test_take_current_trace():
@@ -12,6 +17,26 @@ def test_take_current_trace():
     inside(1.0)
     assert traces[0] is not outside
     assert current_trace() is outside
+
+
+def test_set_current_trace():
+    found = {}
+
+    @jax.jit
+    def outer(x):
+        trace = current_trace()
+
+        def inner(carry, _):
+            with set_current_trace(trace):
+                found["set"] = current_trace() is trace
+                found["belongs"] = belongs_to(x + 1, trace)
+            found["left"] = current_trace() is not trace
+            return carry, None
+
+        return jax.lax.scan(inner, x, None, length=2)[0]
+
+    outer(1.0)
+    assert found == {"set": True, "belongs": True, "left": True}
 
 
 def test_tracers_know_their_trace_and_that_its_parent():

@@ -386,6 +386,58 @@ def test_init_under_transformations_of_the_key():
     np.testing.assert_allclose(jax.jit(kernel)(keys[0]), expected[0], rtol=1e-6)
 
 
+def in_scan(module, x):
+    return jax.lax.scan(lambda carry, row: (carry, module(row)), None, x)[1]
+
+
+def in_cond(module, x):
+    return jax.lax.cond(x.sum() > 0, module, lambda x: -x, x)
+
+
+TRANSFORMED = {
+    "scan": in_scan,
+    "cond": in_cond,
+    "checkpoint": lambda module, x: jax.checkpoint(module)(x),
+    "jit": lambda module, x: jax.jit(lambda x: module(x))(x),
+    "vmap": lambda module, x: jax.vmap(lambda x: module(x))(x),
+    "scan in scan": lambda module, x: in_scan(lambda row: in_scan(module, row), x),
+    "cond in scan": lambda module, x: in_scan(lambda row: in_cond(module, row), x),
+}
+
+
+@pytest.mark.parametrize("transformed", TRANSFORMED.values(), ids=TRANSFORMED)
+def test_what_is_made_inside_of_a_transformation_is_what_is_made_outside(transformed):
+    class Parts(nn.Module):
+        def apply(self, x, shared):
+            total = self.state("total", (2,), nn.initializers.normal())
+            scale = self.param("scale", (2,), nn.initializers.normal())
+            return scale * shared(Dense(x.reshape(-1, 2), 2, name="dense") + total.value)
+
+    class Network(nn.Module):
+        def apply(self, x, apart=lambda module, x: module(x)):
+            shared = Dense.shared(features=2, name="shared")
+            parts = Parts.partial(name="parts", shared=shared)
+            apart(lambda x: parts(x).sum(-1).reshape(x.shape[:-1]).repeat(2).reshape(x.shape), x)
+            return Bias(x)
+
+    def made(module, key, by_shape=False):
+        with nn.stateful() as state:
+            if by_shape:
+                _, params = module.init_by_shape(key, [(3, 2, 2)])
+            else:
+                _, params = module.init(key, jnp.ones((3, 2, 2)))
+        return params, state.as_dict()
+
+    inside = Network.partial(apart=transformed)
+    expected = made(Network, KEY)
+    jax.tree.map(np.testing.assert_array_equal, made(inside, KEY), expected)
+    for by_shape in (False, True):
+        concrete = jax.jit(lambda by_shape=by_shape: made(inside, KEY, by_shape))()
+        jax.tree.map(np.testing.assert_array_equal, concrete, expected)
+        traced = jax.jit(lambda key, by_shape=by_shape: made(inside, key, by_shape))(KEY)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), traced, expected)
+
+
 def test_an_initializer_may_use_the_input():
     class Centre(nn.Module):
         def apply(self, x):
@@ -395,6 +447,10 @@ def test_an_initializer_may_use_the_input():
     assert params["mean"] == 3.0
     _, params = jax.jit(Centre.init)(KEY, jnp.array([1.0, 5.0]))
     assert params["mean"] == 3.0
+    rows = jnp.array([[1.0, 5.0], [2.0, 4.0]])
+    for init in (Centre.init, jax.jit(jax.vmap(Centre.init, (None, 0)))):
+        means = jax.jit(lambda key, init=init: init(key, rows)[1]["mean"])(KEY)
+        np.testing.assert_array_equal(means, 3.0)
 
 
 def test_a_parameter_of_a_transformation_inside_of_init_is_an_error():

@@ -227,6 +227,30 @@ def test_recurrent_cells(name):
     jax.tree.map(close, (carry, ys), expected)
 
 
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_recurrent_cells_are_initialized_within_a_scan(name):
+    cell = getattr(nn, name)
+
+    class Network(nn.Module):
+        def apply(self, x):
+            named, shared = cell.partial(name="named"), cell.shared(name="shared")
+            zeros = cell.initialize_carry(KEY, (2,), 3)
+            _, ys = jax.lax.scan(named, zeros, x)
+            return jax.lax.scan(shared, zeros, jax.lax.scan(shared, zeros, ys)[1])[1]
+
+    class OneStep(nn.Module):
+        def apply(self, x):
+            zeros = cell.initialize_carry(KEY, (2,), 3)
+            return cell(zeros, cell(zeros, x[0], name="named")[1], name="shared")
+
+    x = random(5, 2, 4)
+    _, expected = OneStep.init(KEY, x)
+    y, params = Network.init(KEY, x)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    in_jit, params = jax.jit(Network.init)(KEY, x)
+    jax.tree.map(close, (in_jit, params), (y, expected))
+
+
 @pytest.mark.parametrize("padding", ["VALID", "SAME", [(1, 0), (0, 2)]])
 @pytest.mark.parametrize("strides", [None, (2, 1)])
 @pytest.mark.parametrize("name", ["max_pool", "avg_pool"])

@@ -10,10 +10,17 @@ from jax.api_util import debug_info
 from jax.extend.linear_util import wrap_init
 from jax.interpreters.partial_eval import PartialVal, trace_to_jaxpr_nounits
 
+# `set_current_trace` is a with statement in which another transformation traces. Should it go,
+# parameters that are made inside of a jax.lax.scan, under a jax.jit around `init`, were refused.
 try:
-    from jax.extend.core import take_current_trace
-except ImportError:  # its place before JAX 0.8.2
-    from jax.core import take_current_trace  # type: ignore[attr-defined, no-redef]
+    from jax.extend.core import set_current_trace, take_current_trace
+except ImportError:  # their place before JAX 0.8.2
+    from jax.core import (  # type: ignore[attr-defined, no-redef]
+        set_current_trace,
+        take_current_trace,
+    )
+
+__all__ = ["belongs_to", "current_trace", "partial_results", "set_current_trace"]
 
 
 def current_trace() -> Any:

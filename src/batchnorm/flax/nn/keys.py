@@ -15,8 +15,13 @@ def fold_in(rng: Any, name: str) -> Any:
     if not isinstance(name, str):
         raise ValueError(f"Name must be a string. Got {name!r}, a {type(name).__name__}.")
     digest = hashlib.sha1(name.encode(), usedforsecurity=False).digest()
-    with jax.ensure_compile_time_eval():
-        return jax.random.fold_in(rng, int.from_bytes(digest[:4], "big"))
+    return jax.random.fold_in(rng, int.from_bytes(digest[:4], "big"))
+
+
+def split(rng: Any) -> tuple[Any, Any]:
+    """Make two keys of one."""
+    first, second = jax.random.split(rng)
+    return first, second
 
 
 def check_key(rng: Any) -> None:

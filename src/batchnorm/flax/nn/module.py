@@ -17,7 +17,7 @@ import numpy as np
 from ._compat import belongs_to, current_trace
 from .by_shape import partly_evaluated
 from .collection import Collection
-from .keys import check_key, fold_in
+from .keys import check_key, fold_in, split
 from .outputs import outputs_at, record
 from .scope import Frame, Scope, check_name, frames, initializing_frame, top_frame
 from .state import ModuleState, get_state, is_stateful, variables_of
@@ -89,7 +89,7 @@ class Module(abc.ABC):
         frame = Frame(
             scope=parent.scope_of(name, cls.__name__),
             params={} if creating else cls._wrap(parent.params[name]),
-            rng=fold_in(parent.rng, name) if creating else None,
+            rng=parent.make(fold_in, parent.rng, name) if creating else None,
             trace=parent.trace,
             transparent=cls._transparent,
         )
@@ -372,7 +372,8 @@ class Module(abc.ABC):
             Its shape, which is checked; None allows any pytree.
         initializer
             A function of a random key and `shape`, called by `init` alone. It runs at once,
-            not under `jax.jit`, as far as it depends on no traced value.
+            not under `jax.jit`, as far as it depends on no traced value; where the key is
+            traced, in the transformation in which `init` was called.
 
         Returns
         -------
@@ -405,8 +406,7 @@ class Module(abc.ABC):
                 f"Name '{name}' was already used for another parameter. "
                 "Each parameter and submodule of a module needs its own."
             )
-        with jax.ensure_compile_time_eval():
-            value = initializer(fold_in(frame.rng, name), shape)
+        value = frame.make(initializer, frame.make(fold_in, frame.rng, name), shape)
         _check_shape(name, value, shape)
         if not belongs_to(value, frame.trace):
             raise ValueError(
@@ -493,9 +493,8 @@ class Module(abc.ABC):
         variable = ModuleState(collection, scope, name)
         frame = initializing_frame()
         if initializer is not None and frame is not None:
-            with jax.ensure_compile_time_eval():
-                rng, key = jax.random.split(frame.rng)
-                value = initializer(key, shape)
+            rng, key = frame.make(split, frame.rng)
+            value = frame.make(initializer, key, shape)
             # A module that `init` does not make, but comes upon, keeps the state that it has.
             if frame is self._frame or name not in variables_of(collection, scope, name):
                 variable.value = value

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
+
+import jax
+
+from ._compat import set_current_trace
 
 Item = TypeVar("Item")
 
@@ -62,6 +66,18 @@ class Frame:
                 f'params of the module "{path_of(self.scope.line_from(None))}" must be a dict by'
                 f" name, as `init` returns it beside the output, got {type(self.params).__name__}."
             )
+
+    def make(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run what makes a key or a parameter: at once, or with a traced key where `init` runs.
+
+        What is made must not be lost with a transformation inside of the module, such as
+        `jax.lax.scan`, which would trace whatever a traced key takes part in.
+        """
+        place: Any = contextlib.nullcontext()
+        if isinstance(self.rng, jax.core.Tracer):
+            place = set_current_trace(self.trace)  # type: ignore[no-untyped-call]
+        with place, jax.ensure_compile_time_eval():
+            return function(*args)
 
     def check_free(self, name: str, *, shared: bool) -> None:
         """Refuse a name for a submodule that another one, or a parameter, has."""
