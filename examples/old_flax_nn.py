@@ -36,7 +36,12 @@ from jax.nn import (  # noqa: F401
 from jax.numpy import tanh
 
 from batchnorm.flax.nn import *  # noqa: F403
-from batchnorm.flax.nn import Module, initializers, module_method
+from batchnorm.flax.nn import (
+    Module,
+    __getattr__,  # noqa: F401, it says what to use in the place of what is not there
+    initializers,
+    module_method,
+)
 
 zeros, ones = initializers.zeros, initializers.ones
 lecun_normal = initializers.lecun_normal()
@@ -92,8 +97,8 @@ class DenseGeneral(Module):
 
         def flat(initializer, *flat_shape):
             def initialize(rng, shape):
-                one = initializer(rng, flat_shape).reshape(shape[count:])
-                return jnp.broadcast_to(one, shape)
+                each = [initializer(rng, flat_shape, jnp.float32) for _ in range(math.prod(batch))]
+                return jnp.array(each).reshape(shape)
 
             return initialize
 
@@ -235,7 +240,12 @@ class GroupNorm(Module):
         if (num_groups is None) == (group_size is None):
             raise ValueError(f"give num_groups or group_size, got {num_groups} and {group_size}.")
         channels = x.shape[-1]
-        groups = num_groups or channels // group_size
+        name, number = "num_groups", num_groups
+        if num_groups is None:
+            name, number = "group_size", group_size
+        if number < 1 or channels % number:
+            raise ValueError(f"{name} must divide the {channels} channels of x, got {number}.")
+        groups = number if group_size is None else channels // number
         grouped = jnp.asarray(x, jnp.float32).reshape(*x.shape[:-1], groups, channels // groups)
         y = normalized(grouped, (*range(1, x.ndim - 1), -1), epsilon).reshape(x.shape)
         shape = (*(1,) * (x.ndim - 1), channels)
@@ -335,7 +345,7 @@ random_keys = contextvars.ContextVar("random_keys", default=None)
 @contextlib.contextmanager
 def stochastic(rng):
     """Make the keys of make_rng from rng. Enter it inside of what JAX transforms, not around it."""
-    entered = random_keys.set(jax.random.fold_in(rng, count) for count in itertools.count(1))
+    entered = random_keys.set((rng, itertools.count(1)))
     try:
         yield
     finally:
@@ -349,7 +359,8 @@ def is_stochastic():
 def make_rng():
     if not is_stochastic():
         raise ValueError("make_rng and dropout without rng belong inside of nn.stochastic(rng).")
-    return next(random_keys.get())
+    rng, count = random_keys.get()
+    return jax.random.fold_in(rng, next(count))
 
 
 def dropout(inputs, rate, deterministic=False, rng=None):

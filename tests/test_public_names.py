@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import old_flax_nn
 import pytest
 
@@ -98,10 +99,28 @@ def test_the_file_for_old_programs_has_what_is_said_to_be_there(name):
     with pytest.raises(AttributeError) as advice:
         getattr(batchnorm.flax.nn, name)
     assert hasattr(old_flax_nn, name) == ("a Module of yours" not in str(advice.value))
+    if not hasattr(old_flax_nn, name):
+        with pytest.raises(AttributeError, match=re.escape(str(advice.value))):
+            getattr(old_flax_nn, name)
     function = re.search(r"use (jax\.\w+)\.(\w+), or", str(advice.value))
     if function:
         there = getattr(importlib.import_module(function[1]), function[2])
         assert there is getattr(old_flax_nn, name)
+
+
+def test_all_of_the_file_for_old_programs_is_imported_by_a_star():
+    names = {}
+    exec("from old_flax_nn import *", names)
+    assert {"Dense", "dropout", *batchnorm.flax.nn.__all__} <= names.keys()
+
+
+def test_initializers_are_a_module_as_they_were():
+    names = {}
+    exec("import batchnorm.flax.nn.initializers as module", names)
+    exec("from batchnorm.flax.nn.initializers import zeros, lecun_normal", names)
+    assert names["module"] is batchnorm.flax.nn.initializers is old_flax_nn.initializers
+    assert names["zeros"] is jax.nn.initializers.zeros
+    assert names["lecun_normal"] is jax.nn.initializers.lecun_normal
 
 
 def test_the_file_for_old_programs_has_what_the_package_has():

@@ -203,6 +203,24 @@ def test_a_general_dense_layer_contracts_axes_in_their_order():
     close(y, np.einsum("abcd,bf->acdf", x, kernel) + bias)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_groups": 4}, "num_groups must divide the 6 channels of x, got 4."),
+        ({}, "num_groups must divide the 6 channels of x, got 32."),
+        ({"num_groups": 0}, "num_groups must divide the 6 channels of x, got 0."),
+        ({"num_groups": None, "group_size": 4}, "group_size must divide the 6 channels of x, got"),
+        ({"num_groups": None, "group_size": 0}, "group_size must divide the 6 channels of x, got"),
+        ({"num_groups": None, "group_size": -3}, "group_size must divide the 6 channels of x, got"),
+        ({"num_groups": 2, "group_size": 3}, "give num_groups or group_size, got 2 and 3."),
+        ({"num_groups": None}, "give num_groups or group_size, got None and None."),
+    ],
+)
+def test_groups_divide_the_channels(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        nn.GroupNorm.init(KEY, random(2, 6), **arguments)
+
+
 def test_embedding():
     words = jnp.array([[1, 2, 1], [0, 4, 3]])
     linen = flax.linen.Embed(5, 3)
@@ -277,6 +295,24 @@ def test_initial_values_of_a_general_dense_layer():
         nn.DenseGeneral.init(KEY, random(*X), 3, batch_dims=1)
 
 
+def test_initializers_of_a_general_dense_layer_get_a_dtype_once_for_each_matrix():
+    calls = []
+
+    def initializer(rng, shape, dtype):
+        calls.append((shape, dtype))
+        return jnp.full(shape, len(calls), dtype)
+
+    _, params = nn.DenseGeneral.init(
+        KEY, random(2, 3, 4), 5, batch_dims=(0, 1), kernel_init=initializer, bias_init=initializer
+    )
+    assert calls == [((4, 5), jnp.float32)] * 6 + [((5,), jnp.float32)] * 6
+    numbers = np.arange(1, 7).reshape(2, 3)
+    np.testing.assert_array_equal(params["kernel"], np.broadcast_to(numbers.T, (5, 4, 3, 2)).T)
+    np.testing.assert_array_equal(params["bias"], np.broadcast_to(numbers.T + 6, (5, 3, 2)).T)
+    _, params = nn.DenseGeneral.init(KEY, random(0, 4), 5, batch_dims=0)
+    assert (params["kernel"].shape, params["bias"].shape) == ((0, 4, 5), (0, 5))
+
+
 @pytest.mark.parametrize("name", ["Dense", "Conv", "ConvTranspose", "LSTMCell", "GRUCell"])
 def test_initial_values_are_made_as_those_of_a_general_dense_layer(name):
     ours, other = (
@@ -344,6 +380,13 @@ def test_keys_follow_from_the_key_that_is_given():
     with pytest.raises(ArithmeticError), nn.stochastic(KEY):
         raise ArithmeticError
     assert not nn.is_stochastic()
+
+
+def test_a_key_that_is_none_is_an_error_each_time():
+    with nn.stochastic("no key"):
+        for _ in range(2):
+            with pytest.raises(TypeError, match="key"):
+                nn.make_rng()
 
 
 def test_dropout():

@@ -6,7 +6,7 @@ from ...absent import no_attribute
 from ...installation import missing
 
 try:
-    from jax.nn import initializers as initializers
+    from . import initializers
 except ModuleNotFoundError as error:
     raise missing("batchnorm.flax.nn", "JAX", "flax") from error
 
