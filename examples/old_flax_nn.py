@@ -345,7 +345,8 @@ random_keys = contextvars.ContextVar("random_keys", default=None)
 @contextlib.contextmanager
 def stochastic(rng):
     """Make the keys of make_rng from rng. Enter it inside of what JAX transforms, not around it."""
-    entered = random_keys.set((rng, itertools.count(1)))
+    traced = isinstance(jax.random.fold_in(rng, 0), jax.core.Tracer)
+    entered = random_keys.set((rng, itertools.count(1), traced))
     try:
         yield
     finally:
@@ -359,8 +360,11 @@ def is_stochastic():
 def make_rng():
     if not is_stochastic():
         raise ValueError("make_rng and dropout without rng belong inside of nn.stochastic(rng).")
-    rng, count = random_keys.get()
-    return jax.random.fold_in(rng, next(count))
+    rng, count, traced = random_keys.get()
+    key = jax.random.fold_in(rng, next(count))
+    if isinstance(key, jax.core.Tracer) and not traced:
+        raise ValueError("Enter nn.stochastic(rng) inside of the function that JAX transforms.")
+    return key
 
 
 def dropout(inputs, rate, deterministic=False, rng=None):

@@ -7,6 +7,8 @@ import hashlib
 import inspect
 
 import flax.linen
+import flax.training.dynamic_scale
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -382,11 +384,49 @@ def test_keys_follow_from_the_key_that_is_given():
     assert not nn.is_stochastic()
 
 
-def test_a_key_that_is_none_is_an_error_each_time():
-    with nn.stochastic("no key"):
-        for _ in range(2):
-            with pytest.raises(TypeError, match="key"):
-                nn.make_rng()
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda: jax.jit(nn.make_rng)(),
+        lambda: jax.lax.scan(lambda carry, _: (carry, nn.make_rng()), None, length=2),
+        lambda: jax.lax.cond(jnp.ones(()) > 0, nn.make_rng, nn.make_rng),
+        lambda: jax.checkpoint(nn.make_rng)(),
+        lambda: jax.jit(lambda: nn.dropout(jnp.ones(3), 0.5))(),
+        lambda: nn.module(jax.jit(lambda x: nn.dropout(x, 0.5))).init_by_shape(KEY, [(3,)]),
+    ],
+    ids=["jit", "scan", "cond", "checkpoint", "dropout in jit", "jit in init_by_shape"],
+)
+def test_a_key_from_outside_is_not_built_into_a_program(transformed):
+    with nn.stochastic(KEY):
+        nn.make_rng()
+        with pytest.raises(ValueError, match=r"^Enter nn.stochastic\(rng\) inside of the function"):
+            transformed()
+        nn.make_rng()
+
+
+def test_stochastic_with_a_key_that_is_not_traced_inside_of_what_is():
+    def keys(rng=KEY):
+        with nn.stochastic(rng):
+            return nn.make_rng(), nn.make_rng()
+
+    expected = keys()
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(keys)(), expected)
+    steps = jax.lax.scan(lambda carry, _: (carry, keys()), None, length=2)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, jnp.stack([b, b])), steps, expected)
+    mapped = jax.vmap(keys)(jnp.stack([KEY, KEY]))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b), mapped, expected)
+    with nn.stochastic(KEY):
+        outside = nn.module(lambda x: (nn.make_rng(), x)).init_by_shape(KEY, [(3,)])[0][0]
+        gradient = jax.grad(lambda x: jnp.sum(nn.dropout(x, 0.5)))(jnp.ones(3))
+    np.testing.assert_array_equal(outside, expected[0])
+    assert set(gradient.tolist()) <= {0.0, 2.0}
+
+
+@pytest.mark.parametrize("rng", ["no key", None, jnp.ones(2)])
+def test_a_key_that_is_none_is_an_error(rng):
+    with pytest.raises((TypeError, ValueError), match="key"), nn.stochastic(rng):
+        pass
+    assert not nn.is_stochastic()
 
 
 def test_dropout():
@@ -400,6 +440,54 @@ def test_dropout():
         assert 0.2 < float(jnp.mean(y == 0)) < 0.3
     given = nn.dropout(x, 0.25, rng=jax.random.fold_in(KEY, 1))
     np.testing.assert_array_equal(given, first)
+
+
+# What Optax and Flax make of a Model in the place of the old optimizers
+
+
+def dense_model():
+    model = nn.Model(nn.Dense.partial(features=2), {"kernel": random(3, 2), "bias": random(2)})
+    return model, lambda model: jnp.sum(model(random(4, 3)) ** 2)
+
+
+def test_an_optimizer_for_each_part_of_a_model():
+    model, loss = dense_model()
+
+    def labels(model):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: "a" if "bias" in jax.tree_util.keystr(path) else "b", model
+        )
+
+    optimizer = optax.multi_transform({"a": optax.sgd(1.0), "b": optax.sgd(0.0)}, labels)
+    gradient = jax.grad(loss)(model)
+    updates, _ = optimizer.update(gradient, optimizer.init(model), model)
+    changed = optax.apply_updates(model, updates).params
+    np.testing.assert_array_equal(changed["kernel"], model.params["kernel"])
+    close(changed["bias"], model.params["bias"] - gradient.params["bias"])
+
+
+def test_a_dynamic_scale_takes_a_model():
+    model, loss = dense_model()
+
+    @jax.jit
+    def step(scale, model):
+        return scale.value_and_grad(loss)(model)
+
+    _, is_finite, value, gradient = step(flax.training.dynamic_scale.DynamicScale(), model)
+    assert is_finite
+    jax.tree.map(close, (value, gradient), jax.value_and_grad(loss)(model))
+
+
+def test_a_traversal_takes_the_parameters_of_a_model():
+    model, _ = dense_model()
+    with pytest.warns(DeprecationWarning, match="Traversal"):
+        traversal = flax.traverse_util.ModelParamTraversal(lambda path, _: path == "/bias")
+    (bias,) = traversal.iterate(model.params)
+    np.testing.assert_array_equal(bias, model.params["bias"])
+    changed = model.replace(params=traversal.update(jnp.zeros_like, model.params))
+    jax.tree.map(
+        np.testing.assert_array_equal, changed.params, {**model.params, "bias": jnp.zeros(2)}
+    )
 
 
 # A program of that time
