@@ -22,21 +22,23 @@ from batchnorm.flax import nn
 Layer = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
 
 
-def layers(channels: int, axis: int) -> dict[str, tuple[Layer, Any]]:
+def layers(channels: int, axis: int, evaluates: bool) -> dict[str, tuple[Layer, Any]]:
     """Functions (parameters, state, x) -> (y, new state) with a first state, ours first."""
     zeros, ones = jnp.zeros(channels), jnp.ones(channels)
 
     def functional(parameters: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+        if evaluates:
+            return batchnorm.jax.normalize(x, *state, **parameters, axis=axis), state
         y, batch = batchnorm.jax.batch_norm(x, **parameters, axis=axis)
         return y, batchnorm.jax.update_running(*state, batch, rate=0.01)
 
     def module(parameters: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
-        with nn.stateful(state) as new_state:
-            y = nn.BatchNorm.call(parameters, x, axis=axis)
+        with nn.stateful(state, mutable=not evaluates) as new_state:
+            y = nn.BatchNorm.call(parameters, x, use_running_average=evaluates, axis=axis)
         return y, new_state
 
     def linen(**keywords: Any) -> Layer:
-        layer = flax.linen.BatchNorm(False, axis=axis, **keywords)
+        layer = flax.linen.BatchNorm(evaluates, axis=axis, **keywords)
 
         def call(parameters: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
             variables = {"params": parameters, "batch_stats": state}
@@ -47,7 +49,8 @@ def layers(channels: int, axis: int) -> dict[str, tuple[Layer, Any]]:
 
     def nnx(**keywords: Any) -> tuple[Layer, Any]:
         rngs = flax.nnx.Rngs(0)
-        layer = flax.nnx.BatchNorm(channels, axis=axis, rngs=rngs, **keywords)
+        settings = {"axis": axis, "use_running_average": evaluates, **keywords}
+        layer = flax.nnx.BatchNorm(channels, rngs=rngs, **settings)
         graph, parameters, state = flax.nnx.split(layer, flax.nnx.Param, ...)
 
         def call(given: Any, state: Any, x: jax.Array) -> tuple[jax.Array, Any]:
@@ -59,17 +62,19 @@ def layers(channels: int, axis: int) -> dict[str, tuple[Layer, Any]]:
         return call, state
 
     named = {"mean": zeros, "var": ones}
-    return {
+    sides = {
         "batchnorm.jax": (functional, (zeros, ones)),
         "batchnorm.flax.nn": (module, nn.Collection({"/": named})),
         "linen": (linen(), named),
-        "linen, two passes": (linen(use_fast_variance=False), named),
         "nnx": nnx(),
-        "nnx, two passes": nnx(use_fast_variance=False),
     }
+    if not evaluates:
+        sides["linen, two passes"] = (linen(use_fast_variance=False), named)
+        sides["nnx, two passes"] = nnx(use_fast_variance=False)
+    return sides
 
 
-def calls(each: Work, layout: str, backward: bool) -> measure.Calls:
+def calls(each: Work, layout: str, call: str) -> measure.Calls:
     shape = each.shape_in(layout)
     axis = -1 if layout == LAST else 1
     random = np.random.default_rng(0)
@@ -80,20 +85,21 @@ def calls(each: Work, layout: str, backward: bool) -> measure.Calls:
         return lambda parameters, state, x, dy: layer(parameters, state, x)
 
     def training(layer: Layer) -> Callable[..., object]:
-        def call(parameters: Any, state: Any, x: jax.Array, dy: jax.Array) -> object:
+        def step(parameters: Any, state: Any, x: jax.Array, dy: jax.Array) -> object:
             def function(parameters: Any, x: jax.Array) -> tuple[jax.Array, Any]:
                 return layer(parameters, state, x)
 
             y, backward, new_state = jax.vjp(function, parameters, x, has_aux=True)
             return y, new_state, backward(dy)
 
-        return call
+        return step
 
     def timed(layer: Layer, state: Any) -> Callable[[], object]:
-        step = jax.jit((training if backward else forward)(layer))
+        step = jax.jit((training if call == "forward + backward" else forward)(layer))
         return lambda: jax.block_until_ready(step(parameters, state, x, dy))
 
-    sides = {name: timed(*side) for name, side in layers(shape[axis], axis).items()}
+    evaluates = call == "evaluation"
+    sides = {name: timed(*side) for name, side in layers(shape[axis], axis, evaluates).items()}
     return sides | measure.copies_of(np.asarray(x))
 
 
@@ -101,9 +107,9 @@ def main() -> None:
     arguments = measure.options(__doc__)
     found = []
     for each, layout in measure.work(arguments.quick):
-        for call, backward in (("forward", False), ("forward + backward", True)):
+        for call in ("forward", "forward + backward", "evaluation"):
             found += measure.results(
-                "JAX", each, layout, call, calls(each, layout, backward), quick=arguments.quick
+                "JAX", each, layout, call, calls(each, layout, call), quick=arguments.quick
             )
         jax.clear_caches()
     title = (

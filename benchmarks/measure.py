@@ -28,6 +28,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from batchnorm.native import kernels
+
 # One arena, since those of threads other than the first hold no array above 64 MB: it would have
 # new memory at every call.
 ALLOCATOR = {
@@ -37,6 +39,8 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": "500000000",
 }
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Those that the processor has, the widest first, but for what every x86-64 processor has.
+INSTRUCTION_SETS = [each for each in kernels.instruction_sets() if each != "SSE2"] or ["SSE2"]
 FIRST, LAST = "channels first", "channels last"
 COPY, COPY_PAST_CACHE = "copy", "copy past the cache"
 
@@ -99,7 +103,12 @@ def options(description: str | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the results")
     parser.add_argument("--default-allocator", action="store_true")
+    sets = INSTRUCTION_SETS
+    parser.add_argument(
+        "--instruction-set", choices=sets, default=sets[0], help="of our kernels; the widest"
+    )
     arguments = parser.parse_args()
+    kernels.set_instruction_set(arguments.instruction_set)
     if not arguments.default_allocator and ALLOCATOR.keys() - os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
     gc.disable()
