@@ -346,6 +346,7 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
   const bool weighted = problem.weights;
   Problem unweighted = problem;
   unweighted.weights = nullptr;
+  OpenPack<F, T> open;
   for_stretches<ForOutput<Kind>, F, T>(
       unweighted, range, channels, scratch,
       [&](int64_t first, int64_t length, const Weights<Weight<T>>&,
@@ -354,7 +355,7 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
         const T* residual =
             problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
         const Writer<F, T> y(static_cast<T*>(output) + first,
-                             range.beyond_cache && is_long<T>(length));
+                             range.beyond_cache && is_long<T>(length), open);
         for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
           if (ahead) fetch(x + i + ahead);
           const Pack<F> value = load<F>(x + i, n);
@@ -364,6 +365,7 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
           y.put(i, kind.template activate<F>(z), n);
         });
       });
+  open.close();
   order_stores();
 }
 
@@ -514,15 +516,17 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
                     const void* dy, bool through_statistics, Scratch scratch, void* output,
                     void* residual_output) {
   const int64_t ahead = fetched_ahead<T>(range);
+  OpenPack<F, T> open_dx, open_dresidual;
   for_stretches<ForInputGradient<Kind>, F, T>(
       problem, range, channels, scratch,
       [&](int64_t first, int64_t length, const Weights<Weight<T>>& weights,
           const auto& of) BATCHNORM_INLINE {
         const GradientInputs<F, T, Kind> inputs(problem, dy, first, weights);
         const Writer<F, T> dx(static_cast<T*>(output) + first,
-                              range.beyond_cache && is_long<T>(length));
+                              range.beyond_cache && is_long<T>(length), open_dx);
         const Writer<F, T> dresidual(
-            residual_output ? static_cast<T*>(residual_output) + first : nullptr, dx);
+            residual_output ? static_cast<T*>(residual_output) + first : nullptr, dx,
+            open_dresidual);
         for_packs<F>(dx.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
           if (ahead) fetch(inputs.x + i + ahead);
           if (ahead) fetch(inputs.dy + i + ahead);
@@ -551,6 +555,8 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
           if (residual_output) dresidual.put(i, g, n);
         });
       });
+  open_dx.close();
+  open_dresidual.close();
   order_stores();
 }
 

@@ -18,6 +18,7 @@
 // For the bodies of hot loops. Where one is called and not inlined, its captures live in memory,
 // and are loaded again after every store.
 #define BATCHNORM_INLINE __attribute__((always_inline))
+#define BATCHNORM_NOINLINE __attribute__((noinline))
 
 namespace batchnorm {
 namespace {
@@ -331,14 +332,54 @@ inline void order_stores() {
 #endif
 }
 
+// A pack of storage of which a part has been given: where the other comes next, as from a row that
+// follows in memory, all of it goes past the cache, which half of a line can't.
+template <class F, class T>
+class OpenPack {
+ public:
+  static constexpr uintptr_t kBytes = sizeof(T) * kLanes<F>;
+
+  OpenPack() = default;
+  OpenPack(const OpenPack&) = delete;
+  ~OpenPack() { close(); }
+
+  // v, of n elements that lie in one aligned pack of storage.
+  BATCHNORM_NOINLINE void put(T* to, Pack<F> v, int n) {
+    if (to != end_ || place(to) == 0) {
+      close();
+      begin_ = to;
+    }
+    store<F>(storage_ + place(to), v, n);
+    end_ = to + n;
+    if (place(to) + n < kLanes<F>) return;
+    if (place(begin_) != 0) return close();
+    store_past_cache(begin_, load<F>(storage_));
+    begin_ = end_ = nullptr;
+  }
+  void close() {
+    copy_few<F>(begin_, storage_ + place(begin_), static_cast<int>(end_ - begin_));
+    begin_ = end_ = nullptr;
+  }
+
+ private:
+  static int place(T* to) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(to) % kBytes / sizeof(T));
+  }
+  alignas(kBytes) T storage_[kLanes<F>];
+  T* begin_ = nullptr;  // of what is in `storage_`, and not yet written
+  T* end_ = nullptr;
+};
+
 // Writes a row of storage, in packs.
 template <class F, class T>
 class Writer {
  public:
-  Writer(T* to, bool past_cache) : to_(to), past_cache_(past_cache) {}
+  Writer(T* to, bool past_cache, OpenPack<F, T>& open)
+      : to_(to), past_cache_(past_cache), open_(open) {}
   // Where the packs of another Writer are aligned, so that only what is aligned alike goes past the
   // cache.
-  Writer(T* to, const Writer& beside) : to_(to), past_cache_(beside.past_cache_) {
+  Writer(T* to, const Writer& beside, OpenPack<F, T>& open)
+      : to_(to), past_cache_(beside.past_cache_), open_(open) {
     const auto address = [](T* p) { return reinterpret_cast<uintptr_t>(p); };
     if ((address(to) - address(beside.to_)) % kBytes != 0) past_cache_ = false;
   }
@@ -349,17 +390,20 @@ class Writer {
     return before < n ? before : n;
   }
   BATCHNORM_INLINE void put(int64_t i, Pack<F> v, int n) const {
-    if (past_cache_ && n == kLanes<F>) {
+    if (!past_cache_) {
+      store<F>(to_ + i, v, n);
+    } else if (n == kLanes<F>) {
       store_past_cache(to_ + i, v);
     } else {
-      store<F>(to_ + i, v, n);
+      open_.put(to_ + i, v, n);
     }
   }
 
  private:
-  static constexpr uintptr_t kBytes = sizeof(T) * kLanes<F>;
+  static constexpr uintptr_t kBytes = OpenPack<F, T>::kBytes;
   T* to_;
   bool past_cache_;
+  OpenPack<F, T>& open_;
 };
 
 // body(i, count) for packs at i = 0, kLanes, ...: `count` is kLanes, a constant, but for the last.

@@ -153,6 +153,10 @@ struct Plan {
   // `tensors`: how many like x a stage reads.
   Plan(const Problem& problem, int tensors, Way way) : all(whole(problem)) {
     const int64_t channels = problem.shape.channels;
+    // Of one stage alone, what it writes may stay for whoever comes next.
+    if (way == Way::at_once) {
+      all.beyond_cache = (tensors + 1) * bytes_of(problem) > last_level_cache_bytes();
+    }
     threads = threads_for(size_of(all), num_threads(problem.team));
     step = std::min(channels, kMostChannels);
     own = false;
