@@ -167,7 +167,7 @@ class Layer(_compat.BatchNormBase):
         vars(self)["eps"] = value
 
     @staticmethod
-    def usable(eps: Any) -> Any:
+    def usable_eps(eps: Any) -> Any:
         """The eps to compute with."""
         return eps
 
@@ -389,7 +389,7 @@ class Layer(_compat.BatchNormBase):
         if residual is not None:
             residual = residual_like(input, residual, "input")
         weights = None if mask is None else weights_of(input, mask, "input")
-        eps = number(self.usable(self.__dict__["eps"]), checks.positive_eps)
+        eps = number(self.usable_eps(self.__dict__["eps"]), checks.positive_eps)
         problem = Problem((1,), eps, self.activation)
         call = Call(problem, processes, watched or isinstance(eps, Tensor), OF_LAYERS)
         return call, Inputs(input, weight, bias, residual, weights)
@@ -414,7 +414,7 @@ class Layer(_compat.BatchNormBase):
 
     def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """As the operators that an exporter knows, to which eps is a number."""
-        mean, eps = self.running_mean, self.usable(self.__dict__["eps"])
+        mean, eps = self.running_mean, self.usable_eps(self.__dict__["eps"])
         eps = checks.positive_eps(eps.item() if isinstance(eps, Tensor) else eps)
         # Not all kernels take parameters of another dtype than the statistics; a cast that does
         # nothing would stand in the program.

@@ -82,7 +82,7 @@ class Frozen(_OfLibrary, BatchNorm2d):
         return super().forward(x, residual, mask)
 
     @staticmethod
-    def usable(eps: Any) -> Any:
+    def usable_eps(eps: Any) -> Any:
         return eps or checks.SMALLEST_EPS  # torchvision's own models have 0
 
     def __repr__(self) -> str:

@@ -326,7 +326,7 @@ def _check_settings(name: str, layer: torch.nn.Module, new: type[Layer]) -> None
             )
     momentum, *switches = (own.get(each, getattr(new, each, None)) for each in _SETTINGS[2:])
     try:
-        eps, names = new.usable(own["eps"]), _SETTINGS[3:]
+        eps, names = new.usable_eps(own["eps"]), _SETTINGS[3:]
         check_settings(eps, momentum, **dict(zip(names, switches, strict=True)))
         # One without parameters and statistics has no use for it, and 0 if it was lazy.
         is_used = any(getattr(layer, each) is not None for each in _TENSORS)
@@ -350,7 +350,10 @@ def _reverted(path: str, layer: torch.nn.Module, separate_activations: bool) -> 
         usual = getattr(kind, each)
         value = vars(layer).get(each, usual)
         if value != usual and not (each == "activation" and separate_activations):
-            remedy = " Or pass separate_activations=True." if each == "activation" else ""
+            remedy = {
+                "activation": " Or pass separate_activations=True.",
+                "skip_nonfinite": " Set it to False first.",
+            }.get(each, f" Call its {'freeze' if value is None else 'unfreeze'}() first.")
             raise ValueError(
                 f"A {target.__name__} of {target.__module__.partition('.')[0]} has no {each}, but "
                 f"that of {name!r} is {value!r}.{remedy}"
