@@ -279,7 +279,7 @@ def test_copies_go_on_alike_and_apart(copied):
     same(state(layer), state(other))
 
 
-# PyTorch's own exporter uses what it calls deprecated.
+# The exporter of PyTorch looks into storages by what PyTorch calls deprecated; not our layers.
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(
     "outside", [["batchnorm.**"], ["batchnorm.native.**", "array_api_compat.**", "sys"]], ids=str
@@ -395,7 +395,7 @@ def test_without_parameters_or_statistics(keywords):
     assert state(one).keys() == state(other).keys()
 
 
-# torch.nn says so of its own lazy layers, too.
+# torch.nn's own lazy layers say so, from which ours derive.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize("lazy", [False, True])
 def test_without_parameters_and_statistics_a_layer_takes_any_channels(lazy):
@@ -1351,7 +1351,8 @@ LAYOUTS = {
 }
 
 
-# PyTorch says so of each when one is made.
+# PyTorch says so of each of these layouts when a tensor is made, here to be refused: nested and
+# masked ones, CSR and CSC, BSR and BSC.
 @pytest.mark.filterwarnings("ignore:.*prototype stage")
 @pytest.mark.filterwarnings("ignore:Sparse C.* support is in beta state")
 @pytest.mark.filterwarnings("ignore:Sparse B.* support is in beta state")
@@ -1445,7 +1446,7 @@ def test_functional_refuses_what_has_no_channels(shape):
 # ---- lazy layers
 
 
-# torch.nn says so of its own lazy layers, too.
+# torch.nn's own lazy layers say so, from which ours derive.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
 def test_lazy_layers(ours, theirs, shape):

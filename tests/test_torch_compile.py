@@ -423,8 +423,9 @@ def test_export_for_any_size(name, strict):
 
 
 @pytest.mark.parametrize("name", unsized_layers())
-# The first as above. The tracer warns of every look at a size from Python, as checks of arguments
-# take, and torch.nn's layers, too: that nothing of them is left in the program is what is tested.
+# torch.jit.trace says so of itself, as above. Its tracer warns of every look at a size from Python,
+# as checks of arguments take, and torch.nn's layers, too: that nothing of them is left in the
+# program is what is tested.
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tracing_of_training(name):

@@ -320,8 +320,8 @@ def test_lazy_layers_can_not_share():
     ("layer", "name"),
     [
         (bt.BatchNorm1d(3, activation="silu"), "activation, but that of '1' is 'silu'"),
-        (bt.BatchNorm1d(3, skip_nonfinite=True), "skip_nonfinite"),
-        (bt.BatchNorm1d(3).freeze(), "normalize_by"),
+        (bt.BatchNorm1d(3, skip_nonfinite=True), "skip_nonfinite.* Set it to False first"),
+        (bt.BatchNorm1d(3).freeze(), r"normalize_by.* Call its unfreeze\(\) first"),
         (bt.BatchNorm1d(3).freeze(normalize_by=None, update_running=True), "update_running"),
     ],
 )

@@ -93,7 +93,7 @@ def test_calls_of_functions_are_recorded():
     assert bt.functional.batch_norm in targets
 
 
-# Where it is imported, PyTorch warns of itself.
+# The module makes a torch.jit function when it is imported, whatever it is asked to fuse.
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 def test_fusion_leaves_ours_as_they_are():
     model = nn.Sequential(
@@ -108,9 +108,13 @@ def test_fusion_leaves_ours_as_they_are():
     alike(fused(x), model(x), 1e-5)
 
 
-# torch.ao.quantization says so of itself.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning")
+# PyTorch's quantization says these of itself, of its observers' settings and of the tensors that it
+# makes, whatever the model; users have it in old programs, and it must not be misled by ours.
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max to specify the range")
+@pytest.mark.filterwarnings(
+    "ignore:torch.quantize_per_tensor, torch.quantize_per_channel and other"
+)
 def test_quantization_leaves_ours_as_they_are():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), bt.BatchNorm2d(4, activation="relu")).eval()
     x = tensor(2, 3, 5, 5)
@@ -137,7 +141,7 @@ def hooked(register):
     return model
 
 
-# torch.nn says so of its own lazy layers, too.
+# torch.nn's own lazy layers say so, from which ours derive.
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 @pytest.mark.parametrize(
     ("model", "message"),

@@ -253,7 +253,9 @@ def test_one_that_is_unfrozen_is_trained_and_not_reverted():
     before = model[0].running_mean.clone()
     model[0].unfreeze()(X)
     assert not torch.equal(model[0].running_mean, before)
-    with pytest.raises(ValueError, match=r"FrozenBatchNorm2d .* that of '0' is None"):
+    with pytest.raises(
+        ValueError, match=r"FrozenBatchNorm2d .* that of '0' is None\. Call its freeze"
+    ):
         bt.revert(model)
     model[0].freeze()
     assert type(bt.revert(model)[0]) is FrozenBatchNorm2d

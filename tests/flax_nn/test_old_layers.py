@@ -16,8 +16,6 @@ import old_flax_nn as nn
 import optax
 import pytest
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 KEY = jax.random.PRNGKey(0)
 
 
