@@ -136,7 +136,7 @@ void start_pivots(const Problem& problem, const Strip& strip, StripSums<F, T>& s
   std::fill_n(sums.started, strip.lanes, false);
   int waiting = strip.lanes;
   for (int64_t row = 0; row < strip.rows && waiting > 0; ++row) {
-    const Weights<Weight<T>> w = weights_of_rows(problem, strip, row, row + 1, sums.weights).first;
+    const Weights<Weight<T>> w = weights_of_row(problem, strip, row, sums.weights);
     for (int lane = 0; lane < strip.lanes; ++lane) {
       if (sums.started[lane] || !(w.first[lane & w.mask] > 0)) continue;
       sums.pivot[lane] = X::load(x + row * strip.stride + lane, 1)[0];
@@ -147,12 +147,16 @@ void start_pivots(const Problem& problem, const Strip& strip, StripSums<F, T>& s
 }
 
 template <class F, class W>
-void add_weights(int lanes, int64_t rows, const RowsOfWeights<W>& weights, F* sums) {
+void add_weights(int lanes, const Rows& rows, const RowsOfWeights<W>& weights, F* sums) {
   Pack<F> sum = {};
   for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
     if (i == 0 || weights.first.mask) {
       sum = Pack<F>{};
-      for (int64_t row = 0; row < rows; ++row) sum += weights.row(row).template at<F>(i, n);
+      for (int walk = 0; walk < rows.walks; ++walk) {
+        for (int64_t row = 0; row < rows.end - rows.begin; ++row) {
+          sum += weights.at(row, walk).template at<F>(i, n);
+        }
+      }
     }
     store(sums + i, load<F>(sums + i) + sum);
   });
@@ -193,37 +197,40 @@ void deviations_of_strip(const Problem& problem, const Range& range, const Strip
   for (double* each : {sums.count, sums.mean_low, sums.squares, sums.squares_low}) {
     std::fill_n(each, strip.lanes, 0.0);
   }
-  int64_t end, block = kFirstBlock;
-  for (int64_t start = 0; start < strip.rows;
-       start = end, block = std::min<int64_t>(kBlock, 4 * block)) {
-    end = std::min(strip.rows, start + block);
+  for_blocks_of_rows(strip, kFirstBlock, [&](const Rows& block) BATCHNORM_INLINE {
+    const int64_t apart = block.apart * stride;
     clear(sums.first, strip.lanes);
     clear(sums.second, strip.lanes);
     if (problem.weights) {
       clear(sums.weight, strip.lanes);
-      for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
-        row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(problem, strip));
+      const int64_t most = rows_in_buffer<Weight<T>>(problem, strip);
+      for (Rows rows = block; rows.begin < block.end; rows.begin = rows.end) {
+        rows.end = std::min(block.end, rows.begin + most);
         const RowsOfWeights<Weight<T>> weights =
-            weights_of_rows(problem, strip, row0, row1, sums.weights);
-        add_weights<F>(strip.lanes, row1 - row0, weights, sums.weight);
-        add_rows<F>(strip.lanes, row0, row1, sums.first, sums.second,
-                    [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                      const Pack<F> t = X::load(x + row * stride + i, n) - load<F>(sums.pivot + i);
-                      add_weighted<F>(t, weights.row(row - row0).template at<F>(i, n), a, b);
-                    });
+            weights_of_rows(problem, strip, rows, sums.weights);
+        add_weights<F>(strip.lanes, rows, weights, sums.weight);
+        add_rows<F>(strip.lanes, rows, sums.first, sums.second,
+                    [&](int64_t row, int walk, int64_t i, int n, Pack<F>& a, Pack<F>& b)
+                        BATCHNORM_INLINE {
+                          const T* from = x + row * stride + walk * apart + i;
+                          const Pack<F> t = X::load(from, n) - load<F>(sums.pivot + i);
+                          const auto w = weights.at(row - rows.begin, walk);
+                          add_weighted<F>(t, w.template at<F>(i, n), a, b);
+                        });
       }
     } else {
-      std::fill_n(sums.weight, strip.lanes, static_cast<F>(end - start));
-      add_rows<F>(strip.lanes, start, end, sums.first, sums.second,
-                  [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                    const T* from = x + row * stride + i;
-                    const Pack<F> t = X::load(from, n) - load<F>(sums.pivot + i);
-                    a += t;
-                    b += t * t;
-                  });
+      std::fill_n(sums.weight, strip.lanes, static_cast<F>(block.number()));
+      add_rows<F>(strip.lanes, block, sums.first, sums.second,
+                  [&](int64_t row, int walk, int64_t i, int n, Pack<F>& a, Pack<F>& b)
+                      BATCHNORM_INLINE {
+                        const T* from = x + row * stride + walk * apart + i;
+                        const Pack<F> t = X::load(from, n) - load<F>(sums.pivot + i);
+                        a += t;
+                        b += t * t;
+                      });
     }
     merge_blocks(strip.lanes, sums);
-  }
+  });
   for_lanes(problem.shape, strip, [&](int i, int64_t channel) {
     if (only && !range.at(only, channel)) return;
     range.at(channels, channel)
@@ -452,9 +459,6 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
   if (!by_rows(problem.shape)) {
     return gradient_sums_by_runs<F, T, Kind>(problem, range, channels, dy, again, sums);
   }
-  // Computing more with each element, a processor asks for memory less far ahead.
-  const bool fetching = range.beyond_cache && (Kind::kActive || problem.weights);
-  const int64_t ahead = 4 * kFetchedBytes / sizeof(T);
   const double most_rstd = again ? 1 : kAnyRstd;
   const int64_t lanes = most_lanes(problem.shape);
   Spreads<PerLane, F> of = lanes_of<ForSums<Kind>, F>(problem, scratch);
@@ -467,32 +471,35 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
     spread<ForSums<Kind>>(problem, range, strip, channels, of, most_rstd);
     for (double* each : {g, g_low, g_xhat, g_xhat_low}) std::fill_n(each, strip.lanes, 0.0);
     const int64_t stride = strip.stride;
-    for (int64_t start = 0; start < strip.rows; start += kBlock) {
-      const int64_t end = std::min(strip.rows, start + kBlock);
+    for_blocks_of_rows(strip, kBlock, [&](const Rows& block) BATCHNORM_INLINE {
+      const int64_t apart = block.apart * stride;
       clear(first, strip.lanes);
       clear(second, strip.lanes);
-      const auto add_part = [&](int64_t row0, int64_t row1,
+      const auto add_part = [&](const Rows& rows,
                                 const RowsOfWeights<Weight<T>>& weights) BATCHNORM_INLINE {
-        const GradientInputs<F, T, Kind> inputs(problem, dy, strip.first + row0 * stride,
+        const GradientInputs<F, T, Kind> inputs(problem, dy, strip.first + rows.begin * stride,
                                                 weights.first);
-        add_rows<F>(strip.lanes, 0, row1 - row0, first, second,
-                    [&](int64_t row, int64_t i, int n, Pack<F>& a, Pack<F>& b) BATCHNORM_INLINE {
-                      Pack<F> t, gradient;
-                      if (fetching) fetch(inputs.x + row * stride + i + ahead);
-                      if (fetching) fetch(inputs.dy + row * stride + i + ahead);
-                      inputs.row(row * stride, row * weights.stride).get(i, n, of, t, gradient);
-                      if constexpr (Kind::kScaled) gradient *= of.g_scale.at(i);
-                      a += gradient;
-                      b += gradient * (t * of.rstd.at(i));
-                    });
+        add_rows<F>(strip.lanes, rows, first, second,
+                    [&](int64_t row, int walk, int64_t i, int n, Pack<F>& a, Pack<F>& b)
+                        BATCHNORM_INLINE {
+                          Pack<F> t, gradient;
+                          row -= rows.begin;
+                          const int64_t distance = row * stride + walk * apart;
+                          inputs.row(distance, row * weights.stride + walk * weights.apart)
+                              .get(i, n, of, t, gradient);
+                          if constexpr (Kind::kScaled) gradient *= of.g_scale.at(i);
+                          a += gradient;
+                          b += gradient * (t * of.rstd.at(i));
+                        });
       };
       if (problem.weights) {
-        for (int64_t row0 = start, row1; row0 < end; row0 = row1) {
-          row1 = std::min(end, row0 + rows_in_buffer<Weight<T>>(problem, strip));
-          add_part(row0, row1, weights_of_rows(problem, strip, row0, row1, buffer));
+        const int64_t most = rows_in_buffer<Weight<T>>(problem, strip);
+        for (Rows rows = block; rows.begin < block.end; rows.begin = rows.end) {
+          rows.end = std::min(block.end, rows.begin + most);
+          add_part(rows, weights_of_rows(problem, strip, rows, buffer));
         }
       } else {
-        add_part(start, end, RowsOfWeights<Weight<T>>{nullptr, 0});
+        add_part(block, RowsOfWeights<Weight<T>>{nullptr, 0, 0});
       }
       for (int i = 0; i < strip.lanes; ++i) {
         if constexpr (std::is_same_v<F, double>) {
@@ -503,7 +510,7 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
           g_xhat[i] += second[i];
         }
       }
-    }
+    });
     for_lanes(problem.shape, strip, [&](int i, int64_t channel) {
       if (again && !range.at(again, channel)) return;
       range.at(sums, channel).merge({g[i], g_low[i], g_xhat[i], g_xhat_low[i]});

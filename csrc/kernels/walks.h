@@ -20,13 +20,11 @@ constexpr int kBlock = 64;                // elements added in float before they
 constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot may be an outlier
 constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
 constexpr int64_t kLongBytes = 1 << 9;    // of a stretch that is written past the cache
-constexpr int kRowsAtOnce = 4;
-constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk that writes; 4 times that of one that
-                                            // computes much
+constexpr int kWalks = 4;                 // through rows, side by side
+static_assert(kFirstBlock % kWalks == 0 && kBlock % kWalks == 0);
+constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk that writes
 
-// Rows of few lanes are folded to about kFolded, and to this many for sums: with AVX-512 and float,
-// as many as have their sums in registers.
-constexpr int kPacksOfSums = kRegisterBytes == 64 ? 8 : 4;
+// Rows of few lanes are folded to about kFolded, and to this many for sums.
 constexpr int64_t kFoldedForSums = 128;
 
 template <class F>
@@ -68,6 +66,32 @@ inline BATCHNORM_INLINE void for_strips(const Shape& shape, const Range& range, 
                  static_cast<int>(std::min<int64_t>(kStripLanes, column1 - column))});
     }
   }
+}
+
+// Rows of a strip that are read side by side: [begin, end) of the first walk, and those as many
+// times `apart` further on.
+struct Rows {
+  int64_t begin, end, apart;
+  int walks;
+
+  int64_t number() const { return walks * (end - begin); }
+};
+
+// body(rows) for blocks of `block` rows, and 4 times as many from block to block up to kBlock, that
+// cover a strip.
+//
+// A processor reads ahead of several walks, each in pages of its own, and so has more of memory on
+// its way than one walk lets it ask for; of several in one page, it has less.
+template <class Body>
+inline BATCHNORM_INLINE void for_blocks_of_rows(const Strip& strip, int64_t block,
+                                                const Body& body) {
+  const int64_t apart = strip.rows / kWalks;
+  for (int64_t begin = 0, end; begin < apart; begin = end) {
+    end = std::min(apart, begin + block / kWalks);
+    body(Rows{begin, end, apart, kWalks});
+    block = std::min<int64_t>(kBlock, 4 * block);
+  }
+  if (kWalks * apart < strip.rows) body(Rows{kWalks * apart, strip.rows, 0, 1});
 }
 
 // Of one channel: `number` runs of `length` elements, `stride` apart, and their weights or null.
@@ -128,20 +152,22 @@ struct Weights {
 template <class W>
 struct RowsOfWeights {
   Weights<W> first;
-  int64_t stride;
+  int64_t stride, apart;  // from a row, and from a walk, to the next
 
-  Weights<W> row(int64_t k) const { return first.further(k * stride); }
+  Weights<W> at(int64_t row, int64_t walk) const {
+    return first.further(row * stride + walk * apart);
+  }
 };
-// Room for kRowsAtOnce rows of the longest strip; null where there are no weights.
+// Room for a row of each walk through the longest strip; null where there are no weights.
 template <class W>
 W* buffer_of_weights(const Problem& problem, Scratch& scratch) {
   if (!problem.weights) return nullptr;
-  return scratch.take<W>(kRowsAtOnce * most_lanes(problem.shape));
+  return scratch.take<W>(kWalks * most_lanes(problem.shape));
 }
-// How many rows it has room for: one takes as many as its lanes, or a pack.
+// How many rows of each walk it has room for: one takes as many as its lanes, or a pack.
 template <class W>
 int64_t rows_in_buffer(const Problem& problem, const Strip& strip) {
-  return kRowsAtOnce * most_lanes(problem.shape) / std::max(strip.lanes, kLanes<W>);
+  return most_lanes(problem.shape) / std::max(strip.lanes, kLanes<W>);
 }
 
 bool has_one_weight_a_row(const Problem& problem) {
@@ -156,30 +182,31 @@ int64_t lanes_for_sums(const Problem& problem) {
 }
 
 // Weights in place where they lie as the elements do, else copied to the buffer: of no more than
-// rows_in_buffer(strip) rows.
+// rows_in_buffer(strip) rows of each walk.
 template <class W>
-RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int64_t start,
-                                 int64_t end, W* buffer) {
+RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, const Rows& rows,
+                                 W* buffer) {
   const Shape& shape = problem.shape;
   const W* weights = static_cast<const W*>(problem.weights);
-  if (!weights) return {nullptr, 0};
+  if (!weights) return {nullptr, 0, 0};
   if (problem.weight_channels == shape.channels) {
-    return {weights + strip.first + start * strip.stride, strip.stride};
+    return {weights + strip.first + rows.begin * strip.stride, strip.stride,
+            rows.apart * strip.stride};
   }
-  weights += (strip.outer0 + start * strip.fold) * shape.inner;
+  const bool one_a_row = has_one_weight_a_row(problem), folded = strip.fold > 1;
+  const bool same = one_a_row && !folded;  // for all lanes of a row
   W* lanes = buffer;
-  if (has_one_weight_a_row(problem)) {
-    // Writes whole packs, the last of them beyond the lanes that they are for.
-    const bool folded = strip.fold > 1;
-    const int64_t width = folded ? shape.channels : kLanes<W>;
-    for (int64_t row = start * strip.fold; row < end * strip.fold; ++row, lanes += width) {
-      const Pack<W> weight = all(*weights++);
-      for (int64_t i = 0; i < width; i += kLanes<W>) store(lanes + i, weight);
+  const auto copy_row = [&](int64_t row) {
+    const W* of_fold = weights + (strip.outer0 + row * strip.fold) * shape.inner;
+    if (one_a_row) {
+      // Writes whole packs, the last of them beyond the lanes that they are for.
+      const int64_t width = folded ? shape.channels : kLanes<W>;
+      for (int64_t k = 0; k < strip.fold; ++k, lanes += width) {
+        const Pack<W> weight = all(of_fold[k]);
+        for (int64_t i = 0; i < width; i += kLanes<W>) store(lanes + i, weight);
+      }
+      return;
     }
-    return {{buffer, !folded}, folded ? strip.lanes : width};
-  }
-  for (int64_t row = start; row < end; ++row, weights += strip.fold * shape.inner) {
-    const W* of_fold = weights;
     int64_t inner = strip.column0 % shape.inner;
     int64_t channel = strip.column0 / shape.inner % shape.channels;
     for (int lane = 0; lane < strip.lanes; ++lane) {
@@ -190,8 +217,17 @@ RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, int
       channel = 0;
       of_fold += shape.inner;
     }
+  };
+  for (int walk = 0; walk < rows.walks; ++walk) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) copy_row(row + walk * rows.apart);
   }
-  return {buffer, strip.lanes};
+  const int64_t width = same ? kLanes<W> : strip.lanes;
+  return {{buffer, same}, width, (rows.end - rows.begin) * width};
+}
+// Of one row.
+template <class W>
+Weights<W> weights_of_row(const Problem& problem, const Strip& strip, int64_t row, W* buffer) {
+  return weights_of_rows(problem, strip, Rows{row, row + 1, 0, 1}, buffer).first;
 }
 
 // By how many elements a walk that writes fetches ahead; 0 where it need not.
@@ -342,7 +378,7 @@ inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& 
     const int64_t bytes = strip.stride * static_cast<int64_t>(sizeof(T));
     for_chunks_downwards(strip.rows, bytes, [&](int64_t row) BATCHNORM_INLINE {
       Weights<Weight<T>> weights(nullptr);
-      if (problem.weights) weights = weights_of_rows(problem, strip, row, row + 1, buffer).first;
+      if (problem.weights) weights = weights_of_row(problem, strip, row, buffer);
       each(strip.first + row * strip.stride, strip.lanes, weights, lanes);
     });
   });
@@ -410,43 +446,23 @@ inline BATCHNORM_INLINE void for_blocks_of_channel(const Runs<T>& runs, int64_t 
   finish(elements);
 }
 
-// Rows [start, end), lane by lane, to first[lane] and second[lane]; body(row, i, count, first,
-// second) adds the pack at lane i.
-//
-// Sums stay in registers from row to row where there are just as many as fit, else in the
-// first-level cache, and kRowsAtOnce rows are read side by side.
+// The rows, lane by lane, to first[lane] and second[lane]; body(row, walk, i, count, first, second)
+// adds the pack at lane i.
 template <class F, class Body>
-inline BATCHNORM_INLINE void add_rows(int lanes, int64_t start, int64_t end, F* first, F* second,
+inline BATCHNORM_INLINE void add_rows(int lanes, const Rows& rows, F* first, F* second,
                                       const Body& body) {
-  constexpr int kGroup = kPacksOfSums * kLanes<F>;
-  if (lanes == kGroup) {
-    Pack<F> a[kPacksOfSums], b[kPacksOfSums];
-    for (int k = 0; k < kPacksOfSums; ++k) {
-      a[k] = load<F>(first + k * kLanes<F>);
-      b[k] = load<F>(second + k * kLanes<F>);
+  const auto add = [&](auto walks) BATCHNORM_INLINE {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
+        Pack<F> a = load<F>(first + i), b = load<F>(second + i);
+        for (int walk = 0; walk < walks; ++walk) body(row, walk, i, n, a, b);
+        store(first + i, a);
+        store(second + i, b);
+      });
     }
-    for (int64_t row = start; row < end; ++row) {
-      for (int k = 0; k < kPacksOfSums; ++k) body(row, k * kLanes<F>, kLanes<F>, a[k], b[k]);
-    }
-    for (int k = 0; k < kPacksOfSums; ++k) {
-      store(first + k * kLanes<F>, a[k]);
-      store(second + k * kLanes<F>, b[k]);
-    }
-    return;
-  }
-  const auto add = [&](int64_t row, auto rows) BATCHNORM_INLINE {
-    for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
-      Pack<F> a = load<F>(first + i), b = load<F>(second + i);
-      for (int k = 0; k < rows; ++k) body(row + k, i, n, a, b);
-      store(first + i, a);
-      store(second + i, b);
-    });
   };
-  int64_t row = start;
-  for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) {
-    add(row, std::integral_constant<int, kRowsAtOnce>());
-  }
-  for (; row < end; ++row) add(row, std::integral_constant<int, 1>());
+  if (rows.walks == kWalks) return add(std::integral_constant<int, kWalks>());
+  add(std::integral_constant<int, 1>());
 }
 
 // Sets as many packs to 0 as hold the lanes.
