@@ -294,11 +294,11 @@ inline BATCHNORM_INLINE void store(T* to, Pack<F> v, int count) {
 
 // ---- around the caches
 
-// Asks for a cache line in advance. (Into the second-level cache only, it is slower on Zen 5 than
-// not to ask.)
+// Asks for a cache line in advance, into the second-level cache: the first-level one has room for
+// fewer that are on their way.
 template <class T>
 inline BATCHNORM_INLINE void fetch(const T* from) {
-  __builtin_prefetch(from, 0, 3);
+  __builtin_prefetch(from, 0, 2);
 }
 
 // Stores a pack of whole, aligned storage without reading its cache lines first or keeping them.
