@@ -873,6 +873,32 @@ assert native.kernels.batch_norm(**common, **arrays, rate=0.5) is None
     assert in_process_of_its_own(LIMIT_MEMORY + program) == "refused\nrefused\n"
 
 
+def test_what_fits():
+    fit, x, good = native.kernels.fit, torch.zeros(2, 3), torch.zeros(3)
+    assert fit(x, 1, good, None, torch.nn.Parameter(good), torch.zeros(6)[::2])
+    assert fit(x, 0, torch.zeros(2))
+    freed = torch.zeros(3)
+    freed.untyped_storage().resize_(0)
+    for bad in (
+        torch.zeros(2),
+        torch.zeros(3, 1),
+        good.double(),
+        good.to("meta"),
+        good.to_sparse(),
+        freed,
+        np.zeros(3, np.float32),
+        3.0,
+    ):
+        assert not fit(x, 1, good, bad)
+    for other in (x.to("meta"), x.double(), x.numpy(), 3.0):
+        assert not fit(other, 1, good)
+    assert not fit(x, 2, good)
+    assert not fit(x, -1, good)
+    for arguments in ((), (x,), (x, "1")):
+        with pytest.raises(TypeError):
+            fit(*arguments)
+
+
 @pytest.mark.parametrize("shape", [(4, 1 << 21), (1, 1 << 18, 64), (64, 1 << 17)])
 def test_many_channels_need_little_memory(shape):
     """Less than the parameters themselves."""

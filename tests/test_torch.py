@@ -157,6 +157,43 @@ BAD_SETTINGS = [
 ]
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrized(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def hidden(layer):
+    layer.__dict__["weight"] = 2 * layer.weight
+
+
+def deleted(layer):
+    weight = 2 * layer.weight
+    del layer.weight
+    layer.weight = weight
+
+
+def assigned(layer):
+    layer.running_mean = torch.full((3,), 2.0)
+
+
+@pytest.mark.parametrize("change", [parametrized, hidden, deleted, assigned])
+@pytest.mark.parametrize("training", [False, True])
+def test_tensors_are_found_wherever_they_are(change, training):
+    layers = [torch.nn.BatchNorm1d(3), bt.BatchNorm1d(3)]
+    x = torch.randn(8, 3)
+    for layer in layers:
+        layer.train(training)
+        layer.weight.data.fill_(1.5)
+        change(layer)
+    theirs, ours = (layer(x) for layer in layers)
+    torch.testing.assert_close(ours, theirs)
+    ours.sum().backward()
+
+
 @pytest.mark.parametrize(("ours", "theirs", "shape"), CLASSES, ids=IDS[1:])
 @pytest.mark.parametrize(
     ("arguments", "keywords"),

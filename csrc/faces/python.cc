@@ -94,6 +94,25 @@ void read_tensor(PyObject* object, dlpack::TensorOfObject tensor_of, Operand* op
   if (!tensor.strides) set_dense_strides(&operand->axes);
 }
 
+// False where it is no tensor of a registered type.
+bool read_registered(PyObject* object, Operand* operand) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  for (int i = 0; i < number_of_tensor_types; ++i) {
+    if (tensor_types[i].type != type) continue;
+    read_tensor(object, tensor_types[i].tensor_of, operand);
+    return true;
+  }
+  return false;
+}
+
+// What an array says that cannot be asked is no error: it is not known. All else is.
+void clear_what_cannot_be_asked() {
+  for (PyObject* expected : {PyExc_TypeError, PyExc_BufferError, PyExc_RuntimeError,
+                             PyExc_ValueError, PyExc_NotImplementedError}) {
+    if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) PyErr_Clear();
+  }
+}
+
 // The arrays of ml_dtypes' bfloat16 have no buffer: they come as arrays of two bytes that are no
 // number, numpy.dtype("V2").
 Element element_of(const Py_buffer& buffer) {
@@ -258,16 +277,12 @@ class Call {
     PyObject* value = values_[argument];
     if (!value) return operand;
     operand.is_present = true;
-    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(value));
-    for (int i = 0; i < number_of_tensor_types; ++i) {
-      if (tensor_types[i].type != type) continue;
-      read_tensor(value, tensor_types[i].tensor_of, &operand);
-      return without_error(operand);
-    }
-    if (PyObject_GetBuffer(value, &buffers_[held_], PyBUF_STRIDES | PyBUF_FORMAT) == 0) {
+    if (!read_registered(value, &operand) &&
+        PyObject_GetBuffer(value, &buffers_[held_], PyBUF_STRIDES | PyBUF_FORMAT) == 0) {
       read_buffer(buffers_[held_++], &operand);
     }
-    return without_error(operand);
+    clear_what_cannot_be_asked();
+    return operand;
   }
 
   // What the stages have in common.
@@ -306,15 +321,6 @@ class Call {
   double eps = 1, rate = 0, correction = 1;
 
  private:
-  // What an array says that cannot be asked is no error: it is not known. All else is.
-  const Operand& without_error(const Operand& operand) {
-    for (PyObject* expected : {PyExc_TypeError, PyExc_BufferError, PyExc_RuntimeError,
-                               PyExc_ValueError, PyExc_NotImplementedError}) {
-      if (PyErr_Occurred() && PyErr_ExceptionMatches(expected)) PyErr_Clear();
-    }
-    return operand;
-  }
-
   // -1 for an unknown one. Keywords mostly come in our order.
   static int find(PyObject* keyword, int first) {
     for (int i = 0; i < kArguments; ++i) {
@@ -605,6 +611,27 @@ PyObject* py_register_tensor(PyObject*, PyObject* type) {
   Py_RETURN_TRUE;
 }
 
+// fit(x, axis, *parameters): whether each of these is None or a tensor in memory, of the dtype of x
+// and as long as its axis.
+PyObject* py_fit(PyObject*, PyObject* const* values, Py_ssize_t number) {
+  if (number < 2) return PyErr_Format(PyExc_TypeError, "fit() needs x and an axis");
+  const long axis = PyLong_AsLong(values[1]);
+  if (axis == -1 && PyErr_Occurred()) return nullptr;
+  const auto is_in_memory = [](const Operand& operand) {
+    return operand.is_known && (operand.data || operand.axes.elements() == 0);
+  };
+  Operand x;
+  bool fit = read_registered(values[0], &x) && is_in_memory(x) && axis >= 0 && axis < x.axes.rank;
+  for (Py_ssize_t i = 2; i < number && fit; ++i) {
+    if (values[i] == Py_None) continue;
+    Operand each;
+    fit = read_registered(values[i], &each) && is_in_memory(each) && each.element == x.element &&
+          each.axes.rank == 1 && each.axes.sizes[0] == x.axes.sizes[axis];
+  }
+  clear_what_cannot_be_asked();
+  return PyErr_Occurred() ? nullptr : PyBool_FromLong(fit);
+}
+
 // Of a library that is loaded already, the way into its OpenMP runtime; of PyTorch's, also
 // at::get_num_threads(), by the name that it has there (system/parallel.h).
 PyObject* py_team(PyObject*, PyObject* path) {
@@ -711,6 +738,8 @@ PyMethodDef methods[] = {
     {"layout", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_layout)),
      METH_VARARGS | METH_KEYWORDS, nullptr},
     {"register_tensor", py_register_tensor, METH_O, nullptr},
+    {"fit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_fit)), METH_FASTCALL,
+     nullptr},
     {"team", py_team, METH_O, nullptr},
     {"num_threads", py_num_threads, METH_NOARGS, nullptr},
     {"set_num_threads", py_set_num_threads, METH_O, nullptr},

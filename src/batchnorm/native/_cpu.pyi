@@ -151,6 +151,9 @@ def layout(
     None where it has gaps, or where its features do not lie side by side, in order.
     """
 
+def fit(x: Array, axis: int, /, *parameters: Array | None) -> bool:
+    """Whether each is None or a tensor in memory, of the dtype of x and as long as its axis."""
+
 def register_tensor(kind: type) -> bool:
     """Take arrays of exactly that type, if it has DLPack's C exchange API; say whether it has."""
 

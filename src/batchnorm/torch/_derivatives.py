@@ -16,7 +16,7 @@ from torch import Tensor
 from ..definition import Inputs, takes_part
 from . import _compat
 from ._running import Running, rounded
-from ._stages import Call, Given, Stages
+from ._stages import By, Call, Given, Stages
 
 
 def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
     if watched or not _requires_grad(inputs):
         y, statistics = _forward(call, inputs, watched=watched)
         return y, rounded(statistics)
-    y, statistics = _apply_with_statistics(call, inputs, None, *inputs, None, None)
+    y, statistics = _apply_with_statistics(call, inputs, None, None, *inputs)
     return y, statistics
 
 
@@ -34,17 +34,22 @@ def training_step(call: Call, inputs: Inputs, running: Running | None) -> Tensor
     watched = _needs_operations(call, inputs)
     if watched or not _requires_grad(inputs):
         return _forward(call, inputs, running=running, watched=watched)[0]
-    y: Tensor = _apply(call, inputs, running, *inputs, None, None)
+    y: Tensor = _apply(call, inputs, None, running, *inputs)
     return y
 
 
 def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
     """y, normalized by a given mean and variance, which have derivatives, too."""
     watched = _needs_operations(call, inputs)
-    if watched or not (_requires_grad(inputs) or _requires_grad(given)):
-        return _forward(call, inputs, given, watched=watched)[0]
-    y: Tensor = _apply(call, inputs, None, *inputs, *given)
-    return y
+    if not watched and torch.is_grad_enabled():
+        y: Tensor
+        if _requires_grad(given):
+            y = _apply(call, inputs, given, None, *inputs, *given)
+            return y
+        if _requires_grad(inputs):
+            y = _apply(call, inputs, given, None, *inputs)
+            return y
+    return Stages(call, inputs, watched=watched).normalize(given)
 
 
 def batch_statistics(call: Call, inputs: Inputs) -> Tensor:
@@ -116,24 +121,25 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, inputs: Inputs, running: Running | None, *tensors: Any
+        ctx: Any,
+        call: Call,
+        inputs: Inputs,
+        given: Given | None,
+        running: Running | None,
+        *tensors: Any,
     ) -> Any:
-        # One by one as well, for autograd to see them.
-        x, scale, bias, residual, weights, mean, var = tensors
-        given = None if mean is None else Given(mean, var)
+        # `tensors` are the inputs, and a given mean and variance that have derivatives: one by one
+        # as well, for autograd to see them.
+        x, scale, bias, residual, weights = inputs
         y, ctx.by = _forward(call, inputs, given, running, watched=False)
-        ctx.call = call
+        if given is not None:
+            # A copy: running statistics may have moved on when the backward pass comes.
+            ctx.by = torch.cat(given)
+        ctx.call, ctx.is_given, ctx.has_residual = call, given is not None, residual is not None
         ctx.dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
-        ctx.has_residual = residual is not None
         if call.problem.activation is None:
             residual = None
-        if mean is not None:
-            # Running statistics may have moved on when the backward pass comes.
-            ctx.by = Given(mean.detach().clone(), var.detach().clone())
-            if not any(ctx.needs_input_grad[-2:]):
-                mean = var = None
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, scale, bias, residual, weights, mean, var)
+        ctx.save_for_backward(x, scale, bias, residual, weights, *tensors[5:])
         return y
 
     @staticmethod
@@ -152,6 +158,7 @@ class _Output(torch.autograd.Function):
 class _OutputAndStatistics(_Output):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
+        ctx.set_materialize_grads(False)
         # An output that its own node held would never be freed.
         return _Output.forward(ctx, *arguments), rounded(ctx.by).detach()
 
@@ -160,30 +167,34 @@ _apply = _compat.apply_of(_Output)
 _apply_with_statistics = _compat.apply_of(_OutputAndStatistics)
 
 
+def _by(ctx: Any) -> By:
+    return Given(*ctx.by.chunk(2)) if ctx.is_given else ctx.by
+
+
 def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
     """Of the arguments of `_Output.forward`."""
-    x, scale, bias, residual, weights, mean, _ = ctx.saved_tensors
-    inputs, by, call = Inputs(x, scale, bias, residual, weights), ctx.by, ctx.call
+    x, scale, bias, residual, weights, *moving = ctx.saved_tensors
+    inputs, by, call = Inputs(x, scale, bias, residual, weights), _by(ctx), ctx.call
     dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
     if dtypes != ctx.dtypes:
         raise ValueError(
             f"{call.names.get('scale', 'scale')} and bias had the dtypes {ctx.dtypes}, but they "
             f"have {dtypes}."
         )
-    if torch.is_grad_enabled() or dstatistics is not None or mean is not None:
-        return None, None, None, *_differentiable_gradients(ctx, dy, dstatistics)
+    if torch.is_grad_enabled() or dstatistics is not None or moving:
+        return None, None, None, None, *_differentiable_gradients(ctx, dy, dstatistics)
     if dy is None:
-        return (None,) * 10
+        return (None,) * 9
     watched = _compat.is_watched(x) or _compat.is_batch_of_autograd(dy)
     stages = Stages(call, inputs, watched=watched)
-    if call.processes.is_shared and not isinstance(by, Given):
+    if call.processes.is_shared and not ctx.is_given:
         own = stages.gradient_sums(by, dy)
         sums = call.processes.sum(own if scale is None else own * scale.to(own.dtype))
         dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual)
         dscale, dbias = stages.parameter_gradients(own)
     else:
         dscale, dbias, dx, g = stages.gradients(by, dy, ctx.has_residual)
-    return None, None, None, dx, dscale, dbias, g, None, None, None
+    return None, None, None, None, dx, dscale, dbias, g, None
 
 
 def _differentiable_gradients(
@@ -194,9 +205,9 @@ def _differentiable_gradients(
     with torch.enable_grad():
         # Each of its own, so that a tensor that came twice has two gradients.
         tensors = [None if each is None else each.view_as(each) for each in ctx.saved_tensors]
-        inputs, mean, var = Inputs(*tensors[:5]), *tensors[5:]
-        given = ctx.by if isinstance(ctx.by, Given) else None
-        given = given if mean is None else Given(mean, var)
+        inputs, given = Inputs(*tensors[:5]), None
+        if ctx.is_given:
+            given = Given(*(tensors[5:] or ctx.by.chunk(2)))
         Stages(ctx.call, inputs, watched=True).check("dy", dy)
         outputs = _forward(ctx.call, inputs, given, watched=True)
         if given is None:

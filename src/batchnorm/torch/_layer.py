@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from ._arguments import (
 from ._opacus import tell_opacus
 from ._recording import recorded_layer, stand_in
 from ._running import Running, Tracked, explained
-from ._stages import OF_LAYERS, Call, Given
+from ._stages import OF_LAYERS, Call, Given, fit
 from ._sync import ALONE, Alone, Processes
 
 NormalizeBy = Literal["batch", "running"]
@@ -213,10 +213,10 @@ class Layer(_compat.BatchNormBase):
         if input.layout is not torch.strided or input.is_nested:
             _compat.check_dense("input", input)
         self._check_input_dim(input)
-        # Once, since torch.nn.Module takes its time to find a tensor.
-        given = Given(self.running_mean, self.running_var)
-        is_tracked = given.mean is not None
-        if not is_tracked or given.var is None:
+        weight, bias, mean, var = self._tensors()
+        given = Given(mean, var)
+        is_tracked = mean is not None
+        if not is_tracked or var is None:
             check_running(*given)
             self._check_freezing(self.normalize_by, self.update_running)
         by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
@@ -227,7 +227,8 @@ class Layer(_compat.BatchNormBase):
             return self._exported(input, residual)
         if watched and _compat.is_traced() and torch.onnx.is_in_onnx_export():
             raise RuntimeError(self._why_not_exported(is_tracked))
-        call, inputs = self._checked(input, residual, mask, given, watched)
+        inputs = Inputs(input, weight, bias, residual, None)
+        call, inputs = self._checked(inputs, mask, given, watched)
         # An empty batch says nothing; one that checkpointing computes again, nothing new.
         is_empty = input.numel() == 0 and not call.processes.is_shared
         moves = moves and not is_empty and not _compat.is_in_backward_pass()
@@ -342,37 +343,45 @@ class Layer(_compat.BatchNormBase):
         self.widen_statistics()  # which assign=True takes as they are
 
     def _checked(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        mask: Tensor | None,
-        running: Given,
-        watched: bool,
+        self, inputs: Inputs, mask: Tensor | None, running: Given, watched: bool
     ) -> tuple[Call, Inputs]:
-        dtype, device, shape = input.dtype, input.device, input.shape
+        input, weight, bias, residual, _ = inputs
+        dtype, shape = input.dtype, input.shape
         checks.floating("input", dtype, dtype.is_floating_point)
-        weight, bias = self.weight, self.bias
         if shape[1] != self.num_features and any(
             each is not None for each in (weight, bias, *running)
         ):
             checks.number_of_channels(shape[1], self.num_features, shape, "input")
-        channels = shape[1:2]
-        named = (
-            ("weight", weight),
-            ("bias", bias),
-            ("running_mean", running.mean),
-            ("running_var", running.var),
-        )
         processes = self._processes()
+        if watched or not fit(input, weight, bias, *running):
+            named = {"weight": weight, "bias": bias}
+            named |= {"running_mean": running.mean, "running_var": running.var}
+            self._check_parameters(input, named, processes)
+        if residual is not None or mask is not None:
+            if residual is not None:
+                residual = residual_like(input, residual, "input")
+            weights = None if mask is None else weights_of(input, mask, "input")
+            inputs = Inputs(input, weight, bias, residual, weights)
+        eps = self.usable_eps(self.__dict__["eps"])
+        if type(eps) is float and processes is ALONE and not watched:
+            return _plain_call(eps, self.activation), inputs
+        eps = number(eps, checks.positive_eps)
+        problem = Problem((1,), eps, self.activation)
+        return Call(problem, processes, watched or isinstance(eps, Tensor), OF_LAYERS), inputs
+
+    @staticmethod
+    def _check_parameters(input: Tensor, named: dict[str, Tensor | None], processes: Alone) -> None:
+        dtype, shape = input.dtype, input.shape
+        channels = shape[1:2]
         if processes.is_shared:
-            for name, each in named:
+            for name, each in named.items():
                 if each is not None:  # before others get to know of this call
                     _compat.check_dense(name, each)
-        for name, each in named:
+        for name, each in named.items():
             if each is None:
                 continue
             try:
-                fits = each.dtype == dtype and each.device == device and each.shape == channels
+                fits = (each.dtype, each.device, each.shape) == (dtype, input.device, channels)
             except RuntimeError:  # of a nested tensor, which has no shape
                 fits = False
             if not fits:
@@ -386,13 +395,19 @@ class Layer(_compat.BatchNormBase):
                         f"torch.float16 or torch.bfloat16 input), but its dtype is {each.dtype}. "
                         "Convert one of them."
                     )
-        if residual is not None:
-            residual = residual_like(input, residual, "input")
-        weights = None if mask is None else weights_of(input, mask, "input")
-        eps = number(self.usable_eps(self.__dict__["eps"]), checks.positive_eps)
-        problem = Problem((1,), eps, self.activation)
-        call = Call(problem, processes, watched or isinstance(eps, Tensor), OF_LAYERS)
-        return call, Inputs(input, weight, bias, residual, weights)
+
+    def _tensors(self) -> tuple[Any, Any, Any, Any]:
+        """weight, bias, running_mean and running_var, as torch.nn.Module finds them, but sooner."""
+        own = self.__dict__
+        parameters, buffers = own["_parameters"], own["_buffers"]
+        is_hidden = "weight" in own or "bias" in own
+        try:
+            if not (is_hidden or "running_mean" in own or "running_var" in own):
+                weight, bias = parameters["weight"], parameters["bias"]
+                return weight, bias, buffers["running_mean"], buffers["running_var"]
+        except KeyError:  # one is no parameter or buffer of its own: it is parametrized, say
+            pass
+        return self.weight, self.bias, self.running_mean, self.running_var
 
     def _normalizes_by_running(self, is_tracked: bool) -> bool:
         if self.normalize_by is not None:
@@ -505,6 +520,12 @@ class Layer(_compat.BatchNormBase):
         # Nor is a tensor of another kind than the buffers, such as a tracer's.
         if not is_apart and type(elements) is type(batches):
             self._tracked = kept
+
+
+@lru_cache(maxsize=64)
+def _plain_call(eps: float, activation: str | None) -> Call:
+    """Of a layer that computes for itself, which nothing but autograd looks at."""
+    return Call(Problem((1,), checks.positive_eps(eps), activation), ALONE, False, OF_LAYERS)
 
 
 def forward_of(layer: Layer, input: Tensor, **others: Tensor) -> Tensor:

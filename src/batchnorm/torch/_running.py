@@ -35,28 +35,21 @@ class Running(NamedTuple):
     may_be_empty: bool = True
     owner: str | None = None
 
-    def operands(self) -> dict[str, Any] | None:
-        """For a kernel; None if a rate is a tensor, or a view negates what is in memory."""
+    def operands(self) -> tuple[dict[str, Any], float] | None:
+        """And the rate, for a kernel; None if it is a tensor, or memory is negated by a view."""
         if type(self.rate) is not float or self.mean.is_neg() or self.var.is_neg():
             return None
-        return {
-            "running_mean": self.mean,
-            "running_var": self.var,
-            "batches": self.batches,
-            "rate": self.rate,
-        }
+        tensors = {"running_mean": self.mean, "running_var": self.var, "batches": self.batches}
+        return tensors, self.rate
 
     def move(self, statistics: Tensor, *, watched: bool) -> None:
         """In place; `statistics` as in _stages.py."""
-        kernels = native.kernels
-        if (
-            kernels is not None
-            and not watched
-            and statistics.dtype == torch.float64
-            and (operands := self.operands()) is not None
-            and kernels.update_running(statistics=statistics, correction=1, **operands) is None
-        ):
-            return
+        moving = None if watched or native.kernels is None else self.operands()
+        if moving is not None and statistics.dtype == torch.float64:
+            tensors, rate = moving
+            operands = {"statistics": statistics, "rate": rate, "correction": 1, **tensors}
+            if native.kernels.update_running(**operands) is None:
+                return
         for name, tensor in (
             ("running_mean", self.mean),
             ("running_var", self.var),

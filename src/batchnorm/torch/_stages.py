@@ -77,14 +77,8 @@ class Stages:
     def __init__(self, call: Call, inputs: Inputs, *, watched: bool) -> None:
         x, self.names = inputs.x, call.names
         self.is_native = (
-            native.kernels is not None and x.is_cpu and x.dtype in _DTYPES and not watched
+            native.kernels is not None and not watched and x.is_cpu and x.dtype in _DTYPES
         )
-        if self.is_native:
-            # What the record of a tensor does not say: some views negate what is in memory.
-            for each in inputs:
-                if each is not None and each.is_neg():
-                    inputs = Inputs(*map(self.resolved, Inputs._fields, inputs))
-                    break
         self.problem, self.inputs = call.problem, inputs
 
     def forward(self, running: Running | None = None) -> tuple[Tensor, Tensor]:
@@ -94,9 +88,11 @@ class Stages:
             y, statistics = torch.empty_like(x), self.rows(5 if x.dtype == torch.float64 else 3)
             operands: dict[str, Any] = {"statistics": statistics, "y": y}
             moving = None if running is None else running.operands()
+            rate = None
             if moving is not None:
-                operands |= moving
-            if self.runs(native.kernels.batch_norm, operands):
+                tensors, rate = moving
+                operands |= tensors
+            if self.runs(native.kernels.batch_norm, operands, rate=rate):
                 if running is not None and moving is None:
                     running.move(statistics, watched=True)
                 return y, statistics
@@ -122,7 +118,7 @@ class Stages:
         x = self.inputs.x
         if self.is_native:
             y = torch.empty_like(x)
-            if self.runs(native.kernels.normalize, {"y": y, **self.named(by)}):
+            if self.runs(native.kernels.normalize, {"y": y}, by):
                 return y
         inputs = self.wide_inputs()
         return definition.normalize(self.problem, inputs, self.moments_of(by)).to(x.dtype)
@@ -137,9 +133,8 @@ class Stages:
             dbias = None if bias is None else torch.empty_like(bias)
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = self.named(by, dy)
-            operands |= {"dscale": dscale, "dbias": dbias, "dx": dx, "dresidual": dresidual}
-            if self.runs(native.kernels.batch_norm_gradients, operands):
+            operands = {"dscale": dscale, "dbias": dbias, "dx": dx, "dresidual": dresidual}
+            if self.runs(native.kernels.batch_norm_gradients, {"dy": dy, **operands}, by):
                 return dscale, dbias, dx, dresidual
         sums = self.gradient_sums(by, dy)
         dx, dresidual = self.input_gradient_by_definition(by, sums, dy, with_dresidual)
@@ -148,7 +143,7 @@ class Stages:
     def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
         if self.is_native:
             sums = self.rows(2)
-            if self.runs(native.kernels.gradient_sums, {"sums": sums, **self.named(by, dy)}):
+            if self.runs(native.kernels.gradient_sums, {"dy": dy, "sums": sums}, by):
                 return sums
         self.check("dy", dy)
         inputs, moments = self.wide_inputs(), self.moments_of(by)
@@ -164,8 +159,8 @@ class Stages:
         if self.is_native:
             dx = torch.empty_like(x)
             dresidual = torch.empty_like(x) if with_dresidual else None
-            operands = {"sums": sums, "dx": dx, "dresidual": dresidual, **self.named(by, dy)}
-            if self.runs(native.kernels.input_gradient, operands):
+            operands = {"dy": dy, "sums": sums, "dx": dx, "dresidual": dresidual}
+            if self.runs(native.kernels.input_gradient, operands, by):
                 return dx, dresidual
         return self.input_gradient_by_definition(by, sums, dy, with_dresidual, are_scaled=True)
 
@@ -252,42 +247,43 @@ class Stages:
 
     # ---- for the kernels
 
-    def named(self, by: By, dy: Tensor | None = None) -> dict[str, Any]:
-        operands: dict[str, Any] = {}
-        if dy is not None:
-            operands["dy"] = self.resolved("dy", dy) if dy.is_neg() else dy
-        if isinstance(by, Given):
-            operands["mean"] = self.resolved("mean", by.mean)
-            operands["var"] = self.resolved("var", by.var)
-        else:
-            operands["statistics"] = by
-        return operands
-
-    def resolved(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """As it means, where that is the negative of what is in memory."""
-        if tensor is None or not tensor.is_neg():
-            return tensor
-        check_dense(self.names.get(name, name), tensor)
-        return tensor.resolve_neg()
-
     def rows(self, number: int) -> Tensor:
         shape = self.inputs.x.shape
         return _FLOAT64.new_empty(number, *[shape[axis] for axis in self.problem.features])
 
-    def runs(self, kernel: Any, operands: dict[str, Any]) -> bool:
+    def runs(
+        self,
+        kernel: Any,
+        operands: dict[str, Any],
+        by: By | None = None,
+        rate: float | None = None,
+    ) -> bool:
         """Let the kernel do it, and say whether it could; native/_cpu.pyi says what each takes.
 
         An operand that it can't take as it lies in memory is copied for it, if it is in memory.
         """
         x, scale, bias, residual, weights = self.inputs
-        features = self.problem.features
+        features, eps, activation, _ = self.problem
         if weights is not None:
             weights = weights.expand(weights_shape(features, weights.shape, x.shape))
-        operands["x"], operands["features"], operands["weights"] = x, features, weights
-        operands["team"] = _TEAM
-        if kernel is not native.kernels.statistics:
+        has_parameters = kernel is not native.kernels.statistics
+        operands["x"], operands["weights"] = x, weights
+        if has_parameters:
             operands["scale"], operands["bias"], operands["residual"] = scale, bias, residual
-            operands["eps"], operands["activation"] = self.problem.eps, self.problem.activation
+        if isinstance(by, Given):
+            operands["mean"], operands["var"] = by
+        elif by is not None:
+            operands["statistics"] = by
+        for name, each in operands.items():
+            # What the record of a tensor does not say: some views negate what is in memory.
+            if each is not None and each.is_neg():
+                check_dense(self.names.get(name, name), each)
+                operands[name] = each.resolve_neg()
+        operands["features"], operands["team"] = features, _TEAM
+        if has_parameters:
+            operands["eps"], operands["activation"] = eps, activation
+        if rate is not None:
+            operands["rate"] = rate
         given = operands
         while (name := kernel(**operands)) is not None:
             self.check(name, given[name])
@@ -297,6 +293,11 @@ class Stages:
                 return False  # whatever copy
             operands = {**operands, name: _COPIED[name](operands["x"], given[name])}
         return True
+
+
+def fit(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether they surely go with the channels, axis 1; a kernel knows sooner than PyTorch says."""
+    return native.kernels is not None and native.kernels.fit(x, 1, *parameters)
 
 
 def _like(x: Tensor, tensor: Tensor) -> Tensor:
