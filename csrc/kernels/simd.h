@@ -282,10 +282,6 @@ inline BATCHNORM_INLINE void store(T* to, Pack<F> v, int count) {
     store(buffer, v);
     return _mm256_mask_storeu_epi16(to, mask, load_bytes<__m256i>(buffer));
   }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<T, float> && std::is_same_v<F, float>) {
-    return _mm256_maskstore_ps(to, as<__m256i>(first_lanes<F>(count)), as<__m256>(v));
-  }
 #endif
   T buffer[kLanes<F>];
   store(buffer, v);
