@@ -338,7 +338,7 @@ struct ForInputGradient {
 
 template <class Kind, class F, class Of>
 inline BATCHNORM_INLINE Pack<F> coordinate(Pack<F> x, int64_t i, const Of& of) {
-  if constexpr (Kind::kScaled) x *= of.x_scale.at(i);
+  if constexpr (Kind::kScaled) x *= of.scales.x.at(i);
   return x - of.center.at(i);
 }
 
@@ -440,7 +440,7 @@ void gradient_sums_by_runs(const Problem& problem, const Range& range, const Coe
         if (ahead) fetch(inputs.dy + i + ahead);
         Pack<F> t, g;
         inputs.get(i, n, of, t, g);
-        if constexpr (Kind::kScaled) g *= of.g_scale.at(i);
+        if constexpr (Kind::kScaled) g *= of.scales.g.at(i);
         a += g;
         b += g * (t * of.rstd.at(i));
       });
@@ -487,7 +487,7 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
                           const int64_t distance = row * stride + walk * apart;
                           inputs.row(distance, row * weights.stride + walk * weights.apart)
                               .get(i, n, of, t, gradient);
-                          if constexpr (Kind::kScaled) gradient *= of.g_scale.at(i);
+                          if constexpr (Kind::kScaled) gradient *= of.scales.g.at(i);
                           a += gradient;
                           b += gradient * (t * of.rstd.at(i));
                         });
@@ -541,20 +541,20 @@ void input_gradient(const Problem& problem, const Range& range, const Coefficien
           inputs.get(i, n, of, t, g);
           Pack<F> own = g;
           if constexpr (Kind::kScaled) {
-            own *= of.g_scale.at(i);
-            t *= of.t_scale.at(i);
+            own *= of.scales.g.at(i);
+            t *= of.scales.t.at(i);
           }
           if (through_statistics) {
             Pack<F> share = of.share.at(i) + t * of.share_xhat.at(i);
             if (weights) {
               Pack<F> w = weights.template at<F>(i, n);
-              if constexpr (Kind::kScaled) w *= of.w_scale.at(i);
+              if constexpr (Kind::kScaled) w *= of.scales.w.at(i);
               share = select<F>(Bits<F>(w > 0), share * w, Pack<F>{});
             }
             own -= share;
           }
           if constexpr (Kind::kScaled) {
-            own = own * of.dx_slope.at(i) * of.dx_scale.at(i);
+            own = own * of.scales.dx_slope.at(i) * of.scales.dx.at(i);
           } else {
             own *= of.slope.at(i);
           }

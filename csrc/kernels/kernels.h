@@ -16,13 +16,13 @@ namespace batchnorm {
 // would break up.
 inline bool by_rows(const Shape& shape) { return shape.inner < 32; }
 
-// Of a row, up to so many lanes are worked on at a time, whose sums and coefficients stay in the
-// caches; and rows of few lanes are folded to about so many.
+// Of a row, up to so many lanes are worked on at a time, and of runs, those of so many channels:
+// their sums and coefficients stay in the caches. Rows of few lanes are folded to about kFolded.
 constexpr int64_t kStripLanes = 2048;
 constexpr int64_t kFolded = 256;
 
 inline int64_t most_lanes(const Shape& shape) {
-  if (!by_rows(shape)) return 0;
+  if (!by_rows(shape)) return std::min(kStripLanes, shape.channels);
   return std::min(kStripLanes, std::max(kFolded, shape.channels * shape.inner));
 }
 

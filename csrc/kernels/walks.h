@@ -256,10 +256,13 @@ struct PerLane {
   Pack<F> at(int64_t i) const { return load<F>(value + i); }
 };
 
+// Those of Coefficients and Scales, by their names.
 template <template <class> class Spread, class F>
 struct Spreads {
   Spread<F> center, rstd, slope, shift, share, share_xhat;
-  Spread<F> x_scale, g_scale, w_scale, t_scale, dx_slope, dx_scale;
+  struct {
+    Spread<F> x, g, w, t, dx, dx_slope;
+  } scales;
 };
 
 // Which of them a loop reads.
@@ -267,9 +270,10 @@ struct Reads {
   bool z, sums, dx, scales;
 };
 
-// put(spread, value) for each that is read of those of a channel, rstd up to `most_rstd`.
-template <class Loop, class Spreads, class Put>
-inline BATCHNORM_INLINE void put_coefficients(const Coefficients& of, const Scales* scales,
+// put(spread, value) for each that is read, rstd up to `most_rstd`: of those of a channel, or of
+// those that are spread in another way.
+template <class Loop, class Of, class ItsScales, class Spreads, class Put>
+inline BATCHNORM_INLINE void put_coefficients(const Of& of, const ItsScales* scales,
                                               double most_rstd, Spreads& to, const Put& put) {
   constexpr Reads kReads = Loop::kReads;
   put(to.center, of.center);
@@ -280,13 +284,13 @@ inline BATCHNORM_INLINE void put_coefficients(const Coefficients& of, const Scal
     put(to.share, of.share);
     put(to.share_xhat, of.share_xhat);
   }
-  if constexpr (kReads.scales) put(to.x_scale, scales->x);
-  if constexpr (kReads.scales && (kReads.sums || kReads.dx)) put(to.g_scale, scales->g);
+  if constexpr (kReads.scales) put(to.scales.x, scales->x);
+  if constexpr (kReads.scales && (kReads.sums || kReads.dx)) put(to.scales.g, scales->g);
   if constexpr (kReads.scales && kReads.dx) {
-    put(to.w_scale, scales->w);
-    put(to.t_scale, scales->t);
-    put(to.dx_slope, scales->dx_slope);
-    put(to.dx_scale, scales->dx);
+    put(to.scales.w, scales->w);
+    put(to.scales.t, scales->t);
+    put(to.scales.dx_slope, scales->dx_slope);
+    put(to.scales.dx, scales->dx);
   }
 }
 
@@ -325,7 +329,7 @@ inline bool has_any(const bool* chosen, const Shape& shape, const Range& range,
   return any;
 }
 
-// Of the longest strip of a problem.
+// Of the longest strip of a problem, or of as many channels.
 template <class Loop, class F>
 Spreads<PerLane, F> lanes_of(const Problem& problem, Scratch& scratch) {
   Spreads<PerLane, F> spreads = {};
@@ -336,42 +340,68 @@ Spreads<PerLane, F> lanes_of(const Problem& problem, Scratch& scratch) {
   return spreads;
 }
 
+// Of channel c to a lane.
+template <class Loop, class F>
+inline void spread_lane(const Range& range, const Coefficients* channels, int64_t c, int64_t lane,
+                        Spreads<PerLane, F>& lanes, double most_rstd = kAnyRstd) {
+  const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
+  put_coefficients<Loop>(
+      range.at(channels, c), scales, most_rstd, lanes,
+      [&](PerLane<F>& of, double value) { of.value[lane] = static_cast<F>(value); });
+}
+
 template <class Loop, class F>
 void spread(const Problem& problem, const Range& range, const Strip& strip,
             const Coefficients* channels, Spreads<PerLane, F>& lanes, double most_rstd = kAnyRstd) {
   for_lanes(problem.shape, strip, [&](int lane, int64_t c) {
-    const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
-    put_coefficients<Loop>(
-        range.at(channels, c), scales, most_rstd, lanes,
-        [&](PerLane<F>& of, double value) { of.value[lane] = static_cast<F>(value); });
+    spread_lane<Loop>(range, channels, c, lane, lanes, most_rstd);
   });
 }
 
+// Of a lane to all of a pack; of a loop that reads no sums.
+template <class Loop, class F>
+inline BATCHNORM_INLINE Spreads<One, F> spread(const Spreads<PerLane, F>& lanes, int64_t lane) {
+  Spreads<One, F> spreads;
+  put_coefficients<Loop>(lanes, &lanes.scales, kAnyRstd, spreads,
+                         [&](One<F>& one, const PerLane<F>& of)
+                             BATCHNORM_INLINE { one.value = all(of.value[lane]); });
+  return spreads;
+}
+
 // each(first element, length, weights, coefficients) for stretches of consecutive elements that
-// cover the range, its rows downwards.
+// cover the range, its rows downwards. `lanes` is memory for the coefficients.
 template <class Loop, class F, class T, class Each>
-inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& range,
-                                           const Coefficients* channels, Scratch scratch,
-                                           const Each& each) {
-  if (!by_rows(problem.shape)) {
-    const Runs<T> of_first = runs_of<T>(problem, range, range.channel0);
-    const int64_t inner = problem.shape.inner;  // from a run to that of the next channel
-    const int64_t weights_step = problem.weight_channels == 1 ? 0 : inner;
-    const int64_t bytes =
-        (range.channel1 - range.channel0) * of_first.length * static_cast<int64_t>(sizeof(T));
+inline BATCHNORM_INLINE void for_stretches_of_runs(const Problem& problem, const Range& range,
+                                                   const Coefficients* channels,
+                                                   Spreads<PerLane, F>& lanes, const Each& each) {
+  const int64_t inner = problem.shape.inner;  // from a run to that of the next channel
+  const int64_t weights_step = problem.weight_channels == 1 ? 0 : inner;
+  for (int64_t c0 = range.channel0, c1; c0 < range.channel1; c0 = c1) {
+    c1 = std::min(range.channel1, c0 + kStripLanes);
+    for (int64_t c = c0; c < c1; ++c) spread_lane<Loop>(range, channels, c, c - c0, lanes);
+    const Runs<T> of_first = runs_of<T>(problem, range, c0);
+    const int64_t bytes = (c1 - c0) * of_first.length * static_cast<int64_t>(sizeof(T));
     for_chunks_downwards(of_first.number, bytes, [&](int64_t row) BATCHNORM_INLINE {
       int64_t first = of_first.first + row * of_first.stride;
       Weights<Weight<T>> weights(of_first.weights);
       if (weights) weights = weights.further(row * of_first.weights_stride);
-      for (int64_t c = range.channel0; c < range.channel1; ++c, first += inner) {
-        const Spreads<One, F> of = spread<Loop, F>(range, channels, c);
+      for (int64_t c = c0; c < c1; ++c, first += inner) {
+        const Spreads<One, F> of = spread<Loop, F>(lanes, c - c0);
         each(first, of_first.length, weights, of);
         if (weights) weights = weights.further(weights_step);
       }
     });
-    return;
   }
+}
+
+template <class Loop, class F, class T, class Each>
+inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& range,
+                                           const Coefficients* channels, Scratch scratch,
+                                           const Each& each) {
   Spreads<PerLane, F> lanes = lanes_of<Loop, F>(problem, scratch);
+  if (!by_rows(problem.shape)) {
+    return for_stretches_of_runs<Loop, F, T>(problem, range, channels, lanes, each);
+  }
   Weight<T>* const buffer = buffer_of_weights<Weight<T>>(problem, scratch);
   for_strips(problem.shape, range, kFolded, [&](const Strip& strip) BATCHNORM_INLINE {
     spread<Loop>(problem, range, strip, channels, lanes);
