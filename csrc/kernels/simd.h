@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -139,8 +140,11 @@ inline Vector<float, N> load_floats(const Bfloat* from) {
 #endif
 #if defined(__AVX2__)
   if constexpr (N == 8) {
-    const __m256i wide = _mm256_cvtepu16_epi32(load_bytes<__m128i>(from));
-    return as<Vector<float, N>>(_mm256_slli_epi32(wide, 16));
+    const __m256i twice = _mm256_broadcastsi128_si256(load_bytes<__m128i>(from));
+    constexpr Vector<int8_t, 32> kHalf = {-1, -1, 0,  1,  -1, -1, 2,  3,  -1, -1, 4,
+                                          5,  -1, -1, 6,  7,  -1, -1, 8,  9,  -1, -1,
+                                          10, 11, -1, -1, 12, 13, -1, -1, 14, 15};
+    return as<Vector<float, N>>(_mm256_shuffle_epi8(twice, as<__m256i>(kHalf)));
   }
 #endif
 #if defined(__SSE2__)
@@ -179,19 +183,22 @@ inline void store(double* to, Pack<double> v) { std::memcpy(to, &v, sizeof v); }
 inline void store(Bfloat* to, Pack<float> v) {
   using U = Vector<uint32_t, kLanes<float>>;
   const U u = as<U>(v);
-  // To nearest, ties to even. A NaN stays one by its upper half, as those of arithmetic are quiet.
-  const U rounded = u + ((0x7fffu + ((u >> 16) & 1u)) & U(v == v));
+  // To nearest, ties to even. A NaN stays one, as it has nothing in its lower half: it is an
+  // element or a coefficient (`coefficient`), or what arithmetic makes of these.
+  const U rounded = u + 0x7fffu + ((u >> 16) & 1u);
 #if defined(__AVX512F__)
   // One instruction instead of a shift and a narrowing.
   constexpr Vector<uint16_t, 32> kOdd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
   const auto words = _mm512_permutexvar_epi16(as<__m512i>(kOdd), as<__m512i>(rounded));
   const auto bits = _mm512_castsi512_si256(words);
+#elif defined(__AVX2__)
+  constexpr Vector<int8_t, 32> kOdd = {2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15,
+                                       2, 3, 6, 7, 10, 11, 14, 15, 2, 3, 6, 7, 10, 11, 14, 15};
+  const __m256i words = _mm256_shuffle_epi8(as<__m256i>(rounded), as<__m256i>(kOdd));
+  const auto bits = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
 #else
   const Bits<float> upper = as<Bits<float>>(rounded) >> 16;
-#if defined(__AVX2__)
-  const __m256i pairs = _mm256_packs_epi32(as<__m256i>(upper), as<__m256i>(upper));
-  const auto bits = _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
-#elif defined(__SSE2__)
+#if defined(__SSE2__)
   const auto bits =
       as<Vector<int64_t, 2>>(_mm_packs_epi32(as<__m128i>(upper), as<__m128i>(upper)))[0];
 #else
@@ -235,6 +242,20 @@ inline BATCHNORM_INLINE void copy_few(T* to, const T* from, int count) {
   }
 }
 
+// Up to 7 elements of two bytes, and 0 beyond them. Not by a copy, which the load of a pack from it
+// would wait for.
+template <class T>
+inline BATCHNORM_INLINE Vector<uint64_t, 2> load_few(const T* from, int count) {
+  static_assert(sizeof(T) == 2);
+  const T* const last = from + (count & 4);
+  uint64_t first = 0, rest = 0;
+  if (count & 1) rest = load_bytes<uint16_t>(last + (count & 2));
+  if (count & 2) rest = rest << 32 | load_bytes<uint32_t>(last);
+  if (count & 4) first = load_bytes<uint64_t>(from);
+  const bool are_four = count & 4;
+  return Vector<uint64_t, 2>{are_four ? first : rest, are_four ? rest : 0};
+}
+
 // The first `count` elements, the other lanes 0: for the end of a row.
 template <class F, class T>
 inline BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
@@ -253,6 +274,10 @@ inline BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
     return as<Pack<F>>(_mm256_maskload_ps(from, as<__m256i>(first_lanes<F>(count))));
   }
 #endif
+  if constexpr (sizeof(T) == 2 && kLanes<F> <= 8) {
+    const Vector<uint64_t, 2> elements = load_few(from, count);
+    return load<F>(reinterpret_cast<const T*>(&elements));
+  }
   T buffer[kLanes<F>] = {};
   copy_few<F>(buffer, from, count);
   return load<F>(buffer);
@@ -417,6 +442,12 @@ inline BATCHNORM_INLINE void for_packs(int64_t n, const Body& body) {
 }
 
 // ---- arithmetic
+
+// The NaN of arithmetic for any.
+template <class F>
+inline F coefficient(double value) {
+  return std::isnan(value) ? std::numeric_limits<F>::quiet_NaN() : static_cast<F>(value);
+}
 
 template <class F>
 inline Pack<F> all(F value) {

@@ -303,7 +303,7 @@ inline BATCHNORM_INLINE Spreads<One, F> spread(const Range& range, const Coeffic
   Spreads<One, F> spreads;
   const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
   put_coefficients<Loop>(range.at(channels, c), scales, most_rstd, spreads,
-                         [](One<F>& one, double value) { one.value = all(static_cast<F>(value)); });
+                         [](One<F>& one, double value) { one.value = all(coefficient<F>(value)); });
   return spreads;
 }
 
@@ -347,7 +347,7 @@ inline void spread_lane(const Range& range, const Coefficients* channels, int64_
   const Scales* scales = Loop::kReads.scales ? &range.at(range.scales, c) : nullptr;
   put_coefficients<Loop>(
       range.at(channels, c), scales, most_rstd, lanes,
-      [&](PerLane<F>& of, double value) { of.value[lane] = static_cast<F>(value); });
+      [&](PerLane<F>& of, double value) { of.value[lane] = coefficient<F>(value); });
 }
 
 template <class Loop, class F>
