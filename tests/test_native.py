@@ -877,6 +877,10 @@ def test_what_fits():
     fit, x, good = native.kernels.fit, torch.zeros(2, 3), torch.zeros(3)
     assert fit(x, 1, good, None, torch.nn.Parameter(good), torch.zeros(6)[::2])
     assert fit(x, 0, torch.zeros(2))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert fit(x.to(dtype), 1, good, good.to(dtype))
+        assert not fit(x.to(dtype), 1, good.double())
+        assert not fit(x, 1, good.to(dtype))
     freed = torch.zeros(3)
     freed.untyped_storage().resize_(0)
     for bad in (

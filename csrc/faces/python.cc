@@ -611,8 +611,8 @@ PyObject* py_register_tensor(PyObject*, PyObject* type) {
   Py_RETURN_TRUE;
 }
 
-// fit(x, axis, *parameters): whether each of these is None or a tensor in memory, of the dtype of x
-// and as long as its axis.
+// fit(x, axis, *parameters): whether each of these is None or a tensor in memory, as long as that
+// axis of x and of its dtype, or float32 where that has two bytes.
 PyObject* py_fit(PyObject*, PyObject* const* values, Py_ssize_t number) {
   if (number < 2) return PyErr_Format(PyExc_TypeError, "fit() needs x and an axis");
   const long axis = PyLong_AsLong(values[1]);
@@ -621,11 +621,16 @@ PyObject* py_fit(PyObject*, PyObject* const* values, Py_ssize_t number) {
     return operand.is_known && (operand.data || operand.axes.elements() == 0);
   };
   Operand x;
+  const auto goes_with_x = [&x](Element element) {
+    const bool is_half = x.element == element_of(Dtype::float16);
+    const bool is_short = is_half || x.element == element_of(Dtype::bfloat16);
+    return element == x.element || (is_short && element == element_of(Dtype::float32));
+  };
   bool fit = read_registered(values[0], &x) && is_in_memory(x) && axis >= 0 && axis < x.axes.rank;
   for (Py_ssize_t i = 2; i < number && fit; ++i) {
     if (values[i] == Py_None) continue;
     Operand each;
-    fit = read_registered(values[i], &each) && is_in_memory(each) && each.element == x.element &&
+    fit = read_registered(values[i], &each) && is_in_memory(each) && goes_with_x(each.element) &&
           each.axes.rank == 1 && each.axes.sizes[0] == x.axes.sizes[axis];
   }
   clear_what_cannot_be_asked();

@@ -152,7 +152,10 @@ def layout(
     """
 
 def fit(x: Array, axis: int, /, *parameters: Array | None) -> bool:
-    """Whether each is None or a tensor in memory, of the dtype of x and as long as its axis."""
+    """Whether each is None or a tensor in memory, as long as the axis of x and of a dtype with it.
+
+    That is the dtype of x, or float32 where x is float16 or bfloat16.
+    """
 
 def register_tensor(kind: type) -> bool:
     """Take arrays of exactly that type, if it has DLPack's C exchange API; say whether it has."""
