@@ -180,7 +180,14 @@ def assigned(layer):
     layer.running_mean = torch.full((3,), 2.0)
 
 
-@pytest.mark.parametrize("change", [parametrized, hidden, deleted, assigned])
+def in_its_class(layer):
+    """As some ways of sharding give a layer a weight that is gathered when it is read."""
+    weight = 2 * layer.weight
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (kind,), {"weight": property(lambda layer: weight)})
+
+
+@pytest.mark.parametrize("change", [parametrized, hidden, deleted, assigned, in_its_class])
 @pytest.mark.parametrize("training", [False, True])
 def test_tensors_are_found_wherever_they_are(change, training):
     layers = [torch.nn.BatchNorm1d(3), bt.BatchNorm1d(3)]
@@ -1298,6 +1305,27 @@ def test_what_is_no_tensor_is_refused_by_name(layer, value):
             bt.batch_norm(x, value)
 
 
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_statistics_of_another_dtype(autocast, dtype):
+    x = torch.randn(8, 3).to(dtype).requires_grad_()
+    mean, var = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
+    with torch.autocast("cpu", dtype=autocast):
+        bt.functional.batch_norm(x, mean, var).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1])
+def test_a_nan_of_any_bits_stays_one_in_bfloat16(bits):
+    x = torch.randn(5, 3)
+    x[0, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    mean, var = (torch.ones(3, dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    bt.functional.batch_norm(x, mean, var, weight, training=True).sum().backward()
+    for each in (mean, var, weight.grad):
+        assert each.isnan().tolist() == [True, False, False]
+
+
 def test_autocast():
     norm = bt.BatchNorm2d(4, activation="relu")
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 2, 1))
@@ -1651,8 +1679,14 @@ def test_running_statistics_that_negate_what_is_in_memory():
     torch.testing.assert_close(negated.resolve_neg(), mean)
     layer = bt.BatchNorm1d(4)
     layer.running_mean = torch._neg_view(torch.full((4,), -2.0))
+    layer.num_batches_tracked = torch._neg_view(torch.tensor(-3))
     layer(x)
     torch.testing.assert_close(layer.running_mean.resolve_neg(), mean)
+    assert layer.num_batches_tracked == 4
+    layer = bt.BatchNorm1d(4)
+    layer.num_batches_tracked = torch._neg_view(torch.tensor(-3))
+    layer(x)
+    assert layer.num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("padding", [torch.nan, torch.inf])

@@ -457,3 +457,23 @@ def test_gradients_of_doubles_know_what_a_mean_and_a_variance_leave_out(x):
     layer(inputs).backward(torch.tensor(dy))
     for got, exact in ((inputs.grad, wanted["x"]), (layer.weight.grad, wanted["scale"])):
         assert np.abs(got.numpy() - exact).max() <= 1e-14 * np.abs(exact).max()
+
+
+class Ignoring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_no_gradient_stays_none(training):
+    """A zero would let an optimizer move what nothing depends on."""
+    for layer in (torch.nn.BatchNorm1d(3), bt.BatchNorm1d(3)):
+        x = torch.randn(4, 3, requires_grad=True)
+        Ignoring.apply(layer.train(training)(x)).sum().backward()
+        assert x.grad is None
+        assert layer.weight.grad is None

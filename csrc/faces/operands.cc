@@ -30,7 +30,7 @@ void set(T& element, double value) {
   if constexpr (std::is_arithmetic_v<T>) {
     element = static_cast<T>(value);
   } else {
-    store<float>(&element, Pack<float>{static_cast<float>(value)}, 1);
+    store<float>(&element, Pack<float>{coefficient<float>(value)}, 1);
   }
 }
 

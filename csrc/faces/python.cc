@@ -611,12 +611,10 @@ PyObject* py_register_tensor(PyObject*, PyObject* type) {
   Py_RETURN_TRUE;
 }
 
-// fit(x, axis, *parameters): whether each of these is None or a tensor in memory, as long as that
-// axis of x and of its dtype, or float32 where that has two bytes.
+// fit(x, *parameters): whether each of these is None or a tensor in memory, as long as axis 1 of x
+// and of its dtype, or float32 where that has two bytes; as _check_parameters in torch/_layer.py.
 PyObject* py_fit(PyObject*, PyObject* const* values, Py_ssize_t number) {
-  if (number < 2) return PyErr_Format(PyExc_TypeError, "fit() needs x and an axis");
-  const long axis = PyLong_AsLong(values[1]);
-  if (axis == -1 && PyErr_Occurred()) return nullptr;
+  if (number < 1) return PyErr_Format(PyExc_TypeError, "fit() needs x");
   const auto is_in_memory = [](const Operand& operand) {
     return operand.is_known && (operand.data || operand.axes.elements() == 0);
   };
@@ -626,12 +624,13 @@ PyObject* py_fit(PyObject*, PyObject* const* values, Py_ssize_t number) {
     const bool is_short = is_half || x.element == element_of(Dtype::bfloat16);
     return element == x.element || (is_short && element == element_of(Dtype::float32));
   };
-  bool fit = read_registered(values[0], &x) && is_in_memory(x) && axis >= 0 && axis < x.axes.rank;
-  for (Py_ssize_t i = 2; i < number && fit; ++i) {
+  bool fit = read_registered(values[0], &x) && is_in_memory(x) && x.element < Element::int64 &&
+             x.axes.rank > 1;
+  for (Py_ssize_t i = 1; i < number && fit; ++i) {
     if (values[i] == Py_None) continue;
     Operand each;
     fit = read_registered(values[i], &each) && is_in_memory(each) && goes_with_x(each.element) &&
-          each.axes.rank == 1 && each.axes.sizes[0] == x.axes.sizes[axis];
+          each.axes.rank == 1 && each.axes.sizes[0] == x.axes.sizes[1];
   }
   clear_what_cannot_be_asked();
   return PyErr_Occurred() ? nullptr : PyBool_FromLong(fit);

@@ -152,9 +152,9 @@ void add_weights(int lanes, const Rows& rows, const RowsOfWeights<W>& weights, F
   for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
     if (i == 0 || weights.first.mask) {
       sum = Pack<F>{};
-      for (int walk = 0; walk < rows.walks; ++walk) {
+      for (int stream = 0; stream < rows.streams; ++stream) {
         for (int64_t row = 0; row < rows.end - rows.begin; ++row) {
-          sum += weights.at(row, walk).template at<F>(i, n);
+          sum += weights.at(row, stream).template at<F>(i, n);
         }
       }
     }
@@ -210,20 +210,20 @@ void deviations_of_strip(const Problem& problem, const Range& range, const Strip
             weights_of_rows(problem, strip, rows, sums.weights);
         add_weights<F>(strip.lanes, rows, weights, sums.weight);
         add_rows<F>(strip.lanes, rows, sums.first, sums.second,
-                    [&](int64_t row, int walk, int64_t i, int n, Pack<F>& a, Pack<F>& b)
+                    [&](int64_t row, int stream, int64_t i, int n, Pack<F>& a, Pack<F>& b)
                         BATCHNORM_INLINE {
-                          const T* from = x + row * stride + walk * apart + i;
+                          const T* from = x + row * stride + stream * apart + i;
                           const Pack<F> t = X::load(from, n) - load<F>(sums.pivot + i);
-                          const auto w = weights.at(row - rows.begin, walk);
+                          const auto w = weights.at(row - rows.begin, stream);
                           add_weighted<F>(t, w.template at<F>(i, n), a, b);
                         });
       }
     } else {
       std::fill_n(sums.weight, strip.lanes, static_cast<F>(block.number()));
       add_rows<F>(strip.lanes, block, sums.first, sums.second,
-                  [&](int64_t row, int walk, int64_t i, int n, Pack<F>& a, Pack<F>& b)
+                  [&](int64_t row, int stream, int64_t i, int n, Pack<F>& a, Pack<F>& b)
                       BATCHNORM_INLINE {
-                        const T* from = x + row * stride + walk * apart + i;
+                        const T* from = x + row * stride + stream * apart + i;
                         const Pack<F> t = X::load(from, n) - load<F>(sums.pivot + i);
                         a += t;
                         b += t * t;
@@ -480,12 +480,12 @@ void gradient_sums(const Problem& problem, const Range& range, const Coefficient
         const GradientInputs<F, T, Kind> inputs(problem, dy, strip.first + rows.begin * stride,
                                                 weights.first);
         add_rows<F>(strip.lanes, rows, first, second,
-                    [&](int64_t row, int walk, int64_t i, int n, Pack<F>& a, Pack<F>& b)
+                    [&](int64_t row, int stream, int64_t i, int n, Pack<F>& a, Pack<F>& b)
                         BATCHNORM_INLINE {
                           Pack<F> t, gradient;
                           row -= rows.begin;
-                          const int64_t distance = row * stride + walk * apart;
-                          inputs.row(distance, row * weights.stride + walk * weights.apart)
+                          const int64_t distance = row * stride + stream * apart;
+                          inputs.row(distance, row * weights.stride + stream * weights.apart)
                               .get(i, n, of, t, gradient);
                           if constexpr (Kind::kScaled) gradient *= of.scales.g.at(i);
                           a += gradient;

@@ -184,7 +184,7 @@ inline void store(Bfloat* to, Pack<float> v) {
   using U = Vector<uint32_t, kLanes<float>>;
   const U u = as<U>(v);
   // To nearest, ties to even. A NaN stays one, as it has nothing in its lower half: it is an
-  // element or a coefficient (`coefficient`), or what arithmetic makes of these.
+  // element or a `coefficient`, or what arithmetic makes of these.
   const U rounded = u + 0x7fffu + ((u >> 16) & 1u);
 #if defined(__AVX512F__)
   // One instruction instead of a shift and a narrowing.
@@ -274,7 +274,8 @@ inline BATCHNORM_INLINE Pack<F> load(const T* from, int count) {
     return as<Pack<F>>(_mm256_maskload_ps(from, as<__m256i>(first_lanes<F>(count))));
   }
 #endif
-  if constexpr (sizeof(T) == 2 && kLanes<F> <= 8) {
+  constexpr bool kLowestFirst = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
+  if constexpr (sizeof(T) == 2 && kLanes<F> <= 8 && kLowestFirst) {
     const Vector<uint64_t, 2> elements = load_few(from, count);
     return load<F>(reinterpret_cast<const T*>(&elements));
   }

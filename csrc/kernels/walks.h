@@ -20,8 +20,8 @@ constexpr int kBlock = 64;                // elements added in float before they
 constexpr int kFirstBlock = 4;            // fewer at the start, when the pivot may be an outlier
 constexpr int64_t kChunkBytes = 2 << 20;  // read upwards by the walk downwards
 constexpr int64_t kLongBytes = 1 << 9;    // of a stretch that is written past the cache
-constexpr int kWalks = 4;                 // through rows, side by side
-static_assert(kFirstBlock % kWalks == 0 && kBlock % kWalks == 0);
+constexpr int kStreams = 4;               // of rows, read side by side
+static_assert(kFirstBlock % kStreams == 0 && kBlock % kStreams == 0);
 constexpr int64_t kFetchedBytes = 1 << 10;  // ahead of a walk that writes
 
 // Rows of few lanes are folded to about kFolded, and to this many for sums.
@@ -49,14 +49,14 @@ struct Strip {
 template <class Body>
 inline BATCHNORM_INLINE void for_strips(const Shape& shape, const Range& range, int64_t lanes,
                                         const Body& body) {
-  struct Rows {
+  struct Folded {
     int64_t begin, end, fold;
   };
   const int64_t row = shape.channels * shape.inner;
   const int64_t columns = (range.channel1 - range.channel0) * shape.inner;
   const int64_t fold = columns == row ? std::max<int64_t>(1, lanes / row) : 1;
   const int64_t folded = range.outer0 + (range.outer1 - range.outer0) / fold * fold;
-  for (const Rows& rows : {Rows{folded, range.outer1, 1}, Rows{range.outer0, folded, fold}}) {
+  for (const Folded& rows : {Folded{folded, range.outer1, 1}, Folded{range.outer0, folded, fold}}) {
     if (rows.begin == rows.end) continue;
     const int64_t column0 = range.channel0 * shape.inner;
     const int64_t column1 = column0 + rows.fold * columns;
@@ -68,30 +68,30 @@ inline BATCHNORM_INLINE void for_strips(const Shape& shape, const Range& range, 
   }
 }
 
-// Rows of a strip that are read side by side: [begin, end) of the first walk, and those as many
+// Rows of a strip that are read side by side: [begin, end) of the first stream, and those as many
 // times `apart` further on.
 struct Rows {
   int64_t begin, end, apart;
-  int walks;
+  int streams;
 
-  int64_t number() const { return walks * (end - begin); }
+  int64_t number() const { return streams * (end - begin); }
 };
 
 // body(rows) for blocks of `block` rows, and 4 times as many from block to block up to kBlock, that
-// cover a strip.
+// cover a strip; the last of up to 3 rows in one stream.
 //
-// A processor reads ahead of several walks, each in pages of its own, and so has more of memory on
-// its way than one walk lets it ask for; of several in one page, it has less.
+// A processor reads ahead of several streams, each in pages of its own, and so has more of memory
+// on its way than one stream lets it ask for; of several in one page, it has less.
 template <class Body>
 inline BATCHNORM_INLINE void for_blocks_of_rows(const Strip& strip, int64_t block,
                                                 const Body& body) {
-  const int64_t apart = strip.rows / kWalks;
+  const int64_t apart = strip.rows / kStreams;
   for (int64_t begin = 0, end; begin < apart; begin = end) {
-    end = std::min(apart, begin + block / kWalks);
-    body(Rows{begin, end, apart, kWalks});
+    end = std::min(apart, begin + block / kStreams);
+    body(Rows{begin, end, apart, kStreams});
     block = std::min<int64_t>(kBlock, 4 * block);
   }
-  if (kWalks * apart < strip.rows) body(Rows{kWalks * apart, strip.rows, 0, 1});
+  if (kStreams * apart < strip.rows) body(Rows{kStreams * apart, strip.rows, 0, 1});
 }
 
 // Of one channel: `number` runs of `length` elements, `stride` apart, and their weights or null.
@@ -152,19 +152,19 @@ struct Weights {
 template <class W>
 struct RowsOfWeights {
   Weights<W> first;
-  int64_t stride, apart;  // from a row, and from a walk, to the next
+  int64_t stride, apart;  // from a row, and from a stream, to the next
 
-  Weights<W> at(int64_t row, int64_t walk) const {
-    return first.further(row * stride + walk * apart);
+  Weights<W> at(int64_t row, int64_t stream) const {
+    return first.further(row * stride + stream * apart);
   }
 };
-// Room for a row of each walk through the longest strip; null where there are no weights.
+// Room for a row of each stream of the longest strip; null where there are no weights.
 template <class W>
 W* buffer_of_weights(const Problem& problem, Scratch& scratch) {
   if (!problem.weights) return nullptr;
-  return scratch.take<W>(kWalks * most_lanes(problem.shape));
+  return scratch.take<W>(kStreams * most_lanes(problem.shape));
 }
-// How many rows of each walk it has room for: one takes as many as its lanes, or a pack.
+// How many rows of each stream it has room for: one takes as many as its lanes, or a pack.
 template <class W>
 int64_t rows_in_buffer(const Problem& problem, const Strip& strip) {
   return most_lanes(problem.shape) / std::max(strip.lanes, kLanes<W>);
@@ -182,7 +182,7 @@ int64_t lanes_for_sums(const Problem& problem) {
 }
 
 // Weights in place where they lie as the elements do, else copied to the buffer: of no more than
-// rows_in_buffer(strip) rows of each walk.
+// rows_in_buffer(strip) rows of each stream.
 template <class W>
 RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, const Rows& rows,
                                  W* buffer) {
@@ -218,8 +218,8 @@ RowsOfWeights<W> weights_of_rows(const Problem& problem, const Strip& strip, con
       of_fold += shape.inner;
     }
   };
-  for (int walk = 0; walk < rows.walks; ++walk) {
-    for (int64_t row = rows.begin; row < rows.end; ++row) copy_row(row + walk * rows.apart);
+  for (int stream = 0; stream < rows.streams; ++stream) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) copy_row(row + stream * rows.apart);
   }
   const int64_t width = same ? kLanes<W> : strip.lanes;
   return {{buffer, same}, width, (rows.end - rows.begin) * width};
@@ -368,16 +368,15 @@ inline BATCHNORM_INLINE Spreads<One, F> spread(const Spreads<PerLane, F>& lanes,
   return spreads;
 }
 
-// each(first element, length, weights, coefficients) for stretches of consecutive elements that
-// cover the range, its rows downwards. `lanes` is memory for the coefficients.
+// As for_stretches, where that goes by runs; `lanes` is memory for the coefficients.
 template <class Loop, class F, class T, class Each>
 inline BATCHNORM_INLINE void for_stretches_of_runs(const Problem& problem, const Range& range,
                                                    const Coefficients* channels,
                                                    Spreads<PerLane, F>& lanes, const Each& each) {
   const int64_t inner = problem.shape.inner;  // from a run to that of the next channel
   const int64_t weights_step = problem.weight_channels == 1 ? 0 : inner;
-  for (int64_t c0 = range.channel0, c1; c0 < range.channel1; c0 = c1) {
-    c1 = std::min(range.channel1, c0 + kStripLanes);
+  for (int64_t c1 = range.channel1, c0; c1 > range.channel0; c1 = c0) {
+    c0 = std::max(range.channel0, c1 - kStripLanes);
     for (int64_t c = c0; c < c1; ++c) spread_lane<Loop>(range, channels, c, c - c0, lanes);
     const Runs<T> of_first = runs_of<T>(problem, range, c0);
     const int64_t bytes = (c1 - c0) * of_first.length * static_cast<int64_t>(sizeof(T));
@@ -394,6 +393,8 @@ inline BATCHNORM_INLINE void for_stretches_of_runs(const Problem& problem, const
   }
 }
 
+// each(first element, length, weights, coefficients) for stretches of consecutive elements that
+// cover the range, its rows downwards.
 template <class Loop, class F, class T, class Each>
 inline BATCHNORM_INLINE void for_stretches(const Problem& problem, const Range& range,
                                            const Coefficients* channels, Scratch scratch,
@@ -476,22 +477,22 @@ inline BATCHNORM_INLINE void for_blocks_of_channel(const Runs<T>& runs, int64_t 
   finish(elements);
 }
 
-// The rows, lane by lane, to first[lane] and second[lane]; body(row, walk, i, count, first, second)
-// adds the pack at lane i.
+// The rows, lane by lane, to first[lane] and second[lane]; body(row, stream, i, count, first,
+// second) adds the pack at lane i.
 template <class F, class Body>
 inline BATCHNORM_INLINE void add_rows(int lanes, const Rows& rows, F* first, F* second,
                                       const Body& body) {
-  const auto add = [&](auto walks) BATCHNORM_INLINE {
+  const auto add = [&](auto streams) BATCHNORM_INLINE {
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       for_packs<F>(lanes, [&](int64_t i, int n) BATCHNORM_INLINE {
         Pack<F> a = load<F>(first + i), b = load<F>(second + i);
-        for (int walk = 0; walk < walks; ++walk) body(row, walk, i, n, a, b);
+        for (int stream = 0; stream < streams; ++stream) body(row, stream, i, n, a, b);
         store(first + i, a);
         store(second + i, b);
       });
     }
   };
-  if (rows.walks == kWalks) return add(std::integral_constant<int, kWalks>());
+  if (rows.streams == kStreams) return add(std::integral_constant<int, kStreams>());
   add(std::integral_constant<int, 1>());
 }
 

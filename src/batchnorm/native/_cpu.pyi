@@ -151,8 +151,8 @@ def layout(
     None where it has gaps, or where its features do not lie side by side, in order.
     """
 
-def fit(x: Array, axis: int, /, *parameters: Array | None) -> bool:
-    """Whether each is None or a tensor in memory, as long as the axis of x and of a dtype with it.
+def fit(x: Array, /, *parameters: Array | None) -> bool:
+    """Whether each is None or a tensor in memory, as long as axis 1 of x and of a dtype with it.
 
     That is the dtype of x, or float32 where x is float16 or bfloat16.
     """

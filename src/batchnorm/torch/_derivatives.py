@@ -16,7 +16,7 @@ from torch import Tensor
 from ..definition import Inputs, takes_part
 from . import _compat
 from ._running import Running, rounded
-from ._stages import By, Call, Given, Stages
+from ._stages import Call, Given, Stages
 
 
 def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -41,14 +41,10 @@ def training_step(call: Call, inputs: Inputs, running: Running | None) -> Tensor
 def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
     """y, normalized by a given mean and variance, which have derivatives, too."""
     watched = _needs_operations(call, inputs)
-    if not watched and torch.is_grad_enabled():
-        y: Tensor
-        if _requires_grad(given):
-            y = _apply(call, inputs, given, None, *inputs, *given)
-            return y
-        if _requires_grad(inputs):
-            y = _apply(call, inputs, given, None, *inputs)
-            return y
+    moving = given if _requires_grad(given) else ()
+    if not watched and (moving or _requires_grad(inputs)):
+        y: Tensor = _apply(call, inputs, given, None, *inputs, *moving)
+        return y
     return Stages(call, inputs, watched=watched).normalize(given)
 
 
@@ -133,10 +129,11 @@ class _Output(torch.autograd.Function):
         x, scale, bias, residual, weights = inputs
         y, ctx.by = _forward(call, inputs, given, running, watched=False)
         if given is not None:
-            # A copy: running statistics may have moved on when the backward pass comes.
-            ctx.by = torch.cat(given)
-        ctx.call, ctx.is_given, ctx.has_residual = call, given is not None, residual is not None
+            # Running statistics may have moved on when the backward pass comes.
+            ctx.by = Given(given.mean.clone(), given.var.clone())
+        ctx.call, ctx.has_residual = call, residual is not None
         ctx.dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
+        ctx.set_materialize_grads(False)
         if call.problem.activation is None:
             residual = None
         ctx.save_for_backward(x, scale, bias, residual, weights, *tensors[5:])
@@ -158,7 +155,6 @@ class _Output(torch.autograd.Function):
 class _OutputAndStatistics(_Output):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        ctx.set_materialize_grads(False)
         # An output that its own node held would never be freed.
         return _Output.forward(ctx, *arguments), rounded(ctx.by).detach()
 
@@ -167,14 +163,10 @@ _apply = _compat.apply_of(_Output)
 _apply_with_statistics = _compat.apply_of(_OutputAndStatistics)
 
 
-def _by(ctx: Any) -> By:
-    return Given(*ctx.by.chunk(2)) if ctx.is_given else ctx.by
-
-
 def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
     """Of the arguments of `_Output.forward`."""
     x, scale, bias, residual, weights, *moving = ctx.saved_tensors
-    inputs, by, call = Inputs(x, scale, bias, residual, weights), _by(ctx), ctx.call
+    inputs, by, call = Inputs(x, scale, bias, residual, weights), ctx.by, ctx.call
     dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
     if dtypes != ctx.dtypes:
         raise ValueError(
@@ -187,7 +179,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
         return (None,) * 9
     watched = _compat.is_watched(x) or _compat.is_batch_of_autograd(dy)
     stages = Stages(call, inputs, watched=watched)
-    if call.processes.is_shared and not ctx.is_given:
+    if call.processes.is_shared and not isinstance(by, Given):
         own = stages.gradient_sums(by, dy)
         sums = call.processes.sum(own if scale is None else own * scale.to(own.dtype))
         dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual)
@@ -206,8 +198,8 @@ def _differentiable_gradients(
         # Each of its own, so that a tensor that came twice has two gradients.
         tensors = [None if each is None else each.view_as(each) for each in ctx.saved_tensors]
         inputs, given = Inputs(*tensors[:5]), None
-        if ctx.is_given:
-            given = Given(*(tensors[5:] or ctx.by.chunk(2)))
+        if isinstance(ctx.by, Given):
+            given = Given(*(tensors[5:] or ctx.by))
         Stages(ctx.call, inputs, watched=True).check("dy", dy)
         outputs = _forward(ctx.call, inputs, given, watched=True)
         if given is None:

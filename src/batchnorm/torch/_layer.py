@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterable
 from functools import lru_cache, partial
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ _Class = TypeVar("_Class")
 _CONVENTION = CONVENTIONS["torch"]
 BEYOND_TORCH = ("activation", "skip_nonfinite", "normalize_by", "update_running")
 _RUNNING = ("running_mean", "running_var")
+_TENSORS = ("weight", "bias", *_RUNNING)
 # What of torch.nn and timm puts layers of theirs in the place of every batch normalization.
 _UNDOING = ("convert_sync_batchnorm", "freeze_batch_norm_2d", "unfreeze_batch_norm_2d")
 _INITIAL = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0, "num_batches_skipped": 0}
@@ -213,14 +214,14 @@ class Layer(_compat.BatchNormBase):
         if input.layout is not torch.strided or input.is_nested:
             _compat.check_dense("input", input)
         self._check_input_dim(input)
-        weight, bias, mean, var = self._tensors()
+        watched = _compat.is_watched(input)
+        weight, bias, mean, var = self._tensors(watched)
         given = Given(mean, var)
         is_tracked = mean is not None
         if not is_tracked or var is None:
             check_running(*given)
             self._check_freezing(self.normalize_by, self.update_running)
         by_running, moves = self._normalizes_by_running(is_tracked), self._moves_running(is_tracked)
-        watched = _compat.is_watched(input)
         if watched:  # by a subclass of tensors, perhaps
             _compat.check_dense("input", input)
         if watched and by_running and not moves and self._is_exported():
@@ -396,13 +397,12 @@ class Layer(_compat.BatchNormBase):
                         "Convert one of them."
                     )
 
-    def _tensors(self) -> tuple[Any, Any, Any, Any]:
-        """weight, bias, running_mean and running_var, as torch.nn.Module finds them, but sooner."""
-        own = self.__dict__
+    def _tensors(self, watched: bool) -> tuple[Any, Any, Any, Any]:
+        """The attributes of these names; torch.nn.Module takes longer to find each."""
+        own, kind = self.__dict__, cast(Any, type(self))
         parameters, buffers = own["_parameters"], own["_buffers"]
-        is_hidden = "weight" in own or "bias" in own
         try:
-            if not (is_hidden or "running_mean" in own or "running_var" in own):
+            if not watched and own.keys().isdisjoint(_TENSORS) and not _hides(kind):
                 weight, bias = parameters["weight"], parameters["bias"]
                 return weight, bias, buffers["running_mean"], buffers["running_var"]
         except KeyError:  # one is no parameter or buffer of its own: it is parametrized, say
@@ -520,6 +520,12 @@ class Layer(_compat.BatchNormBase):
         # Nor is a tensor of another kind than the buffers, such as a tracer's.
         if not is_apart and type(elements) is type(batches):
             self._tracked = kept
+
+
+@lru_cache(maxsize=64)
+def _hides(kind: type) -> bool:
+    """Whether instances find one of these in their class: by a property, say."""
+    return any(hasattr(kind, name) for name in _TENSORS)
 
 
 @lru_cache(maxsize=64)

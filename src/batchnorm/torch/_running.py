@@ -37,9 +37,11 @@ class Running(NamedTuple):
 
     def operands(self) -> tuple[dict[str, Any], float] | None:
         """And the rate, for a kernel; None if it is a tensor, or memory is negated by a view."""
-        if type(self.rate) is not float or self.mean.is_neg() or self.var.is_neg():
-            return None
         tensors = {"running_mean": self.mean, "running_var": self.var, "batches": self.batches}
+        if type(self.rate) is not float or any(
+            each is not None and each.is_neg() for each in tensors.values()
+        ):
+            return None
         return tensors, self.rate
 
     def move(self, statistics: Tensor, *, watched: bool) -> None:

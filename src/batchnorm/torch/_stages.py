@@ -297,7 +297,7 @@ class Stages:
 
 def fit(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether they surely go with the channels, axis 1; a kernel knows sooner than PyTorch says."""
-    return native.kernels is not None and native.kernels.fit(x, 1, *parameters)
+    return native.kernels is not None and native.kernels.fit(x, *parameters)
 
 
 def _like(x: Tensor, tensor: Tensor) -> Tensor:
