@@ -185,7 +185,7 @@ def results(
     framework: str, each: Work, layout: str, call: str, calls: Calls, *, quick: bool
 ) -> list[Result]:
     """The results of one shape; the first call is ours, and those of `copies_of` the unit."""
-    times = measure(calls, 0.2 if quick else 1.0)
+    times = measure(calls, 0.2 if quick else 0.5)
     ours = next(iter(times.values()))
     copy = min((times.pop(COPY), times.pop(COPY_PAST_CACHE)), key=statistics.median)
     times["copy"] = copy
