@@ -444,7 +444,8 @@ inline BATCHNORM_INLINE void for_packs(int64_t n, const Body& body) {
 
 // ---- arithmetic
 
-// The NaN of arithmetic for any.
+// As an arithmetic type. A NaN may come with any bits, which rounding to bfloat16 could carry into
+// its sign: it becomes that of arithmetic.
 template <class F>
 inline F coefficient(double value) {
   return std::isnan(value) ? std::numeric_limits<F>::quiet_NaN() : static_cast<F>(value);
