@@ -356,22 +356,24 @@ void normalize(const Problem& problem, const Range& range, const Coefficients* c
   OpenPack<F, T> open;
   for_stretches<ForOutput<Kind>, F, T>(
       unweighted, range, channels, scratch,
-      [&](int64_t first, int64_t length, const Weights<Weight<T>>&,
-          const auto& of) BATCHNORM_INLINE {
-        const T* x = static_cast<const T*>(problem.x) + first;
-        const T* residual =
-            problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
-        const Writer<F, T> y(static_cast<T*>(output) + first,
-                             range.beyond_cache && is_long<T>(length), open);
-        for_packs<F>(y.before_alignment(length), length, [&](int64_t i, int n) BATCHNORM_INLINE {
-          if (ahead) fetch(x + i + ahead);
-          const Pack<F> value = load<F>(x + i, n);
-          Pack<F> z = coordinate<Kind, F>(value, i, of) * of.slope.at(i) + of.shift.at(i);
-          if (weighted) z += value - value;
-          if (residual) z += load<F>(residual + i, n);
-          y.put(i, kind.template activate<F>(z), n);
-        });
-      });
+      [&](int64_t first, int64_t length, const Weights<Weight<T>>&, const auto& of)
+          BATCHNORM_INLINE {
+            const T* x = static_cast<const T*>(problem.x) + first;
+            const T* residual =
+                problem.residual ? static_cast<const T*>(problem.residual) + first : nullptr;
+            const Writer<F, T> y(static_cast<T*>(output) + first,
+                                 range.beyond_cache && is_long<T>(length), open);
+            const auto normalized = [&](int64_t i, int n) BATCHNORM_INLINE {
+              if (ahead) fetch(x + i + ahead);
+              const Pack<F> value = load<F>(x + i, n);
+              Pack<F> z = coordinate<Kind, F>(value, i, of) * of.slope.at(i) + of.shift.at(i);
+              if (weighted) z += value - value;
+              if (residual) z += load<F>(residual + i, n);
+              return kind.template activate<F>(z);
+            };
+            const auto put = [&](int64_t i, Pack<F> v, int n) BATCHNORM_INLINE { y.put(i, v, n); };
+            map_packs<F>(y.before_alignment(length), length, normalized, put);
+          });
   open.close();
   order_stores();
 }
