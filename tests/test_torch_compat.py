@@ -193,4 +193,5 @@ def test_operations_library():
     assert Path(path).is_file()
     library = ctypes.CDLL(path)
     assert hasattr(library, "GOMP_parallel")
+    assert library["omp_get_thread_num"]() == 0
     assert library["_ZN2at15get_num_threadsEv"]() == torch.get_num_threads()

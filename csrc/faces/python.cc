@@ -645,9 +645,11 @@ PyObject* py_team(PyObject*, PyObject* path) {
   if (void* library = dlopen(name, RTLD_NOLOAD | RTLD_NOW)) {
     void* start = dlsym(library, "GOMP_parallel");
     void* threads = dlsym(library, "_ZN2at15get_num_threadsEv");
-    if (start) {
+    void* number = dlsym(library, "omp_get_thread_num");
+    if (start && number) {
       const auto team = new OpenMp{reinterpret_cast<decltype(OpenMp::start)>(start),
-                                   reinterpret_cast<decltype(OpenMp::threads)>(threads)};
+                                   reinterpret_cast<decltype(OpenMp::threads)>(threads),
+                                   reinterpret_cast<decltype(OpenMp::number)>(number)};
       return PyCapsule_New(team, kTeamCapsule, nullptr);  // for good
     }
   }

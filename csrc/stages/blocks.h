@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -184,8 +183,6 @@ struct Plan {
   }
 };
 
-enum class Order { upwards, downwards };
-
 // Where a stage finds no sums.
 struct NoSums {};
 
@@ -243,13 +240,11 @@ class Block {
   void for_parts(Order order, const Body& body) const {
     if (size_of(range) == 0) return;
     const Cut cut = cut_of(problem_, range, threads_);
-    const int tasks = cut.tasks();
     const auto run = [&](int task, int seat) {
-      const int place = order == Order::upwards ? task : tasks - 1 - task;
-      body(part_of(range, cut, place), sums + cut.partial_sum_of(place) * channels(),
+      body(part_of(range, cut, task), sums + cut.partial_sum_of(task) * channels(),
            Scratch(lanes_ + seat * bytes_of_lanes_, bytes_of_lanes_));
     };
-    parallel_for(tasks, threads_, run, problem_.team);
+    parallel_for(cut.tasks(), threads_, run, problem_.team, order);
   }
 
   // The sums of all channels or, with `again`, of those where that is true: add(part, sums,
@@ -321,17 +316,15 @@ void for_blocks(const Problem& problem, int tensors, Way way, const Body& body) 
     }
     return;
   }
-  std::atomic<int64_t> free{0};
-  const auto take_blocks = [&](int, int seat) {
+  const auto take_block = [&](int64_t number, int seat) {
+    const int64_t c = number * plan.step;
     Block<Sums> block(problem, plan, memory + seat * bytes);
-    for (int64_t c = free.fetch_add(plan.step), next; c < channels; c = next) {
-      next = free.fetch_add(plan.step);
-      block.range = plan.block_at(c);
-      if (next < channels) block.range.ahead = (next - c) * problem.shape.inner;
-      body(block);
-    }
+    block.range = plan.block_at(c);
+    if (c + plan.step < channels) block.range.ahead = plan.step * problem.shape.inner;
+    body(block);
   };
-  parallel_for(plan.threads, plan.threads, take_blocks, problem.team);
+  const int64_t blocks = divide_up(channels, plan.step);
+  parallel_for(static_cast<int>(blocks), plan.threads, take_block, problem.team);
 }
 
 }  // namespace

@@ -58,11 +58,20 @@ bool spin(const Ready& ready) {
   }
 }
 
+// Threads beyond this number share a share with one before.
+constexpr int kMostShares = 64;
+
 // One call of parallel_for, on the stack of its caller.
 struct Job {
-  detail::Run run;
-  const void* body;
-  int tasks;
+  Job(int tasks, int threads, detail::Run run, const void* body, Order order)
+      : run(run), body(body), order(order), tasks(tasks), shares(std::min(threads, kMostShares)) {
+    std::fegetenv(&environment);
+  }
+
+  const detail::Run run;
+  const void* const body;
+  const Order order;
+  const int tasks, shares;
   std::fenv_t environment;
 
   // Guarded by the pool's mutex: how many more workers may join, and the pool's list, where a job
@@ -72,16 +81,35 @@ struct Job {
 
   std::atomic<int> helpers{0};  // workers that hold a seat
 
-  // Every thread overshoots once: with 64 bits it cannot wrap.
-  alignas(64) std::atomic<std::int64_t> next_task{0};
+  // How many tasks of each share are taken. Every thread overshoots once: with 64 bits it cannot
+  // wrap.
+  struct alignas(64) Counter {
+    std::atomic<std::int64_t> value{0};
+  };
+  Counter taken[kMostShares];
+
+  int begin_of(int share) const {
+    return static_cast<int>(static_cast<std::int64_t>(tasks) * share / shares);
+  }
+  int size_of(int share) const { return begin_of(share + 1) - begin_of(share); }
 
   void work(int seat) {
-    for (std::int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      run(body, static_cast<int>(task), seat);
+    for (int turn = 0; turn < shares; ++turn) {
+      const int share = (seat + turn) % shares, size = size_of(share);
+      for (std::int64_t i;
+           (i = taken[share].value.fetch_add(1, std::memory_order_relaxed)) < size;) {
+        const int place = static_cast<int>(order == Order::upwards ? i : size - 1 - i);
+        run(body, begin_of(share) + place, seat);
+      }
     }
   }
 
-  bool exhausted() const { return next_task.load(std::memory_order_relaxed) >= tasks; }
+  bool exhausted() const {
+    for (int share = 0; share < shares; ++share) {
+      if (taken[share].value.load(std::memory_order_relaxed) < size_of(share)) return false;
+    }
+    return true;
+  }
 };
 
 class Pool {
@@ -233,19 +261,19 @@ void start_anew() {
 [[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, start_anew);
 #endif
 
-// A job on the threads of a team, of which the first `seats` that come take part.
+// A job on the first `seats` threads of a team.
 class TeamJob {
  public:
-  TeamJob(Job& job, int seats) : job_(job), seats_(seats) {}
+  TeamJob(Job& job, int seats, Team team) : job_(job), seats_(seats), team_(team) {}
 
-  void run(Team team) {
-    team->start([](void* self) { static_cast<TeamJob*>(self)->join(); }, this, 0, 0);
+  void run() {
+    team_->start([](void* self) { static_cast<TeamJob*>(self)->join(); }, this, 0, 0);
   }
 
  private:
   void join() {
-    const int seat = seats_.fetch_sub(1, std::memory_order_relaxed) - 1;
-    if (seat < 0) return;
+    const int seat = team_->number();
+    if (seat >= seats_) return;
     std::fenv_t own;  // the thread is not ours
     std::fegetenv(&own);
     std::fesetenv(&job_.environment);
@@ -254,7 +282,8 @@ class TeamJob {
   }
 
   Job& job_;
-  std::atomic<int> seats_;
+  const int seats_;
+  const Team team_;
 };
 
 std::atomic<int> thread_limit{0};  // 0: nobody has asked yet
@@ -317,15 +346,15 @@ double cgroup_cpus() {
 
 }  // namespace
 
-void detail::parallel_for(int tasks, int threads, Run run, const void* body, Team team) {
+void detail::parallel_for(int tasks, int threads, Run run, const void* body, Team team,
+                          Order order) {
   threads = std::min(tasks, threads);
   if (threads <= 1) {
-    for (int task = 0; task < tasks; ++task) run(body, task, 0);
+    for (int i = 0; i < tasks; ++i) run(body, order == Order::upwards ? i : tasks - 1 - i, 0);
     return;
   }
-  Job job{run, body, tasks, {}};
-  std::fegetenv(&job.environment);
-  if (team && !forked) return TeamJob(job, threads).run(team);
+  Job job(tasks, threads, run, body, order);
+  if (team && !forked) return TeamJob(job, threads, team).run();
   pool.offer(job, threads - 1);
   job.work(0);
   pool.withdraw(job);

@@ -2,19 +2,21 @@
 //
 //     batchnorm::parallel_for(blocks, [&](int block) { add_up(block, sums + block * channels); });
 //
-// Each task is run exactly once, by the calling thread or by a worker, in no particular order. A
-// task may ask for its thread's seat, below the number of threads and no other thread's in this
-// call: memory that the caller has allocated for each thread is found by it.
-// Everything the tasks wrote is visible to the caller when parallel_for returns. Tasks are handed
-// out one at a time, so a few more tasks than threads even out unequal ones. Handing work to a
+// Each task is run exactly once, by the calling thread or by a worker. The tasks are dealt out in
+// as many equal shares as there are threads: each works on its own share, one task at a time, and
+// then on what is left of the others'. So a few more tasks than threads even out unequal ones, and
+// calls that follow each other over the same memory find most of it in the caches of the same
+// processor. A task may ask for its thread's seat, below the number of threads and no other
+// thread's in this call: memory that the caller has allocated for each thread is found by it.
+// Everything the tasks wrote is visible to the caller when parallel_for returns. Handing work to a
 // worker that is awake costs about a microsecond, to one that sleeps some tens: a loop shorter than
 // 50 to 100 microseconds is better left serial.
 //
-// How it works. A call is a job on the caller's stack: a counter of the next task to take, and a
-// few seats for workers. The job is put on the pool's list; workers that find a free seat there
-// take it, and they and the caller draw tasks from the counter until none is left. Then the caller
-// takes the job off the list and waits for the workers that hold a seat, each of which is in the
-// middle of its last task. It never waits for a worker that has not come: where all of them are
+// How it works. A call is a job on the caller's stack: a counter of the next task for each share,
+// and a few seats for workers. The job is put on the pool's list; workers that find a free seat
+// there take it, and they and the caller draw tasks from the counters until none is left. Then the
+// caller takes the job off the list and waits for the workers that hold a seat, each of which is in
+// the middle of its last task. It never waits for a worker that has not come: where all of them are
 // busy or slow to wake, the caller has simply done the work itself. Hence
 //
 //   - it may be called from any thread, from many at once (Python threads, XLA's own pool), and
@@ -56,12 +58,17 @@ struct OpenMp {
   void (*start)(void (*)(void*), void*, unsigned, unsigned);
   // How many threads a loop of the calling thread may have; null where nobody says.
   int (*threads)();
+  // The runtime's omp_get_thread_num(): which thread of the team the calling one is.
+  int (*number)();
 };
 using Team = const OpenMp*;
 
+// Whether a thread begins with the first task of its share, or with the last.
+enum class Order { upwards, downwards };
+
 namespace detail {
 using Run = void (*)(const void* body, int task, int seat);
-void parallel_for(int tasks, int threads, Run run, const void* body, Team team);
+void parallel_for(int tasks, int threads, Run run, const void* body, Team team, Order order);
 }  // namespace detail
 
 // How many threads one call may use, the caller included; available_cpus() until it is set.
@@ -73,11 +80,12 @@ int num_threads(Team team);
 // Runs body(task, seat) for every task in [0, tasks), on up to `threads` threads of `team` or,
 // where it is null, of the pool; returns when all are done. It must not throw.
 template <typename Body>
-void parallel_for(int tasks, int threads, const Body& body, Team team = nullptr) {
+void parallel_for(int tasks, int threads, const Body& body, Team team = nullptr,
+                  Order order = Order::upwards) {
   const auto run = [](const void* object, int task, int seat) {
     (*static_cast<const Body*>(object))(task, seat);
   };
-  detail::parallel_for(tasks, threads, run, &body, team);
+  detail::parallel_for(tasks, threads, run, &body, team, order);
 }
 
 // The same with body(task), on up to num_threads(team) threads.

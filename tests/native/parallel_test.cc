@@ -103,6 +103,33 @@ void test_several_threads_work() {
   }
 }
 
+// Two tasks, of different shares, that wait for each other: each thread has begun with its own.
+void test_shares(batchnorm::Team team) {
+  set_num_threads(2);
+  for (const batchnorm::Order order : {batchnorm::Order::upwards, batchnorm::Order::downwards}) {
+    const bool up = order == batchnorm::Order::upwards;
+    for (int call = 0; call < 100; ++call) {
+      std::atomic<int> begun{0};
+      std::vector<int> of_seat[2];
+      const auto run = [&](int task, int seat) {
+        if (of_seat[seat].empty()) {
+          ++begun;
+          while (begun < 2) std::this_thread::yield();
+        }
+        of_seat[seat].push_back(task);
+      };
+      parallel_for(10, 2, run, team, order);
+      CHECK(of_seat[0].front() == (up ? 0 : 4));
+      CHECK(of_seat[1].front() == (up ? 5 : 9));
+      for (const std::vector<int>& tasks : of_seat) {
+        const auto end = tasks.begin() + std::min<std::ptrdiff_t>(5, tasks.end() - tasks.begin());
+        CHECK(up ? std::is_sorted(tasks.begin(), end)
+                 : std::is_sorted(tasks.begin(), end, std::greater<int>()));
+      }
+    }
+  }
+}
+
 void test_unequal_tasks() {
   set_num_threads(4);
   for (int longest : {0, 3, 5}) {  // the caller's first task, one in the middle, the last
@@ -190,13 +217,13 @@ void test_floating_point_environment() {
 
 // A team of four, started anew for every call, of which its user wants fewer now and then.
 std::atomic<int> team_calls{0}, team_threads{4};
-thread_local bool in_team = false;
+thread_local int team_member = -1;
 void start_four(void (*function)(void*), void* argument, unsigned, unsigned) {
   ++team_calls;
   std::vector<std::thread> members;
   for (int member = 0; member < 4; ++member) {
     members.emplace_back([=] {
-      in_team = true;
+      team_member = member;
       std::fesetround(FE_DOWNWARD);
       function(argument);
       CHECK(std::fegetround() == FE_DOWNWARD);
@@ -204,7 +231,8 @@ void start_four(void (*function)(void*), void* argument, unsigned, unsigned) {
   }
   for (std::thread& member : members) member.join();
 }
-const batchnorm::OpenMp team = {start_four, [] { return team_threads.load(); }};
+const batchnorm::OpenMp team = {start_four, [] { return team_threads.load(); },
+                                [] { return team_member; }};
 
 void test_team() {
   for (int threads : {2, 3, 8}) {
@@ -214,7 +242,7 @@ void test_team() {
       std::mutex mutex;
       std::set<std::thread::id> members;
       const auto run = [&](int task) {
-        CHECK(in_team);
+        CHECK(team_member >= 0);
         CHECK(std::fegetround() == FE_TONEAREST);
         ++runs[static_cast<std::size_t>(task)];
         std::lock_guard<std::mutex> lock(mutex);
@@ -234,7 +262,7 @@ void test_team() {
   for (int wanted : {4, 1}) {  // one thread, by either's setting, is the calling one
     team_threads = wanted;
     set_num_threads(wanted == 1 ? 8 : 1);
-    parallel_for(3, [](int) { CHECK(!in_team); }, &team);
+    parallel_for(3, [](int) { CHECK(team_member < 0); }, &team);
     CHECK(team_calls == calls);
   }
   team_threads = 4;
@@ -300,7 +328,7 @@ void test_fork() {
     if (round % 2) std::this_thread::sleep_for(std::chrono::milliseconds(1));
     in_child([] {
       use_pool_after_fork();
-      parallel_for(8, [](int) { CHECK(!in_team); }, &team);
+      parallel_for(8, [](int) { CHECK(team_member < 0); }, &team);
       team_threads = 1;  // as its user sets it in the child
       const std::thread::id caller = std::this_thread::get_id();
       parallel_for(8, [&](int) { CHECK(std::this_thread::get_id() == caller); }, &team);
@@ -426,12 +454,14 @@ int main(int argc, char** argv) {
   test_available_cpus();
   test_coverage();
   test_several_threads_work();
+  test_shares(nullptr);
   test_unequal_tasks();
   test_nested();
   test_concurrent_callers();
   test_set_num_threads_during_calls();
   test_floating_point_environment();
   test_team();
+  test_shares(&team);
   test_signals();
   if (kThreadSanitizer) {
     std::puts("left out: fork (with ThreadSanitizer a child can start no threads)");
