@@ -10,7 +10,7 @@ help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # .venv/test, say, is there once the extra "test" is installed, and anew when a source has changed.
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*/*) $(shell find src -name '*.py*' -not -name '*.pyc')
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard build_backend/* csrc/*/*) $(shell find src -name '*.py*' -not -name '*.pyc')
 $(VENV)/test $(VENV)/dev: export BATCHNORM_REQUIRE_NATIVE := 1
 
 $(IN_VENV)python:
@@ -74,7 +74,8 @@ SEED ?=
 FUZZED := build/fuzz
 fuzz: $(VENV)/dev ## Make random calls under sanitizers, for three minutes or SECONDS=20, say.
 	sanitizer=address,undefined && \
-	  $(IN_VENV)cmake -S . -B $(FUZZED) -DSKBUILD=1 -DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)python $(SANITIZED)
+	  $(IN_VENV)cmake -S . -B $(FUZZED) -DSKBUILD=1 -DBATCHNORM_MLX=OFF \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(IN_VENV)python $(SANITIZED)
 	$(IN_VENV)cmake --build $(FUZZED) --parallel
 	mkdir -p $(FUZZED)/package
 	cp -R src/batchnorm $(FUZZED)/package/

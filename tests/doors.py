@@ -194,6 +194,7 @@ DOORS = [
     NUMPY,
     replace(NUMPY, name="numpy-without-native", native=False),
     MLX,
+    replace(MLX, name="mlx-without-native", native=False),
     JAX,
     TORCH,
     replace(TORCH, name="torch-without-native", native=False),
@@ -215,12 +216,14 @@ class _Lowered:
         return call
 
 
+@contextmanager
+def _by_as_many_operations_as_large_arrays():
+    with without_native(), patch("batchnorm.mlx._operations.SMALL", 0):
+        yield
+
+
 # Where DOORS are served by kernels, or in a small array by fewer operations.
 BY_DEFINITION = [
-    replace(
-        MLX,
-        name="mlx-by-definition",
-        context=lambda: patch("batchnorm.mlx._stages.SMALL", 0),
-    ),
+    replace(MLX, name="mlx-by-definition", context=_by_as_many_operations_as_large_arrays),
     replace(JAX, name="jax-without-native", functions=_Lowered(), native=False),
 ]

@@ -160,6 +160,7 @@ def prose(file: str) -> str:
     if file.endswith(".md"):
         return re.sub(r"\S+://\S+", "", text)
     if file.endswith((".cc", ".h")):
+        text = re.sub(r"#include .*", "", text)
         return "\n".join(re.findall(r"//.*|/\*.*?\*/", text, re.DOTALL))
     with (ROOT / file).open() as lines:
         comments = [each.string for each in tokenize.generate_tokens(lines.readline)]

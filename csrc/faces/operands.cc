@@ -56,10 +56,12 @@ void for_each(const Operand& operand, const Visit& visit) {
   }
 }
 
-void read(const Operand& operand, double* values) {
+template <class V>
+void read_as(const Operand& operand, V* values) {
   with_types(static_cast<Dtype>(operand.element), [&](auto, auto type) {
     using T = decltype(type);
-    for_each<T>(operand, [&](const T& from, int64_t c) { values[c] = value_of(from); });
+    for_each<T>(operand,
+                [&](const T& from, int64_t c) { values[c] = static_cast<V>(value_of(from)); });
   });
 }
 
@@ -83,6 +85,8 @@ bool have_same_shape(const Axes& a, const Axes& b) {
 }
 
 }  // namespace
+
+void read(const Operand& operand, float* values) { read_as(operand, values); }
 
 Reader::Reader(const Operand& x, Features features) : x_(x), features_(features) {
   if (!is_in_memory(x, Access::read)) return;
@@ -144,7 +148,7 @@ const double* Reader::values(const Operand& operand) {
     return static_cast<const double*>(operand.data);
   }
   double* values = memory_for_values();
-  read(operand, values);
+  read_as(operand, values);
   return values;
 }
 
@@ -174,7 +178,7 @@ double* Reader::values_to_change(const Operand& operand, bool is_read) {
 
 void Reader::reload() {
   for (int i = 0; i < number_pending_; ++i) {
-    if (pending_[i].is_read) read(*pending_[i].operand, pending_[i].values);
+    if (pending_[i].is_read) read_as(*pending_[i].operand, pending_[i].values);
   }
 }
 

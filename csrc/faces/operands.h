@@ -27,6 +27,9 @@ struct Operand {
   Axes axes;
 };
 
+// All elements of a floating-point operand, in the order of its axes; a stride may be 0.
+void read(const Operand& operand, float* values);
+
 // in_place: written, and may be x itself; of all others, what is written is apart from all else.
 enum class Access { read, write, in_place };
 

@@ -18,6 +18,7 @@
 #include "faces/operands.h"
 #include "stages/batch_norm.h"
 #include "stages/layout.h"
+#include "stages/table.h"
 #include "system/cache.h"
 #include "system/parallel.h"
 #ifdef BATCHNORM_XLA
@@ -767,14 +768,20 @@ int execute(PyObject* module) {
   std::vector<const char*> activations;
   for (const NamedActivation& each : kActivations) activations.push_back(each.name);
   activations.erase(activations.begin());  // none
-  PyObject* dtypes = strings({std::begin(kDtypes), std::end(kDtypes)});
-  PyObject* activation_names = strings(activations);
-  const int result = dtypes && activation_names
-                         ? PyModule_AddObjectRef(module, "DTYPES", dtypes) |
-                               PyModule_AddObjectRef(module, "ACTIVATIONS", activation_names)
-                         : -1;
-  Py_XDECREF(dtypes);
-  Py_XDECREF(activation_names);
+  static const StageTable stages;
+  const struct {
+    const char* name;
+    PyObject* value;
+  } constants[] = {
+      {"DTYPES", strings({std::begin(kDtypes), std::end(kDtypes)})},
+      {"ACTIVATIONS", strings(activations)},
+      {"STAGES", PyCapsule_New(const_cast<StageTable*>(&stages), kStageTableCapsule, nullptr)},
+  };
+  int result = 0;
+  for (const auto& [name, value] : constants) {
+    if (result == 0) result = PyModule_AddObjectRef(module, name, value);
+    Py_XDECREF(value);
+  }
   return result;
 }
 

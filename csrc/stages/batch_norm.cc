@@ -329,13 +329,6 @@ void input_gradient(const Problem& problem, Block<Sums>& block, bool through_sta
 
 }  // namespace
 
-bool find_activation(std::string_view name, Activation* activation) {
-  for (const auto& [each, its_name] : kActivations) {
-    if (name == its_name) return *activation = each, true;
-  }
-  return false;
-}
-
 const char* instruction_set() { return kernels().instruction_set; }
 
 std::vector<const char*> instruction_sets() {

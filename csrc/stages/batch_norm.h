@@ -56,7 +56,12 @@ constexpr NamedActivation kActivations[] = {
     {Activation::none, ""}, {Activation::relu, "relu"}, {Activation::silu, "silu"}};
 
 // False for an unknown name.
-bool find_activation(std::string_view name, Activation* activation);
+inline bool find_activation(std::string_view name, Activation* activation) {
+  for (const auto& [each, its_name] : kActivations) {
+    if (name == its_name) return *activation = each, true;
+  }
+  return false;
+}
 
 // What the stages have in common. Null pointers stand for what is absent.
 struct Problem {

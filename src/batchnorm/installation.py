@@ -1,5 +1,6 @@
 """How to install: said here, and changed here once the package is published."""
 
+REBUILD = "pip install --force-reinstall --no-deps --no-cache-dir . in a checkout of batchnorm"
 _INSTALL = 'pip install ".[{extra}]" in a checkout of batchnorm'
 
 

@@ -78,6 +78,8 @@ def _weights(mask: mx.array | None, x: mx.array) -> mx.array | None:
         return None
     check_real("mask", mask)
     checks.broadcasts("mask", mask.shape, x.shape)
+    if not mx.issubdtype(mask.dtype, mx.floating):  # through which MLX would differentiate
+        mask = mx.stop_gradient(mask)
     return mask if mask.dtype == mx.bool_ else mx.where(mask < 0, math.nan, mask)
 
 
@@ -88,9 +90,13 @@ def group_of_several(group: mx.distributed.Group | None) -> mx.distributed.Group
     return group if group.size() > 1 else None
 
 
+_FLOATING = (mx.float32, mx.float16, mx.bfloat16, mx.float64)
+
+
 def check_floating(name: str, value: mx.array) -> None:
-    checks.instance(name, value, mx.array)
-    checks.floating(name, value.dtype, mx.issubdtype(value.dtype, mx.floating))
+    if not isinstance(value, mx.array) or value.dtype not in _FLOATING:
+        checks.instance(name, value, mx.array)
+        checks.floating(name, value.dtype, False)
 
 
 def check_real(name: str, value: mx.array) -> None:

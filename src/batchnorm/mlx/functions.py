@@ -60,8 +60,8 @@ def batch_norm(
     problem, inputs = checked(x, scale, bias, axis, eps, mask, residual, activation)
     values = None if group else values_per_feature(problem.features, x.shape)
     checks.more_than_one_value(values, x.shape, allow_one_value)
-    y, moments = _stages.batch_norm(problem, inputs, group)
-    return y.astype(x.dtype), moments.statistics()
+    y, statistics = _stages.batch_norm(problem, inputs, group)
+    return y.astype(x.dtype), statistics
 
 
 @documented()

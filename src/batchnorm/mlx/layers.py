@@ -1,13 +1,15 @@
 """The layer in the place of `mlx.nn.BatchNorm`."""
 
 import math
+from functools import lru_cache
 from typing import Any, Self
 
 import mlx.core as mx
 
 from .. import checks
 from ..conventions import CONVENTIONS
-from . import _stages
+from ..definition import Inputs, Problem
+from . import _native, _stages
 from ._arguments import Number, check_number, check_parameters, checked, fraction
 from ._compat import Layer, refuse_other_statistics
 
@@ -170,36 +172,71 @@ class BatchNorm(Layer):
             If x has another rank or number of channels, if residual or mask does not broadcast, or
             if x has one value per channel in training.
         """
+        refuse_other_statistics(self)
+        weight = self.get("weight")
+        bias = None if weight is None else self.get("bias")  # as in mlx.nn
+        mean = var = None
+        if self.track_running_stats:
+            mean, var = self._running_statistics()
+        problem, inputs = self._problem(x, weight, bias, mean, var, residual, mask)
+        if mean is None or var is None:
+            y, _ = _stages.batch_norm(problem, inputs)
+        elif self.training:
+            rate = _CONVENTION.rate(fraction("momentum", self.momentum))
+            y, self["running_mean"], self["running_var"] = _stages.training_step(
+                problem, inputs, mean, var, rate=rate, correction=_CONVENTION.correction
+            )
+        else:
+            y = _stages.normalize(problem, inputs, mean, var)
+        return y.astype(inputs.x.dtype)
+
+    def _running_statistics(self) -> tuple[mx.array, mx.array]:
+        mean, var = self.get("running_mean"), self.get("running_var")
+        if mean is None or var is None:
+            raise ValueError(
+                "running_mean and running_var must be arrays while track_running_stats is "
+                f"True, but {'running_mean' if mean is None else 'running_var'} is None or "
+                "absent. Set both, or set track_running_stats to False to normalize by the "
+                "statistics of each batch."
+            )
+        return mean, var
+
+    def _problem(
+        self,
+        x: mx.array,
+        weight: mx.array | None,
+        bias: mx.array | None,
+        mean: mx.array | None,
+        var: mx.array | None,
+        residual: mx.array | None,
+        mask: mx.array | None,
+    ) -> tuple[Problem, Inputs]:
+        """What to do, and the inputs, checked; x in the dtype of y."""
+        eps = self._own_eps()
+        is_short = residual is None and mask is None and type(eps) is float
+        if is_short and _native.are_plain(x, weight, bias, mean, var):
+            axes, channels = x.ndim, x.shape[-1]
+            is_one_value = self.training and x.size == channels
+            if 2 <= axes <= 4 and channels == self.num_features and not is_one_value:
+                activation = checks.activation(self.activation)
+                return _over_last_axis(axes, eps, activation), Inputs(x, weight, bias)
         checks.instance("x", x, mx.array)
         if not 2 <= x.ndim <= 4:
             raise ValueError(
                 f"Expected input tensor to have 2, 3 or 4 dimensions, but got {x.ndim}"
             )
-        refuse_other_statistics(self)
         checks.number_of_channels(x.shape[-1], self.num_features, x.shape)
         if self.training and math.prod(x.shape[:-1]) == 1:
             raise ValueError("BatchNorm training requires more than one value per channel.")
-        weight = self.get("weight")
-        bias = None if weight is None else self.get("bias")  # as in mlx.nn
-        options = self._own_eps(), mask, residual, self.activation
+        options = eps, mask, residual, self.activation
         problem, inputs = checked(x, weight, bias, -1, *options, name_of_scale="weight")
-        if not self.track_running_stats:
-            y, _ = _stages.batch_norm(problem, inputs)
-        else:
-            mean, var = self.get("running_mean"), self.get("running_var")
-            if mean is None or var is None:
-                raise ValueError(
-                    "running_mean and running_var must be arrays while track_running_stats is "
-                    f"True, but {'running_mean' if mean is None else 'running_var'} is None or "
-                    "absent. Set both, or set track_running_stats to False to normalize by the "
-                    "statistics of each batch."
-                )
+        if mean is not None and var is not None:
             check_parameters(x, problem.features, running_mean=mean, running_var=var)
-            if self.training:
-                rate = _CONVENTION.rate(fraction("momentum", self.momentum))
-                y, self["running_mean"], self["running_var"] = _stages.training_step(
-                    problem, inputs, mean, var, rate=rate, correction=_CONVENTION.correction
-                )
-            else:
-                y = _stages.normalize(problem, inputs, mean, var)
-        return y.astype(x.dtype if weight is None else mx.result_type(x.dtype, weight.dtype))
+        if weight is not None:
+            inputs = inputs._replace(x=x.astype(mx.result_type(x.dtype, weight.dtype)))
+        return problem, inputs
+
+
+@lru_cache
+def _over_last_axis(axes: int, eps: float, activation: str | None) -> Problem:
+    return Problem((axes - 1,), checks.positive_eps(eps), activation)
