@@ -60,8 +60,6 @@ def run(quick: bool, folder: Path) -> list[tuple[str, list[Result]]]:
     found = []
     for name, instruction_set in product(PROGRAMS, INSTRUCTION_SETS):
         is_widest = instruction_set == INSTRUCTION_SETS[0]
-        if not is_widest and name == "mlx_layers":  # which has no kernels of ours
-            continue
         path = folder / f"{name}.json"
         command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(path)]
         command += ["--instruction-set", instruction_set]
