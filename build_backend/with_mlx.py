@@ -46,8 +46,9 @@ def _mlx(config_settings):
     extra = map(Requirement, pyproject["project"]["optional-dependencies"]["mlx"])
     allowed = next(each.specifier for each in extra if each.marker.evaluate())
     version = installed.get("mlx")
-    if version is None or version not in allowed:
+    if version is None or not allowed.contains(version, prereleases=True):
         return [f"mlx-cpu{allowed}"]
+    # One that was built from source has no wheel of the same headers.
     return [] if Version(version).is_devrelease else [f"mlx-cpu=={version}"]
 
 

@@ -411,7 +411,8 @@ Arrays Operation::vjp(const Arrays& primals, const Arrays& cotangents,
   settings.kind = Kind::gradients;
   Arrays inputs = primals;
   if (settings_.kind == Kind::batch_norm) {
-    // They are there to spare a pass: the gradients are a function of x, scale and dy alone.
+    // They spare a pass: being functions of x and the weights, they are no variables of the
+    // gradients.
     for (int i = 1; i < 4; ++i) inputs.push_back(mx::stop_gradient(outputs[i], stream()));
     inputs.insert(inputs.end(), {cotangents[0], cotangents[2], cotangents[3]});
     settings.present |= 1u << kCount | 1u << kMean | 1u << kVar | 1u << kDMean | 1u << kDVar;

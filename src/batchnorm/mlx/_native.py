@@ -6,6 +6,7 @@ opened.
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ..installation import REBUILD
 from ..moments import Statistics
 
 _DTYPES = (mx.float32, mx.float16, mx.bfloat16)  # float64 would need a mean of more than a double
-_MOST_AXES = 15  # with one more under mx.vmap: kMaxRank in csrc/stages/layout.h
+_MOST_AXES = 12  # with four more under mx.vmap: kMaxRank in csrc/stages/layout.h
 
 
 class Operands(NamedTuple):
@@ -49,18 +50,19 @@ def _opened() -> tuple[Any, str]:
     """The module, or None; and what `native_status` says of it."""
     version = version_of_mlx()
     name = f"_mlx_{version.replace('.', '_')}"
-    if native.kernels is None or mx.metal.is_available() or mx.cuda.is_available():
-        return None, "served by its own operations, as everywhere but on the CPUs of Linux"
+    on_linux = sys.platform == "linux"
+    if not on_linux or native.kernels is None or mx.metal.is_available() or mx.cuda.is_available():
+        return None, "not served, as the kernels of MLX are for CPUs alone, on Linux"
     if importlib.util.find_spec(f"batchnorm.native.{name}") is None:
         return None, (
-            f"served by its own operations, as no kernels were built for MLX {version}; for these, "
-            f"{REBUILD}"
+            f"not served, as no kernels were built for MLX {version}; for these, {REBUILD} "
+            "(README.md says for which MLX that can be done)"
         )
     try:
         return importlib.import_module(f"batchnorm.native.{name}"), f"served, as MLX {version}"
     except ImportError as error:
         return None, (
-            f"served by its own operations, as the kernels do not fit MLX {version} ({error}); "
+            f"not served, as the kernels do not fit MLX {version} ({error}); "
             f"to build them anew, {REBUILD}"
         )
 
@@ -70,7 +72,7 @@ native.register_report("MLX", lambda: _state)
 
 
 def set_definition(definition: Definition) -> None:
-    """What stands for a stage in derivatives that are none.
+    """Set what computes a stage where MLX needs a derivative that is not itself a stage.
 
     `definition(kind, operands, features, eps, activation, rate, correction)` gives its results.
     """
@@ -96,18 +98,10 @@ def serves(problem: Problem, inputs: Inputs) -> bool:
 def are_plain(x: mx.array, *parameters: mx.array | None) -> bool:
     """Whether there is nothing to check or to cast before a call over the last axis of x.
 
-    All are float32, and of a parameter that is there is one value for each feature.
+    All are float32, and of a parameter that is there is one value for each feature. Without the
+    operation that is not known, and False.
     """
-    if _module is not None:
-        return bool(_module.are_plain(x, *parameters))
-    if not isinstance(x, mx.array) or x.dtype != mx.float32:
-        return False
-    shape = x.shape[-1:]
-    return all(
-        each is None
-        or (isinstance(each, mx.array) and each.dtype == mx.float32 and each.shape == shape)
-        for each in parameters
-    )
+    return _module is not None and bool(_module.are_plain(x, *parameters))
 
 
 def batch_norm(problem: Problem, inputs: Inputs) -> tuple[mx.array, Statistics]:
@@ -135,7 +129,7 @@ def update_running(
 
 
 def runs() -> int:
-    """How many stages have run, of all that were called."""
+    """How many stages have run so far; for tests."""
     return 0 if _module is None else int(_module.runs())
 
 

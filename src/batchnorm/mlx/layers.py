@@ -213,6 +213,7 @@ class BatchNorm(Layer):
     ) -> tuple[Problem, Inputs]:
         """What to do, and the inputs, checked; x in the dtype of y."""
         eps = self._own_eps()
+        # What follows checks and casts: spared where there is nothing to find, nearly always.
         is_short = residual is None and mask is None and type(eps) is float
         if is_short and _native.are_plain(x, weight, bias, mean, var):
             axes, channels = x.ndim, x.shape[-1]

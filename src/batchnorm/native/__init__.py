@@ -1,7 +1,8 @@
 """The native kernels: whether they are here, and which faces of them serve.
 
-This is the only module that imports `batchnorm.native._cpu`. A native module that was never built
-is absent, and `kernels` is None; one that is there but cannot be loaded raises ImportError.
+This is the only module in Python that imports `batchnorm.native._cpu`. A native module that was
+never built is absent, and `kernels` is None; one that is there but cannot be loaded raises
+ImportError.
 """
 
 import importlib.util

@@ -24,6 +24,7 @@ Axes = tuple[int, ...]
 
 DTYPES: list[str]
 ACTIVATIONS: list[str]
+STAGES: CapsuleType  # csrc/stages/table.h
 
 def batch_norm(
     *,
