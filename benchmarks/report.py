@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
-from itertools import groupby, product
+from itertools import compress, groupby, product
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -90,8 +90,9 @@ def sides(results: list[Result]) -> list[str]:
 def summary(results: list[Result]) -> str:
     """Sums over the set: ours in copies, and each peer's time over ours."""
     rows = []
+    results = [each for each in results if each.times]
     peers = sides(results)
-    for (call, layout), group in by([each for each in results if each.times], "call", "layout"):
+    for (call, layout), group in by(results, "call", "layout"):
         total = {
             side: sum(each.times * each.milliseconds for each in group if each.side == side)
             for side in [*peers, "copy"]
@@ -128,7 +129,7 @@ def slower(results: list[Result]) -> str:
     found = [
         f"{each.shape} {each.layout}, {each.call}: {each.side} takes {each.ratio:.2f} of the time"
         for each in results
-        if each.side != "copy" and not each.side.startswith("batchnorm") and each.ratio < 0.97
+        if not each.side.startswith(("copy", "batchnorm", "no ")) and each.ratio < 0.97
     ]
     if not found:
         return "No peer is faster in any shape."
@@ -137,7 +138,10 @@ def slower(results: list[Result]) -> str:
 
 def draw(results: list[Result], path: Path) -> None:
     """Ratios to a copy of every shape, ours beside the peers'."""
-    panels = by([each for each in results if math.prod(each.shape) > 2**16], "call", "layout")
+    is_drawn = [
+        math.prod(each.shape) > 2**16 and not each.call.startswith("step") for each in results
+    ]
+    panels = by(compress(results, is_drawn), "call", "layout")
     figure = Figure(figsize=(11, 3.2 * len(panels)), dpi=110, layout="constrained")
     for axes, ((call, layout), group) in zip(
         figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True
