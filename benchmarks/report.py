@@ -141,7 +141,7 @@ def draw(results: list[Result], path: Path) -> None:
     is_drawn = [
         math.prod(each.shape) > 2**16 and not each.call.startswith("step") for each in results
     ]
-    panels = by(compress(results, is_drawn), "call", "layout")
+    panels = by(list(compress(results, is_drawn)), "call", "layout")
     figure = Figure(figsize=(11, 3.2 * len(panels)), dpi=110, layout="constrained")
     for axes, ((call, layout), group) in zip(
         figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True
