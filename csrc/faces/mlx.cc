@@ -129,21 +129,6 @@ PyObject* py_call(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
 
 PyObject* py_can_serve(PyObject*, PyObject*) { return PyBool_FromLong(can_serve()); }
 
-// are_plain(x, *parameters): whether there is nothing to check or to cast before a call over the
-// last axis of x: all float32, and of every parameter that is there one value for each feature.
-PyObject* py_are_plain(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
-  const auto is_plain = [](PyObject* object) {
-    return is_array(object) && array_of(object)->dtype() == mx::float32;
-  };
-  bool are = number > 0 && is_plain(arguments[0]) && array_of(arguments[0])->ndim() > 0;
-  for (Py_ssize_t i = 1; are && i < number; ++i) {
-    if (arguments[i] == Py_None) continue;
-    are = is_plain(arguments[i]) && array_of(arguments[i])->ndim() == 1 &&
-          array_of(arguments[i])->shape(0) == array_of(arguments[0])->shape(-1);
-  }
-  return PyBool_FromLong(are);
-}
-
 // The error of Python as the text of an exception, as which it goes through MLX.
 std::string text_of_error() {
   PyObject *type, *value, *traceback;
@@ -199,8 +184,6 @@ PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_call)), METH_FASTCALL,
      nullptr},
     {"can_serve", py_can_serve, METH_NOARGS, nullptr},
-    {"are_plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_are_plain)),
-     METH_FASTCALL, nullptr},
     {"set_definition", py_set_definition, METH_O, nullptr},
     {"runs", py_runs, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -343,8 +343,8 @@ namespace {
 // The answer is no part of MLX's interface. But where there is no Metal, a Metal kernel can be
 // called while a function is exported, and only then.
 bool is_exporting() {
-  static const auto kernel = mx::fast::metal_kernel("batchnorm_is_exporting", {}, {"y"}, "");
   try {
+    static const auto kernel = mx::fast::metal_kernel("batchnorm_is_exporting", {}, {"y"}, "");
     kernel({}, {mx::Shape{1}}, {mx::float32}, {1, 1, 1}, {1, 1, 1}, {}, std::nullopt, false, {});
     return true;
   } catch (const std::exception&) {

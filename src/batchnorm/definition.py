@@ -112,7 +112,9 @@ def _affine(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Arr
     if moments.offset is not None:
         shift = _multiplied(moments.offset, slope)
         shift = -shift if inputs.bias is None else inputs.bias - shift
-    z = _multiplied(u, [along(problem.features, factor, u) for factor in slope])
+    z = u
+    for factor in slope:
+        z = z * along(problem.features, factor, u)
     if shift is not None:
         z = z + along(problem.features, shift, u)
     return z if inputs.residual is None else z + inputs.residual
@@ -189,7 +191,7 @@ def _coordinate(problem: Problem, x: Array, moments: Moments) -> Array:
 
 def _deviation(problem: Problem, moments: Moments) -> Array:
     """√(var + eps), in units of unit."""
-    var = moments.with_eps(problem.eps).var
+    var = moments.var_plus(problem.eps)
     xp = namespace(var)
     if moments.unit is None:
         return xp.sqrt(var)

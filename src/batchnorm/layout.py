@@ -58,5 +58,7 @@ def along(features: Axes, parameter: Array, x: Array) -> Array:
     """
     xp, sizes = namespace(x), x.shape
     first = features[0] if xp.__name__.startswith("mlx") else 0
+    if first + len(features) == len(sizes):
+        return parameter
     shape = [sizes[axis] if axis in features else 1 for axis in range(first, len(sizes))]
     return xp.reshape(parameter, tuple(shape))

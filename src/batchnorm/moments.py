@@ -144,13 +144,16 @@ class Moments(NamedTuple):
 
     def with_eps(self, eps: float | Array | None) -> "Moments":
         """These with var + eps in the place of var, if there is an eps."""
+        return self._replace(var=self.var_plus(eps))
+
+    def var_plus(self, eps: float | Array | None) -> Array:
         if eps is None:
-            return self
+            return self.var
         if self.unit is None:
-            return self._replace(var=self.var + eps)
+            return self.var + eps
         xp = namespace(self.var)
         root = math.sqrt(eps) if isinstance(eps, float) else xp.sqrt(eps)
-        return self._replace(var=self.var + xp.square(root / self.unit))  # unit² may overflow
+        return self.var + xp.square(root / self.unit)  # unit² may overflow
 
     def statistics(self) -> Statistics:
         """These, rounded to one mean and one variance."""

@@ -34,6 +34,22 @@ def checked(
     return Problem(features, _eps(eps, x), checks.activation(activation)), inputs
 
 
+def are_plain(x: mx.array, *parameters: mx.array | None) -> bool:
+    """Whether there is nothing to check or to cast before a call over the last axis of x.
+
+    All are float32, and of a parameter that is there is one value for each feature.
+    """
+    if type(x) is not mx.array or x.dtype != mx.float32:
+        return False
+    features = x.shape[-1:]
+    for each in parameters:
+        if each is None:
+            continue
+        if type(each) is not mx.array or each.dtype != mx.float32 or each.shape != features:
+            return False
+    return True
+
+
 def _eps(eps: Number, x: mx.array) -> Number:
     if not isinstance(eps, mx.array):
         return checks.positive_eps(eps)

@@ -95,15 +95,6 @@ def serves(problem: Problem, inputs: Inputs) -> bool:
     )
 
 
-def are_plain(x: mx.array, *parameters: mx.array | None) -> bool:
-    """Whether there is nothing to check or to cast before a call over the last axis of x.
-
-    All are float32, and of a parameter that is there is one value for each feature. Without the
-    operation that is not known, and False.
-    """
-    return _module is not None and bool(_module.are_plain(x, *parameters))
-
-
 def batch_norm(problem: Problem, inputs: Inputs) -> tuple[mx.array, Statistics]:
     """y in the dtype of x, and the statistics in float64."""
     y, *statistics = _call("batch_norm", problem, _operands(inputs))

@@ -38,9 +38,9 @@ def training_step(
     problem = _as_traced(problem, inputs)
     y, moments = _batch_norm(problem, inputs, None)
     statistics = moments.statistics()
-    if inputs.weights is None and not problem.any_size:  # a number takes fewer operations
+    if isinstance(statistics.count, mx.array) and inputs.weights is None and not problem.any_size:
         count = values_per_feature(problem.features, inputs.x.shape)
-        statistics = statistics._replace(count=count)
+        statistics = statistics._replace(count=count)  # a number takes fewer operations
     new = definition.update_running(mean, var, statistics, rate=rate, correction=correction)
     return y, *new
 
@@ -112,15 +112,14 @@ def _plainly(problem: Problem, inputs: Inputs) -> tuple[mx.array, Moments]:
     What takes time in a small array is the number of operations, not their width. The count is a
     number where the sizes are known.
     """
-    inputs = _cast(inputs, mx.float64)
-    x, features = inputs.x, problem.features
+    x, features = inputs.x.astype(mx.float64), problem.features
     axes, count = reduced_axes(features, x.ndim), values_per_feature(features, x.shape)
     if problem.any_size:
         count = mx.sum(mx.broadcast_arrays(mx.array(1, mx.int64), x)[0], axes)
     mean = mx.sum(x, axes) / count  # and not times 1 / count: exact if all are equal
     centered = x - along(features, mean, x)
     var = mx.sum(mx.square(centered), axes) / count
-    y = definition.output(problem, inputs, Moments.given(mean, var), centered)
+    y = definition.output(problem, inputs, Moments.given(mean, var), centered)  # wide as centered
     mean, var = mean.astype(mx.float32), var.astype(mx.float32)
     return y, Moments(count, mean, None, None, var)
 

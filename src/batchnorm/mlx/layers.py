@@ -9,8 +9,8 @@ import mlx.core as mx
 from .. import checks
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
-from . import _native, _stages
-from ._arguments import Number, check_number, check_parameters, checked, fraction
+from . import _stages
+from ._arguments import Number, are_plain, check_number, check_parameters, checked, fraction
 from ._compat import Layer, refuse_other_statistics
 
 _CONVENTION = CONVENTIONS["mlx"]
@@ -215,12 +215,12 @@ class BatchNorm(Layer):
         eps = self._own_eps()
         # What follows checks and casts: spared where there is nothing to find, nearly always.
         is_short = residual is None and mask is None and type(eps) is float
-        if is_short and _native.are_plain(x, weight, bias, mean, var):
-            axes, channels = x.ndim, x.shape[-1]
-            is_one_value = self.training and x.size == channels
-            if 2 <= axes <= 4 and channels == self.num_features and not is_one_value:
+        if is_short and are_plain(x, weight, bias, mean, var):
+            shape = x.shape
+            is_one_value = self.training and x.size == self.num_features
+            if 2 <= len(shape) <= 4 and shape[-1] == self.num_features and not is_one_value:
                 activation = checks.activation(self.activation)
-                return _over_last_axis(axes, eps, activation), Inputs(x, weight, bias)
+                return _over_last_axis(len(shape), eps, activation), Inputs(x, weight, bias)
         checks.instance("x", x, mx.array)
         if not 2 <= x.ndim <= 4:
             raise ValueError(
