@@ -138,10 +138,12 @@ def broadcasts(name: str, shape: Shape, x_shape: Shape, x_name: str = "x") -> No
         )
 
 
-def number_of_channels(channels: int, num_features: int, shape: Shape, x_name: str = "x") -> None:
-    if channels != num_features:
+def number_of_channels(
+    channels: int, number: int, shape: Shape, x_name: str = "x", name: str = "num_features"
+) -> None:
+    if channels != number:
         raise ValueError(
-            f"{x_name} must have num_features={num_features} channels, "
+            f"{x_name} must have {name}={number} channels, "
             f"but it has {channels}: its shape is {tuple(shape)}."
         )
 

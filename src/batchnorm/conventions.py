@@ -22,6 +22,7 @@ class Convention:
     momentum_weighs_new: bool
     correction: int
     eps: float
+    name_of_eps: str = "eps"
 
     def rate(self, momentum: Any) -> Any:
         """The weight of the new value, for this framework's momentum (and the other way round)."""
@@ -29,12 +30,16 @@ class Convention:
 
 
 _TORCH = Convention("weight", "bias", "running_mean", "running_var", 0.1, True, 1, 1e-5)
-_FLAX = Convention("scale", "bias", "mean", "var", 0.99, False, 0, 1e-5)
+_FLAX = Convention("scale", "bias", "mean", "var", 0.99, False, 0, 1e-5, "epsilon")
+_KERAS = Convention(
+    "gamma", "beta", "moving_mean", "moving_variance", 0.99, False, 0, 1e-3, "epsilon"
+)
 
 CONVENTIONS = {
     "mlx": _TORCH,
     "torch": _TORCH,
     "flax": _FLAX,
-    "keras": Convention("gamma", "beta", "moving_mean", "moving_variance", 0.99, False, 0, 1e-3),
-    "onnx": Convention("scale", "B", "input_mean", "input_var", 0.9, False, 0, 1e-5),
+    "equinox": Convention("weight", "bias", "mean", "var", 0.99, False, 0, 1e-5),
+    "keras": _KERAS,
+    "onnx": Convention("scale", "B", "input_mean", "input_var", 0.9, False, 0, 1e-5, "epsilon"),
 }

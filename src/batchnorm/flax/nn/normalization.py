@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn import initializers
 
-from ... import checks
+from ... import checks, layers
 from ... import jax as door
 from ...conventions import CONVENTIONS
 from ...ndarrays import converted
@@ -100,21 +100,10 @@ class BatchNorm(Module):
         >>> print(state["/"]["mean"])
         [ 1. 20.]
         """
-        for name, number in (("epsilon", epsilon), ("momentum", momentum)):
-            if isinstance(number, jax.Array):
-                is_real = jnp.isdtype(number.dtype, ("real floating", "integral"))
-                checks.scalar(name, number.shape, number.dtype, is_real)
-        if not isinstance(epsilon, jax.Array):
-            epsilon = checks.positive_eps(epsilon, "epsilon")
-        if not isinstance(momentum, jax.Array):
-            momentum = checks.fraction("momentum", momentum)
         x = converted("x", x, jnp.asarray)
         if jnp.issubdtype(x.dtype, jnp.complexfloating):
             # flax.nn.BatchNorm drops the imaginary part; its other errors are ValueErrors, too.
             raise ValueError(f"x must hold real numbers, but its dtype is {x.dtype}.")
-        if x.dtype != dtype:
-            # Otherwise the result is rounded once, from float32, as it is.
-            x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         features = checks.feature_axes(axis, x.shape)
         shape = tuple(x.shape[each] for each in features)
 
@@ -124,10 +113,15 @@ class BatchNorm(Module):
                 self.state("mean", shape, initializers.zeros, collection=batch_stats),
                 self.state("var", shape, initializers.ones, collection=batch_stats),
             )
-        parameters = {
-            "scale": self.param("scale", shape, scale_init) if scale else None,
-            "bias": self.param("bias", shape, bias_init) if bias else None,
-        }
+        parameters = (
+            self.param("scale", shape, scale_init) if scale else None,
+            self.param("bias", shape, bias_init) if bias else None,
+        )
+        devices = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        shared = {} if self.is_initializing() else devices
+        settings = layers.Settings(
+            door, _CONVENTION, epsilon, momentum, features, dtype, shared=shared
+        )
         if use_running_average:
             if not averages:
                 raise ValueError(
@@ -135,23 +129,11 @@ class BatchNorm(Module):
                     "batch_stats"
                 )
             mean, var = averages
-            y = door.normalize(x, mean.value, var.value, **parameters, axis=features, eps=epsilon)
-            return y.astype(dtype)
+            return layers.normalize(settings, x, mean.value, var.value, *parameters)
 
-        alone = self.is_initializing()
-        y, statistics = door.batch_norm(
-            x,
-            **parameters,
-            axis=features,
-            eps=epsilon,
-            allow_one_value=True,
-            axis_name=None if alone else axis_name,
-            axis_index_groups=None if alone else axis_index_groups,
-        )
-        if averages and not alone:
-            rate = _CONVENTION.rate(momentum)
+        y, statistics = layers.batch_norm(settings, x, *parameters)
+        if averages and not self.is_initializing():
             mean, var = averages
-            mean.value, var.value = door.update_running(
-                mean.value, var.value, statistics, rate=rate
-            )
-        return y.astype(dtype)
+            moved = layers.update_running(settings, mean.value, var.value, statistics)
+            mean.value, var.value = moved
+        return y

@@ -1,0 +1,137 @@
+"""What the layers of other libraries have in common, over the functions of a door.
+
+They take integers, and one value of each feature; their results have a dtype of their own, rounded
+to once; and messages name what the library names.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from . import checks
+from .arrays import Array, namespace
+from .conventions import Convention
+from .moments import Statistics
+
+
+class Settings(NamedTuple):
+    """How a layer normalizes, as its library names it.
+
+    Attributes
+    ----------
+    door
+        The module of the functions: `batchnorm.jax`, say.
+    dtype
+        That of the result; None for the one to which x, scale and bias promote.
+    shared
+        What a door's functions are told of the devices or processes that share statistics.
+    """
+
+    door: Any
+    convention: Convention
+    eps: Any
+    momentum: Any
+    axis: Any = -1
+    dtype: Any = None
+    activation: str | None = None
+    shared: Mapping[str, Any] = MappingProxyType({})
+
+
+def batch_norm(
+    settings: Settings,
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    mask: Array | None = None,
+) -> tuple[Array, Statistics]:
+    x, dtype = _in_dtypes(settings, x, scale, bias)
+    y, statistics = settings.door.batch_norm(
+        x,
+        scale,
+        bias,
+        **_options(settings),
+        residual=residual,
+        mask=mask,
+        allow_one_value=True,
+        **settings.shared,
+    )
+    return _cast(y, dtype), statistics
+
+
+def batch_statistics(settings: Settings, x: Array, mask: Array | None = None) -> Statistics:
+    x, _ = _in_dtypes(settings, x, None, None)
+    statistics: Statistics = settings.door.batch_statistics(
+        x, axis=settings.axis, mask=mask, **settings.shared
+    )
+    return statistics
+
+
+def normalize(
+    settings: Settings,
+    x: Array,
+    mean: Array,
+    var: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
+) -> Array:
+    x, dtype = _in_dtypes(settings, x, scale, bias)
+    y = settings.door.normalize(
+        x, mean, var, scale, bias, **_options(settings), residual=residual
+    )
+    return _cast(y, dtype)
+
+
+def update_running(
+    settings: Settings, mean: Array, var: Array, statistics: Statistics
+) -> tuple[Array, Array]:
+    """The new averages, of the dtype to which they and the batch's statistics promote."""
+    xp, dtype = namespace(mean), statistics.mean.dtype
+    mean, var = (_cast(each, xp.result_type(each.dtype, dtype)) for each in (mean, var))
+    rate = settings.convention.rate(_momentum(settings))
+    new_mean, new_var = settings.door.update_running(mean, var, statistics, rate=rate)
+    return new_mean, new_var
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    _momentum(settings)  # a wrong one is refused before anything moves, in evaluation too
+    eps, name = settings.eps, settings.convention.name_of_eps
+    if not _is_array(name, eps):
+        eps = checks.positive_eps(eps, name)
+    return {"axis": settings.axis, "eps": eps, "activation": settings.activation}
+
+
+def _momentum(settings: Settings) -> Any:
+    if _is_array("momentum", settings.momentum):
+        return settings.momentum
+    return checks.fraction("momentum", settings.momentum)
+
+
+def _is_array(name: str, value: Any) -> bool:
+    """Whether a number is an array without axes, which the door makes NaN where out of range."""
+    if checks.is_real(value) or not hasattr(value, "dtype"):
+        return False
+    is_real = namespace(value).isdtype(value.dtype, ("real floating", "integral"))
+    checks.scalar(name, value.shape, value.dtype, is_real)
+    return True
+
+
+def _in_dtypes(
+    settings: Settings, x: Array, scale: Array | None, bias: Array | None
+) -> tuple[Array, Any]:
+    """x in the dtype of the result, or else in that of computation; and the result's."""
+    xp, dtype = namespace(x), settings.dtype
+    if dtype is None:
+        dtype = xp.result_type(*[each for each in (x, scale, bias) if each is not None])
+        if xp.isdtype(dtype, ("bool", "integral")):
+            dtype = xp.result_type(dtype, xp.float32)
+    elif not xp.isdtype(dtype, "real floating"):
+        raise ValueError(f"dtype must be None or a real floating-point dtype, but got {dtype!r}.")
+    if x.dtype != dtype and not xp.isdtype(x.dtype, "complex floating"):  # which the door refuses
+        x = _cast(x, xp.result_type(x.dtype, dtype, xp.float32))
+    return x, dtype
+
+
+def _cast(array: Array, dtype: Any) -> Array:
+    return array if array.dtype == dtype else namespace(array).astype(array, dtype)
