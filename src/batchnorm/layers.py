@@ -77,9 +77,7 @@ def normalize(
     residual: Array | None = None,
 ) -> Array:
     x, dtype = _in_dtypes(settings, x, scale, bias)
-    y = settings.door.normalize(
-        x, mean, var, scale, bias, **_options(settings), residual=residual
-    )
+    y = settings.door.normalize(x, mean, var, scale, bias, **_options(settings), residual=residual)
     return _cast(y, dtype)
 
 

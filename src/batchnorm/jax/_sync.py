@@ -14,7 +14,7 @@ AxisName = Any  # a hashable, or a tuple of them
 Groups = Sequence[Sequence[int]]  # or whatever iterates as such: an array, ranges
 
 
-class UnknownAxis(NameError, ValueError):
+class UnknownAxisError(NameError, ValueError):
     """A NameError, as JAX itself raises of such a name, and of a wrong argument a ValueError."""
 
 
@@ -71,7 +71,7 @@ def devices(axis_name: AxisName | None, groups: Groups | None) -> Devices:
             ) from error
         found = compat.axis_size(axis_name)
         if found is None:
-            raise UnknownAxis(
+            raise UnknownAxisError(
                 f"axis_name must name axes that are mapped here, but got {axis_name!r}. "
                 "Call inside of jax.pmap, jax.shard_map or jax.vmap with that axis name."
             )

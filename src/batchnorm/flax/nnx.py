@@ -1,0 +1,243 @@
+"""`flax.nnx.BatchNorm`, computed by `batchnorm.jax`."""
+
+import math
+from typing import Any, TypeVar
+
+from ..installation import missing
+
+try:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+except ModuleNotFoundError as error:
+    raise missing("batchnorm.flax.nnx", "Flax", "flax") from error
+
+from .. import checks, layers
+from .. import jax as door
+from ..conventions import CONVENTIONS
+from ..layout import feature_shape
+from ..ndarrays import converted
+
+__all__ = ["BatchNorm", "convert", "revert"]
+
+__dir__ = __all__.copy  # public names alone
+
+_CONVENTION = CONVENTIONS["flax"]
+Model = TypeVar("Model")
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalization in the place of `flax.nnx.BatchNorm`, and one itself.
+
+    ``y = activation((x - mean) / sqrt(var + epsilon) * scale + bias + residual)``, with the mean
+    and the population variance of each feature [1]_: of the batch, which also moves the running
+    averages, ``average = momentum * average + (1 - momentum) * new``; or, with
+    `use_running_average`, the running averages. The paths and the kinds of its Variables are those
+    of Flax's layer.
+
+    Parameters
+    ----------
+    num_features : int
+    activation : None, "relu" or "silu"
+    **keywords
+        Those of `flax.nnx.BatchNorm`: use_running_average, axis, momentum, epsilon, dtype,
+        param_dtype, use_bias, use_scale, bias_init, scale_init, axis_name, axis_index_groups,
+        promote_dtype, rngs, bias_metadata, scale_metadata; and use_fast_variance, without effect,
+        as the variance is always exact. momentum and epsilon may also be arrays without axes,
+        traced or not; out of range, they count as NaN.
+
+    Notes
+    -----
+    Complex x is refused. What differs in numbers is where Flax's are not exact: a large mean,
+    devices with masks of different size, and the running averages, which stay as they are kept,
+    whatever `promote_dtype` makes of them. A feature whose mask is nowhere true leaves its averages
+    as they were.
+
+    References
+    ----------
+    .. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+       Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from batchnorm.flax.nnx import BatchNorm
+    >>> layer = BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> print(layer(jnp.array([[1.0, 20.0], [3.0, 60.0]])).round(3))
+    [[-1. -1.]
+     [ 1.  1.]]
+    >>> print(layer.mean[...])
+    [ 1. 20.]
+    """
+
+    def __init__(
+        self, num_features: int, *, activation: str | None = None, **keywords: Any
+    ) -> None:
+        super().__init__(num_features, **keywords)
+        self.activation = checks.activation(activation)
+
+    def __call__(
+        self,
+        x: Any,
+        use_running_average: bool | None = None,
+        *,
+        mask: Any = None,
+        residual: Any = None,
+    ) -> jax.Array:
+        """Normalize x and, in training, move the running averages.
+
+        Parameters
+        ----------
+        x : array
+            Of any number of axes.
+        use_running_average : bool, optional
+            In the place of the attribute.
+        mask : array that broadcasts to x, optional
+            Which elements count in the statistics: bools, or weights >= 0.
+        residual : array that broadcasts to x, optional
+            Added before the activation.
+
+        Returns
+        -------
+        y : array of the shape of x
+
+        Raises
+        ------
+        TypeError
+            If an argument is of the wrong type; if x is complex.
+        ValueError
+            If `use_running_average` is given nowhere, or an argument is out of range or has the
+            wrong shape.
+        NameError
+            If there is no axis `axis_name` here.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            return super().__call__(x, mask=mask)  # which says where to give it
+        x = converted("x", x, jnp.asarray)
+        features = checks.feature_axes(self.axis, x.shape)
+        channels = math.prod(feature_shape(features, x.shape))
+        checks.number_of_channels(channels, self.num_features, x.shape)
+        mean, var = self.mean[...], self.var[...]
+        scale, bias = (None if each is None else each[...] for each in (self.scale, self.bias))
+        promote = getattr(self, "promote_dtype", None)  # Flax 0.11 has none
+        if promote is not None:
+            x, _, _, scale, bias = promote((x, mean, var, scale, bias), dtype=self.dtype)
+        devices = {"axis_name": self.axis_name, "axis_index_groups": self.axis_index_groups}
+        settings = layers.Settings(
+            door,
+            _CONVENTION,
+            self.epsilon,
+            self.momentum,
+            features,
+            self.dtype,
+            self.activation,
+            devices,
+        )
+        if use_running_average:
+            return layers.normalize(settings, x, mean, var, scale, bias, residual)
+        y, statistics = layers.batch_norm(settings, x, scale, bias, residual, mask)
+        moved = layers.update_running(settings, mean, var, statistics)
+        self.mean[...], self.var[...] = map(jax.lax.stop_gradient, moved)
+        return y
+
+
+def convert(
+    model: Model,
+    *,
+    axis_name: Any = ...,
+    axis_index_groups: Any = ...,
+    momentum: Any = ...,
+) -> Model:
+    """Make every `flax.nnx.BatchNorm` of a model one of ours, where it is.
+
+    The layers stay the same objects, with the same Variables: what is shared, sharded or observed
+    by an optimizer stays so.
+
+    Parameters
+    ----------
+    model : nnx.Module, or what else holds some
+    axis_name, axis_index_groups, momentum
+        To set in all of these layers, if given.
+
+    Returns
+    -------
+    model : the same
+
+    Raises
+    ------
+    TypeError
+        If there is a subclass of `flax.nnx.BatchNorm` that is not ours, which may compute something
+        else. No layer has been changed then.
+
+    Examples
+    --------
+    >>> from flax import nnx
+    >>> from batchnorm.flax.nnx import convert
+    >>> model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.relu)
+    >>> type(convert(model).layers[0]).__module__
+    'batchnorm.flax.nnx'
+    """
+    found = _layers(model)
+    for path, layer in found:
+        if type(layer) is not nnx.BatchNorm and not isinstance(layer, BatchNorm):
+            raise TypeError(
+                f"{path} is of {type(layer).__module__}.{type(layer).__name__}, a subclass of "
+                "flax.nnx.BatchNorm, which may compute something else. Replace it in the model by "
+                "a BatchNorm, or derive its class from batchnorm.flax.nnx.BatchNorm."
+            )
+    if momentum is not ... and not isinstance(momentum, jax.Array):
+        checks.fraction("momentum", momentum)
+    changed = {
+        "axis_name": axis_name,
+        "axis_index_groups": axis_index_groups,
+        "momentum": momentum,
+    }
+    for _, layer in found:
+        if not isinstance(layer, BatchNorm):
+            layer.__class__ = BatchNorm
+            layer.activation = None
+        for name, value in changed.items():
+            if value is not ...:
+                setattr(layer, name, value)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Make every BatchNorm of ours in a model a `flax.nnx.BatchNorm` again, where it is.
+
+    Parameters
+    ----------
+    model : nnx.Module, or what else holds some
+
+    Returns
+    -------
+    model : the same
+
+    Raises
+    ------
+    ValueError
+        If a layer has an activation, which Flax's has not. No layer has been changed then.
+    """
+    found = [each for each in _layers(model) if type(each[1]) is BatchNorm]
+    for path, layer in found:
+        if layer.activation is not None:
+            raise ValueError(
+                f"{path} has activation={layer.activation!r}, which flax.nnx.BatchNorm has not. "
+                f"Set it to None, and call flax.nnx.{layer.activation} after the layer."
+            )
+    for _, layer in found:
+        del layer.activation
+        layer.__class__ = nnx.BatchNorm
+    return model
+
+
+def _layers(model: Any) -> list[tuple[str, Any]]:
+    modules = [((), model)] if isinstance(model, nnx.BatchNorm) else nnx.iter_graph(model)
+    return [
+        (".".join(map(str, path)) or "the model", module)
+        for path, module in modules
+        if isinstance(module, nnx.BatchNorm)
+    ]

@@ -1,0 +1,298 @@
+"""`keras.layers.BatchNormalization`, computed by `batchnorm.jax` or `batchnorm.torch`."""
+
+import importlib
+from typing import Any
+
+from .installation import missing
+
+try:
+    import keras
+    from keras import ops
+except ModuleNotFoundError as error:
+    raise missing("batchnorm.keras", "Keras", "keras") from error
+
+from . import checks, layers
+from .arrays import namespace
+from .conventions import CONVENTIONS
+
+__all__ = ["BatchNormalization", "convert", "revert"]
+
+__dir__ = __all__.copy  # public names alone
+
+_CONVENTION = CONVENTIONS["keras"]
+_DOORS = ("jax", "torch")  # for Keras' backends of the same names
+
+
+@keras.saving.register_keras_serializable(package="batchnorm")
+class BatchNormalization(keras.layers.BatchNormalization):
+    """Batch normalization in the place of `keras.layers.BatchNormalization`, and one itself.
+
+    ``y = activation((x - mean) / sqrt(var + epsilon) * gamma + beta + residual)``, with the mean
+    and the population variance of each feature [1]_: of the batch, in training, which also moves
+    the moving statistics, ``moving = momentum * moving + (1 - momentum) * new``; else the moving
+    ones. Weights, their names and their order are those of Keras' layer.
+
+    With the backends jax and torch, it is computed by `batchnorm`; with another, by Keras' own
+    layer, and without activation and residual.
+
+    Parameters
+    ----------
+    **keywords
+        Those of `keras.layers.BatchNormalization`, which may also be given by position.
+    synchronized : bool
+        With the backend torch, whether statistics are those of all processes of torch.distributed.
+        With jax they are those of the whole batch in any case, however it is sharded.
+    activation : None, "relu" or "silu"
+
+    Notes
+    -----
+    A mask has one axis less than the inputs, and holds bools, or weights >= 0. What differs in
+    numbers is where Keras' are not exact: a large mean, and masked batches. A feature whose mask is
+    nowhere true leaves its moving statistics as they were.
+
+    References
+    ----------
+    .. [1] Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing
+       Internal Covariate Shift", 2015, https://arxiv.org/abs/1502.03167.
+    .. [2] Ioffe, "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized
+       Models", 2017, https://arxiv.org/abs/1702.03275: what `renorm` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from batchnorm.keras import BatchNormalization
+    >>> layer = BatchNormalization(momentum=0.5)
+    >>> x = np.array([[1.0, 20.0], [3.0, 60.0]], np.float32)
+    >>> print(np.round(layer(x, training=True), 2))
+    [[-1. -1.]
+     [ 1.  1.]]
+    >>> print(np.array(layer.moving_mean))
+    [ 1. 20.]
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        synchronized: bool = False,
+        activation: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        if keras.backend.backend() in _DOORS:
+            super().__init__(*arguments, **keywords)
+            self.synchronized = synchronized  # which Keras refuses with these
+        else:
+            super().__init__(*arguments, synchronized=synchronized, **keywords)
+        self.activation = checks.activation(activation)
+
+    def call(
+        self,
+        inputs: Any,
+        training: bool | None = None,
+        mask: Any = None,
+        residual: Any = None,
+    ) -> Any:
+        """Normalize the inputs and, in training, move the moving statistics.
+
+        Parameters
+        ----------
+        inputs : tensor
+        training : bool, optional
+        mask : tensor of one axis less than the inputs, optional
+            Which elements count in the statistics: bools, or weights >= 0.
+        residual : tensor that broadcasts to the inputs, optional
+            Added before the activation.
+
+        Returns
+        -------
+        outputs : tensor of the shape of the inputs, and the layer's compute_dtype
+
+        Raises
+        ------
+        TypeError
+            If an argument is of the wrong type; if the inputs are complex.
+        ValueError
+            If an argument is out of range or has the wrong shape.
+        """
+        backend = keras.backend.backend()
+        if backend not in _DOORS:
+            for name, value in (("activation", self.activation), ("residual", residual)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} must be None with Keras' backend {backend!r}, for which Keras' "
+                        f"own layer serves. The backends {' and '.join(_DOORS)} take one."
+                    )
+            return super().call(inputs, training=training, mask=mask)
+        if mask is not None:
+            if len(mask.shape) != len(inputs.shape) - 1:
+                return super().call(inputs, training=training, mask=mask)  # which says so
+            mask = ops.expand_dims(mask, -1)
+        settings = layers.Settings(
+            importlib.import_module(f".{backend}", __package__),
+            _CONVENTION,
+            self.epsilon,
+            self.momentum,
+            self.axis,
+            getattr(namespace(inputs), self.compute_dtype),
+            self.activation,
+            {"sync": True} if self.synchronized and backend == "torch" else {},
+        )
+        gamma, beta = map(_tensor, (self.gamma, self.beta))
+        if not (training and self.trainable):
+            mean, var = map(_tensor, (self.moving_mean, self.moving_variance))
+            return layers.normalize(settings, inputs, mean, var, gamma, beta, residual)
+        if not self.renorm:
+            y, statistics = layers.batch_norm(settings, inputs, gamma, beta, residual, mask)
+            _move(settings, self.moving_mean, self.moving_variance, statistics)
+            return y
+
+        # What corrects the normalization is known before it, and has no gradient.
+        statistics = layers.batch_statistics(settings, ops.stop_gradient(inputs), mask)
+        statistics = statistics._replace(var=ops.sqrt(statistics.var + self.epsilon))
+        gamma, beta = self._corrected(gamma, beta, statistics.mean, statistics.var)
+        y, _ = layers.batch_norm(settings, inputs, gamma, beta, residual, mask)
+        _move(settings, self.moving_mean, self.moving_stddev, statistics)
+        self.moving_variance.assign(ops.relu(ops.square(self.moving_stddev) - self.epsilon))
+        settings = settings._replace(momentum=self.renorm_momentum)
+        _move(settings, self.renorm_mean, self.renorm_stddev, statistics)
+        return y
+
+    def _corrected(self, gamma: Any, beta: Any, mean: Any, stddev: Any) -> tuple[Any, Any]:
+        """Scale and bias of (x̂·r + d)·gamma + beta, Batch Renormalization's Algorithm 1 [2]."""
+        old_stddev = ops.maximum(self.renorm_stddev, self.epsilon**0.5)
+        r, d = stddev / old_stddev, (mean - self.renorm_mean) / old_stddev
+        smallest, largest, farthest = map(self.renorm_clipping.get, ("rmin", "rmax", "dmax"))
+        if smallest is not None:
+            r = ops.maximum(r, smallest)
+        if largest is not None:
+            r = ops.minimum(r, largest)
+        if farthest is not None:
+            d = ops.clip(d, -farthest, farthest)
+        if gamma is not None:
+            r, d = r * gamma, d * gamma
+        return r, d if beta is None else d + beta
+
+    def get_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = super().get_config()
+        if self.activation is not None:  # a key that Keras' layer does not know
+            config["activation"] = self.activation
+        return config
+
+
+def _move(settings: layers.Settings, mean: Any, spread: Any, statistics: Any) -> None:
+    """Move two variables, a mean and a variance or deviation, towards the batch's."""
+    moved = layers.update_running(settings, _tensor(mean), _tensor(spread), statistics)
+    mean.assign(moved[0])
+    spread.assign(moved[1])
+
+
+def _tensor(variable: Any) -> Any:
+    return None if variable is None else ops.convert_to_tensor(variable)
+
+
+def convert(model: keras.Model) -> keras.Model:
+    """A copy of a model with a BatchNormalization of ours for each of `keras.layers`.
+
+    It is cloned by `keras.models.clone_model`, and has the same weights; it is not compiled.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Functional or Sequential, as `clone_model` asks for.
+
+    Returns
+    -------
+    model : keras.Model
+
+    Raises
+    ------
+    TypeError
+        If there is a layer that can't be replaced: a subclass of `keras.layers.BatchNormalization`
+        that is not ours, which may compute something else, or a layer within one of another class.
+
+    Examples
+    --------
+    >>> import keras
+    >>> from batchnorm.keras import convert
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization()])
+    >>> type(convert(model).layers[0]).__module__
+    'batchnorm.keras'
+    """
+
+    def converted(layer: keras.Layer) -> keras.Layer:
+        if isinstance(layer, BatchNormalization):
+            return _clone(type(layer), layer)
+        if type(layer) is keras.layers.BatchNormalization:
+            return _clone(BatchNormalization, layer)
+        for each in _layers_of(layer):
+            kind = type(each)
+            if isinstance(each, keras.layers.BatchNormalization) and not isinstance(
+                each, BatchNormalization
+            ):
+                where = "" if each is layer else f", within {layer.name} of {type(layer).__name__}"
+                raise TypeError(
+                    f"{each.name} is of {kind.__module__}.{kind.__name__}{where}, which can't be "
+                    "replaced by cloning. Make it a batchnorm.keras.BatchNormalization, or a "
+                    "subclass of it, where it is created."
+                )
+        return _clone(type(layer), layer)
+
+    return _cloned(model, converted)
+
+
+def revert(model: keras.Model) -> keras.Model:
+    """A copy of a model with a layer of `keras.layers` for each BatchNormalization of ours.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Functional or Sequential.
+
+    Returns
+    -------
+    model : keras.Model
+
+    Raises
+    ------
+    ValueError
+        If a layer has an activation, or is synchronized, which Keras' is not with this backend.
+    """
+
+    def reverted(layer: keras.Layer) -> keras.Layer:
+        if type(layer) is not BatchNormalization:
+            return _clone(type(layer), layer)
+        if layer.activation is not None:
+            raise ValueError(
+                f"{layer.name} has activation={layer.activation!r}, which "
+                "keras.layers.BatchNormalization has not. Make the model without it, with a "
+                f'keras.layers.Activation("{layer.activation}") after the layer.'
+            )
+        return _clone(keras.layers.BatchNormalization, layer)
+
+    return _cloned(model, reverted)
+
+
+def _cloned(model: keras.Model, clone_function: Any) -> keras.Model:
+    cloned = keras.models.clone_model(model, clone_function=clone_function, recursive=True)
+    cloned.set_weights(model.get_weights())
+    return cloned
+
+
+def _clone(kind: Any, layer: keras.Layer) -> keras.Layer:
+    cloned: keras.Layer = kind.from_config(layer.get_config())
+    return cloned
+
+
+def _layers_of(layer: keras.Layer) -> list[keras.Layer]:
+    """The layer and all that it holds, however deep."""
+    found: list[keras.Layer] = []
+    left: list[Any] = [layer]
+    while left:
+        each = left.pop()
+        if isinstance(each, keras.Layer) and each not in found:
+            found.append(each)
+            left += vars(each).values()
+        elif isinstance(each, (list, tuple)):
+            left += each
+        elif isinstance(each, dict):
+            left += each.values()
+    return found
