@@ -281,6 +281,17 @@ def axis_size(axis_name: Any) -> int | None:
     return size
 
 
+def are_of_vmap(axis_names: Sequence[Any]) -> bool:
+    """Whether there are such mapped axes, all jax.vmap's, which are gone when a program is lowered.
+
+    For: a whole batch norm as one operation there. Breaks: where jax.pmap and jax.shard_map no
+    longer make their axes manual, as before 0.8 pmap did not. Then: NameErrors in lowering.
+    """
+    if not axis_names or not getattr(jax.config, "jax_pmap_shmap_merge", True):
+        return False
+    return not {*jax.sharding.get_abstract_mesh().manual_axes} & {*axis_names}
+
+
 def group_sum(array: Array, axis_name: Any, groups: list[list[int]]) -> Array:
     """The sum over the devices of each group.
 

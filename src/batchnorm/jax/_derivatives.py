@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .. import definition
 from ..definition import Inputs, Problem
-from ..layout import per_feature, reduced_axes
+from ..layout import Axes, per_feature, reduced_axes
 from ..moments import Moments
 from ..sums import total
 from . import _compat as compat
@@ -23,6 +23,7 @@ from ._stages import (
     Array,
     Stage,
     batch_norm,
+    batch_norm_over_devices,
     by_normalize,
     gradient_sums,
     gradients,
@@ -34,7 +35,7 @@ from ._stages import (
     tangent,
     tangent_sums,
 )
-from ._sync import Devices
+from ._sync import ALONE, Devices
 
 
 def _or_zeros(array: Array | None, like: Array) -> Array:
@@ -93,6 +94,11 @@ def _batch_norm_jvp(
     tree: Any,
     devices: Devices,
 ) -> tuple[list[Array], list[Any]]:
+    if devices != ALONE:
+        by_stages = functools.partial(
+            batch_norm_over_devices, problem=problem, tree=tree, devices=devices
+        )
+        return jax.jvp(by_stages, list(primals), list(map(_or_zeros, tangents, primals)))
     (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
     results = batch_norm(problem, inputs)
     moments = Moments(*results[:-1])
@@ -233,7 +239,7 @@ def _batched(
         return results, [None] * len(results)
     is_reduced = mapped == {"x"} and (stage in _WITHOUT_SUMS or axis.name in devices.mapped)
     place = next(dim for dim in dims if dim is not None) if is_reduced else problem.features[0]
-    features = tuple(each + (each >= place) for each in problem.features)
+    features = _moved(problem.features, place)
 
     def folded(operand: Array, dim: int | None, kind: str) -> Array:
         if is_reduced and kind == "f":
@@ -248,6 +254,11 @@ def _batched(
     )
     places = {"f": None if is_reduced else 0}
     return results, [places.get(kind, place) for kind in stage.results[: len(results)]]
+
+
+def _moved(features: Axes, place: int) -> Axes:
+    """Feature axes where one more axis is put in at `place`."""
+    return tuple([each + (each >= place) for each in features])
 
 
 _WITHOUT_SUMS = {normalize, output_tangent, input_gradient}
@@ -321,17 +332,30 @@ def _batch_norm_batched(
     operands: Sequence[Array],
     dims: Sequence[int | None],
     *,
+    problem: Problem,
     tree: Any,
-    **parameters: Any,
+    devices: Devices,
 ) -> tuple[list[Array], list[int | None]]:
-    """Statistics are not batched where x is not."""
+    """Moments are not batched where x is not, nor where the mapped axis shares them."""
+    kinds = zip(dims, _kinds(batch_norm, tree), strict=True)
+    mapped = {kind for dim, kind in kinds if dim is not None}
+    is_shared = axis.name in devices.mapped
+    if dims[0] is not None and (mapped == {"x"} or not is_shared):
+        parameters = {"problem": problem, "tree": tree, "devices": devices}
+        return _batched(batch_norm, axis, operands, dims, **parameters)
+    whole = problem
     if dims[0] is not None:
-        return _batched(batch_norm, axis, operands, dims, tree=tree, **parameters)
+        whole = problem._replace(features=_moved(problem.features, dims[0]))
     inputs, *_ = tree.unflatten(operands)
-    moments = Moments(*statistics(parameters["problem"], Inputs(inputs.x)))
-    flat, tree = jax.tree.flatten((inputs, moments, ()))
+    others = devices.without(axis.name)
+    moments = others.pooled(Moments(*statistics(whole, Inputs(inputs.x), devices=others)))
+    if dims[0] is None and is_shared:  # the same x, so many times
+        moments = moments._replace(count=moments.count * axis.size)
+    flat, tree = jax.tree.flatten((inputs, moments, (None,)))
     dims = [*dims, *[None] * len(moments)]
-    y, dim_of_y = _batched(normalize, axis, flat, dims, tree=tree, **parameters)
+    y, dim_of_y = _normalized_batched(
+        axis, flat, dims, problem=problem, tree=tree, devices=devices
+    )
     return [*moments, *y], [*[None] * len(moments), *dim_of_y]
 
 

@@ -5,7 +5,8 @@ Four of them go forward and six are linear, in three pairs of transposes:
     statistics      x             ->  the moments
     normalize       x             ->  y
     normalized      x             ->  y:  by moments that are those of x, in the derivative, too
-    batch_norm      x             ->  the moments, y:  both, where there are no weights
+    batch_norm      x             ->  the moments, y:  both, where there are no weights; over a
+                                      jax.vmap's axis, the moments of the whole batch
     tangent_sums    ẋ, ṙ          ->  p, t₀, t₁
     output_tangent  p, s₀, s₁     ->  ẏ
     gradient_sums   dy            ->  Σ g, Σ g·x̂
@@ -63,8 +64,10 @@ class Stage:
     moments are. With `has_kernel`, the kernel of the same name serves on the CPU.
 
     Over `devices`, the results f are added up, or pooled, right after the call; where jax.vmap maps
-    their axis, the stage itself may go over it. `is_made_of` is for a stage that is another one:
-    what it is lowered to. `in_one_pass` is the definition with less passes over memory, by what has
+    their axis, the stage itself may go over it. `over_devices` is for a stage whose results are
+    pooled already: what it is where there are devices; only jax.vmap's, with which it is lowered
+    only once they are gone. `is_made_of` is for a stage that is another one: what it is lowered to.
+    `in_one_pass` is the definition with less passes over memory, by what has
     no derivative, and for which XLA would gather what is split.
     """
 
@@ -77,12 +80,14 @@ class Stage:
         *,
         has_kernel: bool = False,
         is_made_of: Callable[..., list[Array]] | None = None,
+        over_devices: Callable[..., list[Array]] | None = None,
         in_one_pass: Callable[..., Any] | None = None,
     ) -> None:
         self.name, self.function, self.linear, self.results = name, function, linear, results
         self.primitive = compat.primitive(f"batch_norm_{name}", self.types, self.evaluate)
         BY_DEFINITION[self.primitive] = self.by_definition
         self.is_made_of, self.in_one_pass = is_made_of, in_one_pass
+        self.over_devices = over_devices
         compat.set_lowering(self.primitive, self.lower)
         if has_kernel:
             compat.set_lowering(self.primitive, self.lower_on_cpu, "cpu")
@@ -135,6 +140,7 @@ class Stage:
             and native.kernels.layout(inputs.x.shape, problem.features) is not None
             and inputs.x.size > 0
             and None not in linear
+            and (self.over_devices is None or parameters["devices"] == ALONE)
             and self.name in _targets()
         ):
             return compat.lowering(self.by_kernel)(context, *operands, **parameters)
@@ -148,6 +154,8 @@ class Stage:
         devices: Devices = ALONE,
         function: Callable[..., Any] | None = None,
     ) -> list[Array]:
+        if self.over_devices is not None and devices != ALONE:
+            return self.over_devices(*operands, problem=problem, tree=tree, devices=devices)
         dtype = operands[0].dtype
         inputs, moments, linear = tree.unflatten([each.astype(wide(dtype)) for each in operands])
         given = (inputs, *linear) if moments is None else (inputs, moments, *linear)
@@ -260,6 +268,16 @@ def _batch_norm(
     return moments, y
 
 
+def batch_norm_over_devices(
+    *operands: Array, problem: Problem, tree: Any, devices: Devices
+) -> list[Array]:
+    """What `batch_norm` is there: the moments are those of all devices together."""
+    inputs, *_ = tree.unflatten(operands)
+    own = Moments(*statistics(problem, Inputs(inputs.x), devices=devices))
+    moments = devices.pooled(own)
+    return [*moments, *normalized(problem, inputs, moments, None, devices=devices)]
+
+
 def _normalized(problem: Problem, inputs: Inputs, moments: Moments, eps: Array | None) -> Array:
     return definition.normalize(problem, inputs, moments.with_eps(eps))
 
@@ -302,7 +320,13 @@ statistics = Stage(
 normalize = Stage("normalize", definition.normalize, "", "x", has_kernel=True)
 normalized = Stage("normalized", _normalized, "f", "x", is_made_of=by_normalize)
 batch_norm = Stage(
-    "batch_norm", _batch_norm, "", "fffffx", has_kernel=True, in_one_pass=_in_one_pass(_batch_norm)
+    "batch_norm",
+    _batch_norm,
+    "",
+    "fffffx",
+    has_kernel=True,
+    over_devices=batch_norm_over_devices,
+    in_one_pass=_in_one_pass(_batch_norm),
 )
 tangent_sums = Stage("tangent_sums", definition.tangent_sums, "xr", "xff")
 output_tangent = Stage("output_tangent", definition.output_tangent, "xff", "x")

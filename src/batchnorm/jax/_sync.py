@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import checks
+from ..moments import Moments, pooled
 from . import _compat as compat
 
 AxisName = Any  # a hashable, or a tuple of them
@@ -53,6 +54,12 @@ class Devices(NamedTuple):
         if like is not None:
             total, _ = compat.varying_alike([total, like])
         return list(total)
+
+    def pooled(self, moments: Moments) -> Moments:
+        """The moments of all their elements."""
+        if self.axis_name is None:
+            return moments
+        return pooled(moments, self.sum, jax.lax.stop_gradient)
 
 
 ALONE = Devices(None, None, 1)

@@ -10,7 +10,7 @@ from .. import checks
 from ..definition import Inputs, Problem
 from ..documentation import documented
 from ..layout import reduced_axes, values_per_feature
-from ..moments import Moments, Statistics, pooled
+from ..moments import Moments, Statistics
 from ..running import moved
 from . import _compat as compat
 from . import _derivatives  # noqa: F401  (gives the stages their rules)
@@ -24,7 +24,7 @@ from ._arguments import (
     problem_and_inputs,
     statistics_of,
 )
-from ._sync import AxisName, Devices, Groups, devices
+from ._sync import ALONE, AxisName, Devices, Groups, devices
 
 
 @documented()
@@ -174,10 +174,9 @@ def update_running(
 def _batch_norm(
     problem: Problem, devices: Devices, inputs: Inputs, eps: jax.Array | None
 ) -> tuple[jax.Array, Statistics]:
-    x = inputs.x
-    is_plain = devices.axis_name is None and inputs.weights is None and eps is None
-    if is_plain and compat.varies_as(x, inputs):
-        *found, y = stages.batch_norm(problem, inputs)
+    is_plain = inputs.weights is None and eps is None and compat.varies_as(inputs.x, inputs)
+    if is_plain and (devices == ALONE or compat.are_of_vmap(devices.mapped)):
+        *found, y = stages.batch_norm(problem, inputs, devices=devices)
         return y, Moments(*found).statistics()
     moments = _moments(problem, devices, inputs)
     if eps is not None:
@@ -207,6 +206,4 @@ def _moments(problem: Problem, devices: Devices, inputs: Inputs) -> Moments:
         moments = moments._replace(
             count=nan_where(wrong, moments.count), var=nan_where(wrong, moments.var)
         )
-    if devices.axis_name is None:
-        return moments
-    return pooled(moments, devices.sum, jax.lax.stop_gradient)
+    return devices.pooled(moments)
