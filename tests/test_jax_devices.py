@@ -31,9 +31,13 @@ GOLDEN = Path(__file__).parent / "golden" / "flax_nn"
 
 
 def start(
-    function: str, *arguments: str, devices: int = DEVICES, quickly_compiled: bool = False
+    function: str,
+    *arguments: str,
+    module: str = "test_jax_devices",
+    devices: int = DEVICES,
+    quickly_compiled: bool = False,
 ) -> subprocess.Popen:
-    program = f"import sys, test_jax_devices as tests; tests.{function}(*sys.argv[1:])"
+    program = f"import sys, {module} as tests; tests.{function}(*sys.argv[1:])"
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", program, *arguments],

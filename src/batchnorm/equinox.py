@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from . import checks, layers
 from . import jax as door
 from .conventions import CONVENTIONS
+from .ndarrays import converted
 
 __all__ = ["BatchNorm", "convert", "revert"]
 
@@ -144,6 +145,8 @@ class BatchNorm(eqx.nn.BatchNorm):
             If, in training, there is no axis `axis_name` here.
         """
         del key
+        x = converted("x", x, jnp.asarray)
+        checks.feature_axes(0, x.shape)
         checks.number_of_channels(x.shape[0], self.input_size, x.shape, name="input_size")
         inference = self.inference if inference is None else inference
         index: Any = self.batch_state_index if self.mode == "batch" else self.ema_state_index
@@ -152,8 +155,7 @@ class BatchNorm(eqx.nn.BatchNorm):
         parameters, dtype = (self.weight, self.bias), None
         if inference or self.mode == "ema":
             given = [each for each in (x, mean, *parameters) if each is not None]
-            dtype = jnp.result_type(*given, jnp.bfloat16)
-        axis_name = self.axis_name
+            dtype = jnp.result_type(*given)
         settings = layers.Settings(
             door,
             _CONVENTION,
@@ -162,7 +164,7 @@ class BatchNorm(eqx.nn.BatchNorm):
             0,
             dtype,
             self.activation,
-            {"axis_name": tuple(axis_name) if isinstance(axis_name, list) else axis_name},
+            {"axis_name": self.axis_name},
         )
         if inference:
             if self.mode == "batch":
@@ -178,8 +180,8 @@ class BatchNorm(eqx.nn.BatchNorm):
             new = layers.update_running(settings, mean, var, statistics)
             is_first, first = state.get(counter), (statistics.mean, statistics.var)
             new = jnp.where(is_first, first[0], new[0]), jnp.where(is_first, first[1], new[1])
-            state = state.set(counter, jnp.array(False))
             y = layers.normalize(settings, x, *new, *parameters, residual)
+            state = state.set(counter, jnp.array(False))
         return y, state.set(index, (new[0].astype(mean.dtype), new[1].astype(var.dtype)))
 
     def _without_beginnings(
@@ -219,7 +221,7 @@ def convert(model: Model) -> Model:
     'batchnorm.equinox'
     """
 
-    def converted(path: Any, layer: Any) -> Any:
+    def ours(path: Any, layer: Any) -> Any:
         if not isinstance(layer, eqx.nn.BatchNorm) or isinstance(layer, BatchNorm):
             return layer
         if type(layer) is not eqx.nn.BatchNorm:
@@ -230,7 +232,7 @@ def convert(model: Model) -> Model:
             )
         return _of_class(BatchNorm, layer, activation=None)
 
-    return _mapped(converted, model)
+    return _mapped(ours, model)
 
 
 def revert(model: Model) -> Model:

@@ -126,6 +126,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             if len(mask.shape) != len(inputs.shape) - 1:
                 return super().call(inputs, training=training, mask=mask)  # which says so
             mask = ops.expand_dims(mask, -1)
+        inputs = ops.convert_to_tensor(inputs)
         settings = layers.Settings(
             importlib.import_module(f".{backend}", __package__),
             _CONVENTION,

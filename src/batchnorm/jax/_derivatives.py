@@ -353,9 +353,7 @@ def _batch_norm_batched(
         moments = moments._replace(count=moments.count * axis.size)
     flat, tree = jax.tree.flatten((inputs, moments, (None,)))
     dims = [*dims, *[None] * len(moments)]
-    y, dim_of_y = _normalized_batched(
-        axis, flat, dims, problem=problem, tree=tree, devices=devices
-    )
+    y, dim_of_y = _normalized_batched(axis, flat, dims, problem=problem, tree=tree, devices=devices)
     return [*moments, *y], [*[None] * len(moments), *dim_of_y]
 
 
