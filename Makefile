@@ -22,14 +22,14 @@ $(VENV)/%: $(SOURCES) | $(IN_VENV)python
 	$(IN_VENV)pip install '.[$*]'
 	@touch $@
 
-# The oldest JAX that pyproject.toml allows, where it has a wheel, and a Flax that goes with it; all
+# The oldest JAX that pyproject.toml allows, where it has a wheel, and the oldest Flax and Equinox; all
 # else it takes from .venv.
 PRINT_SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(OLDEST)/ready: Makefile pyproject.toml | $(IN_VENV)python
 	@echo "Installing the oldest JAX that is supported in $(OLDEST)."
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/pip install "jax==0.6.2; python_version < '3.14'" \
-	  "jax==0.7.1; python_version >= '3.14'" flax
+	  "jax==0.7.1; python_version >= '3.14'" "flax==0.11.0" "equinox==0.13.2"
 	$(IN_VENV)python $(PRINT_SITE) > "$$($(OLDEST)/bin/python $(PRINT_SITE))/all_else.pth"
 	@touch $@
 
@@ -39,8 +39,10 @@ demo: $(VENV)/demo ## Train a network on handwritten digits in MLX and in JAX; w
 test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its oldest version, too.
 	@echo "Running the tests, and beside them those of JAX with its oldest version, which follow."
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider \
-	  -k "jax or flax_nn" tests/test_doors.py tests/test_jax.py tests/test_jax_compat.py \
-	  tests/test_jax_devices.py tests/test_jax_programs.py tests/flax_nn > $(OLDEST)/tests.log 2>&1 & \
+	  -k "jax or flax_nn or layers or linen or nnx or equinox" tests/test_doors.py tests/test_jax.py \
+	  tests/test_jax_compat.py tests/test_jax_devices.py tests/test_jax_programs.py tests/flax_nn \
+	  tests/test_layers.py tests/test_linen.py tests/test_nnx.py tests/test_equinox.py \
+	  > $(OLDEST)/tests.log 2>&1 & \
 	oldest=$$!; $(IN_VENV)python -m pytest; newest=$$?; \
 	wait $$oldest; oldest=$$?; cat $(OLDEST)/tests.log; \
 	test $$newest -eq 0 -a $$oldest -eq 0

@@ -21,7 +21,7 @@ from measure import INSTRUCTION_SETS, THREADS, Result
 from tabulate import tabulate
 
 HERE = Path(__file__).parent
-PROGRAMS = ("kernels", "torch_layers", "jax_layers", "mlx_layers")
+PROGRAMS = ("kernels", "torch_layers", "jax_layers", "library_layers", "mlx_layers")
 # Okabe & Ito's, https://jfly.uni-koeln.de/color/: one for each side of a picture.
 COLORS = (
     *("#0072b2", "#e69f00", "#d55e00", "#009e73"),

@@ -1,4 +1,9 @@
+import os
+
 import pytest
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # which Keras reads once, when it is imported
+
 from doors import DOORS, without_native
 
 

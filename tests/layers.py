@@ -3,11 +3,8 @@
 Features are last in x. A mask has one element a row: the shape of x without its last axis.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import equinox as eqx
 import jax

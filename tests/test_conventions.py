@@ -5,8 +5,10 @@ import re
 import tomllib
 from pathlib import Path
 
+import equinox as eqx
 import flax.linen
 import jax
+import keras
 import mlx.core
 import mlx.nn
 import numpy as np
@@ -62,6 +64,7 @@ def test_flax():
     convention = CONVENTIONS["flax"]
     layer = flax.linen.BatchNorm(use_running_average=False)
     assert (layer.momentum, layer.epsilon) == (convention.momentum, convention.eps)
+    assert hasattr(layer, convention.name_of_eps)
     x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     variables = layer.init(jax.random.key(0), x)
     assert set(variables["params"]) == {convention.scale, convention.bias}
@@ -71,6 +74,37 @@ def test_flax():
     np.testing.assert_allclose(state[convention.mean], rate * x.mean(0), rtol=1e-4)
     variance = x.var(0, ddof=convention.correction)
     np.testing.assert_allclose(state[convention.var], (1 - rate) + rate * variance, rtol=1e-5)
+
+
+def test_equinox():
+    convention = CONVENTIONS["equinox"]
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    assert (layer.momentum, layer.eps) == (convention.momentum, convention.eps)
+    for name in (convention.scale, convention.bias, convention.name_of_eps):
+        assert hasattr(layer, name)
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    _, state = jax.vmap(layer, (0, None), (0, None), axis_name="batch")(x, state)
+    mean, var = state.get(layer.batch_state_index)
+    rate = convention.rate(convention.momentum)
+    np.testing.assert_allclose(mean, rate * x.mean(0), rtol=1e-4)
+    variance = x.var(0, ddof=convention.correction)
+    np.testing.assert_allclose(var, (1 - rate) + rate * variance, rtol=1e-5)
+
+
+def test_keras():
+    convention = CONVENTIONS["keras"]
+    layer = keras.layers.BatchNormalization()
+    assert (layer.momentum, layer.epsilon) == (convention.momentum, convention.eps)
+    assert hasattr(layer, convention.name_of_eps)
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    layer(x, training=True)
+    names = [convention.scale, convention.bias, convention.mean, convention.var]
+    assert [each.name for each in layer.weights] == names
+    _, _, mean, var = layer.get_weights()
+    rate = convention.rate(convention.momentum)
+    np.testing.assert_allclose(mean, rate * x.mean(0), rtol=1e-4)
+    variance = x.var(0, ddof=convention.correction)
+    np.testing.assert_allclose(var, (1 - rate) + rate * variance, rtol=1e-5)
 
 
 def test_onnx():

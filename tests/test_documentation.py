@@ -45,11 +45,15 @@ def test_there_are_docstring_examples(name):
     assert any(has_an_example(value) for value in vars(module).values() if callable(value))
 
 
-@pytest.mark.parametrize("package", ["numpy", "mlx", "jax", "flax.nn", "torch"])
+LAYERS = ["flax.linen", "flax.nnx", "equinox", "keras"]  # for libraries over doors
+
+
+@pytest.mark.parametrize("package", ["numpy", "mlx", "jax", "flax.nn", "torch", *LAYERS])
 def test_all_that_a_door_offers_has_an_example(package):
     module = importlib.import_module(f"batchnorm.{package}")
     # The example of Gradients is that of the function that returns them.
-    for name in set(module.__all__) - {"Gradients", "initializers"}:
+    # And that of revert is convert's.
+    for name in set(module.__all__) - {"Gradients", "initializers", "revert"}:
         assert has_an_example(getattr(module, name)), name
 
 

@@ -25,7 +25,7 @@ import batchnorm.mlx
 import batchnorm.native
 import batchnorm.numpy
 import batchnorm.torch
-from batchnorm.flax import nn
+from batchnorm.flax import linen, nn
 
 PACKAGE = Path(batchnorm.__file__).parent
 KERNELS = batchnorm.native.kernels
@@ -150,6 +150,11 @@ CALLS = {
     "jax": (jax_by(lambda x: batchnorm.jax.batch_norm(x)[0]), kernels_are_lowered, 4),
     "flax.nn": (
         jax_by(lambda x: nn.BatchNorm.call(PARAMS, x)),
+        kernels_are_lowered,
+        6,
+    ),
+    "flax.linen": (
+        jax_by(lambda x: linen.BatchNorm(False).init_with_output(jax.random.key(0), x)[0]),
         kernels_are_lowered,
         5,
     ),

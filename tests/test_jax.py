@@ -604,6 +604,15 @@ def test_a_mapped_batch_is_one_call_without_a_copy():
     assert evaluated["batch_norm_normalize"][0][0][1].shape == (4,)
 
 
+def test_an_empty_mapped_batch():
+    x = jnp.zeros((0, 5, 4))
+    y, statistics = over_batch(by_example, out_axes=(0, None))(x)
+    assert y.shape == x.shape
+    alone = over_batch(partial(batch_statistics, axis_name="batch"), out_axes=None)(x)
+    for each in (statistics, alone):
+        np.testing.assert_array_equal(each.count, np.zeros(4))
+
+
 def test_vectors_of_a_mapped_batch():
     x = X[:, 0]
     wanted = truth.batch_norm(x)

@@ -228,7 +228,8 @@ def test_a_broken_native_module_is_an_error(without_native):
 def test_importing_the_package_imports_no_framework():
     program = """
 import sys, batchnorm
-loaded = {"jax", "flax", "torch", "mlx", "onnx", "tensorflow"} & set(sys.modules)
+frameworks = {"jax", "flax", "equinox", "keras", "torch", "mlx", "onnx", "tensorflow"}
+loaded = frameworks & set(sys.modules)
 assert not loaded, loaded
 doors = {name for name in sys.modules if name.startswith("batchnorm.")}
 assert doors <= {"batchnorm.native", "batchnorm.native._cpu"}, doors

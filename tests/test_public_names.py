@@ -17,12 +17,15 @@ import batchnorm
 import batchnorm.flax.nn
 
 ROOT = Path(__file__).parents[1]
-DOORS = ["numpy", "mlx", "jax", "flax", "flax.nn", "torch", "torch.functional"]
+DOORS = [
+    *("numpy", "mlx", "jax", "flax", "flax.linen", "flax.nn", "flax.nnx", "equinox", "keras"),
+    *("torch", "torch.functional"),
+]
 LAYERS = {
     (f"batchnorm.{door}", name)
     for door in DOORS
     for name, value in vars(importlib.import_module(f"batchnorm.{door}")).items()
-    if inspect.isclass(value) and "BatchNorm" in name and not name.startswith("_")
+    if inspect.isclass(value) and "BatchNorm" in name and value.__module__.startswith("batchnorm")
 }
 
 
@@ -48,7 +51,10 @@ def test_a_layer_of_the_package_is_looked_for_in_a_door(name):
 
 
 def test_layers_are_found():
-    doors = {"batchnorm.mlx", "batchnorm.flax.nn"}
+    doors = {
+        *("batchnorm.mlx", "batchnorm.equinox"),
+        *("batchnorm.flax.linen", "batchnorm.flax.nn", "batchnorm.flax.nnx"),
+    }
     assert {door for door, name in LAYERS if name == "BatchNorm"} == doors
     assert ("batchnorm.torch", "SyncBatchNorm") in LAYERS
 
@@ -64,8 +70,7 @@ OF_OLD_FLAX_NN = {
 }
 SUBMODULES_OF_OLD_FLAX_NN = {"activation", "base", "linear", "pooling", "recurrent"}
 OF_FLAX = {
-    *("core", "jax_utils", "linen", "metrics", "nnx", "serialization", "struct", "training"),
-    "traverse_util",
+    *("core", "jax_utils", "metrics", "serialization", "struct", "training", "traverse_util"),
 }
 ADVISED = [
     *(("batchnorm", name, f"from batchnorm.torch import {name}") for name in ["SyncBatchNorm"]),
@@ -149,7 +154,7 @@ def without_frameworks():
     """What each import says where no framework is installed."""
     program = """
 import importlib, json, sys
-for framework in ("mlx", "jax", "flax", "torch"):
+for framework in ("mlx", "jax", "flax", "equinox", "keras", "torch"):
     sys.modules[framework] = None
 said = {}
 for door in sys.argv[1:]:
@@ -171,7 +176,11 @@ print(json.dumps(said))
     [
         ("mlx", "MLX"),
         ("jax", "JAX"),
+        ("flax.linen", "Flax"),
         ("flax.nn", "JAX"),
+        ("flax.nnx", "Flax"),
+        ("equinox", "Equinox"),
+        ("keras", "Keras"),
         ("torch", "PyTorch"),
         ("torch.functional", "PyTorch"),
     ],

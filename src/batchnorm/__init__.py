@@ -1,7 +1,9 @@
 """One batch normalization for Python's array frameworks.
 
-Import the module of your framework: `batchnorm.numpy`, `batchnorm.mlx`, `batchnorm.jax`,
-`batchnorm.flax` or `batchnorm.torch`. This package by itself imports none of them.
+Import the module of your framework: `batchnorm.numpy`, `batchnorm.mlx`, `batchnorm.jax` or
+`batchnorm.torch`, or of a library over those: `batchnorm.flax.linen`, `batchnorm.flax.nnx`,
+`batchnorm.flax.nn`, `batchnorm.equinox` or `batchnorm.keras`. This package by itself imports none
+of them.
 """
 
 from importlib.metadata import version
@@ -16,7 +18,11 @@ __dir__ = __all__.copy  # public names alone
 
 _LAYERS = {
     "batchnorm.mlx": {"BatchNorm"},
+    "batchnorm.flax.linen": {"BatchNorm"},
+    "batchnorm.flax.nnx": {"BatchNorm"},
     "batchnorm.flax.nn": {"BatchNorm"},
+    "batchnorm.equinox": {"BatchNorm"},
+    "batchnorm.keras": {"BatchNormalization"},
     "batchnorm.torch": {
         *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"),
         *("LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"),

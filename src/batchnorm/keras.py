@@ -9,6 +9,8 @@ try:
     import keras
     from keras import ops
 except ModuleNotFoundError as error:
+    if error.name != "keras":  # but its backend, which KERAS_BACKEND names
+        raise
     raise missing("batchnorm.keras", "Keras", "keras") from error
 
 from . import checks, layers

@@ -1,22 +1,25 @@
-"""Batch normalization for Flax: `batchnorm.flax.nn` is the module API of Flax before Linen."""
+"""Batch normalization for Flax: `linen` and `nnx` have layers for the APIs of these names.
+
+`nn` is the API of Flax before Linen.
+"""
 
 from typing import TYPE_CHECKING, NoReturn
 
 from ..absent import no_attribute
 
-__all__ = ["nn"]  # noqa: F822, which `import` finds
+__all__ = ["linen", "nn", "nnx"]  # noqa: F822, which `import` finds
 
 __dir__ = __all__.copy  # public names alone
 
 _OF_FLAX_ITSELF = (
-    *("core", "jax_utils", "linen", "metrics", "nnx", "serialization", "struct", "training"),
-    "traverse_util",
+    *("core", "jax_utils", "metrics", "serialization", "struct", "training", "traverse_util"),
 )
 _ADVICE = {
-    name: f"{name} is still Flax's own: from flax import {name}. batchnorm.flax has nn alone."
+    name: f"{name} is still Flax's own: from flax import {name}."
+    " batchnorm.flax has linen, nn and nnx."
     for name in _OF_FLAX_ITSELF
 } | {
-    "optim": "optim is no longer in Flax, and batchnorm.flax has nn alone: use Optax, which takes a"
+    "optim": "optim is no longer in Flax, nor in batchnorm.flax: use Optax, which takes a"
     " Model as it is. docs/coming-from-flax.md shows how."
 }
 

@@ -6,7 +6,6 @@ None stands for a tangent or a cotangent that is zero.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from .. import definition
 from ..definition import Inputs, Problem
-from ..layout import Axes, per_feature, reduced_axes
+from ..layout import Axes, per_feature, reduced_axes, values_per_feature
 from ..moments import Moments
 from ..sums import total
 from . import _compat as compat
@@ -283,7 +282,9 @@ def _statistics_batched(
         return results, dims_of_results
     features, shape = parameters["problem"].features, results[0].shape
     if len(operands) == 1:
-        values = operands[0].size // axis.size // max(1, math.prod(shape))
+        one = list(operands[0].shape)
+        del one[dims[0]]
+        values = values_per_feature(features, one)
         return [jnp.full(shape, values, results[0].dtype), *results[1:]], dims_of_results
 
     def count(weights: Array) -> Array:
