@@ -219,3 +219,21 @@ def _merged(sections: list[str], parameters: Iterable[str] | None = None) -> str
         rest = entries.get("...", "").replace("...", unsaid, 1)
         entries = {name: entries.get(name, rest) for name in parameters}
     return "\n".join(dict.fromkeys(entries.values()))
+
+
+def with_parameters_of(parent: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Let `inspect.signature` show the parameters that a function hands on to its parent's."""
+
+    def with_signature(function: Function) -> Function:
+        theirs, own = (inspect.signature(each).parameters for each in (parent, function))
+        shown = [each for each in theirs.values() if each.kind is not each.VAR_KEYWORD]
+        shown += [
+            each
+            for name, each in own.items()
+            if each.kind is each.KEYWORD_ONLY and name not in theirs
+        ]
+        shown += [each for each in theirs.values() if each.kind is each.VAR_KEYWORD]
+        function.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        return function
+
+    return with_signature

@@ -1,6 +1,7 @@
 """`keras.layers.BatchNormalization`, computed by `batchnorm.jax` or `batchnorm.torch`."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from .installation import missing
@@ -42,8 +43,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     **keywords
         Those of `keras.layers.BatchNormalization`, which may also be given by position.
     synchronized : bool
-        With the backend torch, whether statistics are those of all processes of torch.distributed.
-        With jax they are those of the whole batch in any case, however it is sharded.
+        By keyword: with the backend torch, whether statistics are those of all processes of
+        torch.distributed. With jax they are those of the whole batch in any case, however it is
+        sharded.
     activation : None, "relu" or "silu"
 
     Notes
@@ -68,7 +70,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     >>> print(np.round(layer(x, training=True), 2))
     [[-1. -1.]
      [ 1.  1.]]
-    >>> print(np.array(layer.moving_mean))
+    >>> print(layer.moving_mean.value)
     [ 1. 20.]
     """
 
@@ -92,6 +94,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         training: bool | None = None,
         mask: Any = None,
         residual: Any = None,
+        inputs_mask: Any = None,
     ) -> Any:
         """Normalize the inputs and, in training, move the moving statistics.
 
@@ -103,6 +106,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             Which elements count in the statistics: bools, or weights >= 0.
         residual : tensor that broadcasts to the inputs, optional
             Added before the activation.
+        inputs_mask : tensor, optional
+            Where Keras puts the mask that the inputs carry if there is a residual.
 
         Returns
         -------
@@ -115,6 +120,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         ValueError
             If an argument is out of range or has the wrong shape.
         """
+        mask = inputs_mask if mask is None else mask
         backend = keras.backend.backend()
         if backend not in _DOORS:
             for name, value in (("activation", self.activation), ("residual", residual)):
@@ -128,7 +134,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
             if len(mask.shape) != len(inputs.shape) - 1:
                 return super().call(inputs, training=training, mask=mask)  # which says so
             mask = ops.expand_dims(mask, -1)
+        if self.renorm:
+            checks.fraction("renorm_momentum", self.renorm_momentum)
         inputs = ops.convert_to_tensor(inputs)
+        dtype = keras.backend.standardize_dtype(inputs.dtype)
+        checks.floating("inputs", dtype, not dtype.startswith("complex"))
         settings = layers.Settings(
             importlib.import_module(f".{backend}", __package__),
             _CONVENTION,
@@ -154,15 +164,18 @@ class BatchNormalization(keras.layers.BatchNormalization):
         gamma, beta = self._corrected(gamma, beta, statistics.mean, statistics.var)
         y, _ = layers.batch_norm(settings, inputs, gamma, beta, residual, mask)
         _move(settings, self.moving_mean, self.moving_stddev, statistics)
-        self.moving_variance.assign(ops.relu(ops.square(self.moving_stddev) - self.epsilon))
+        stddev, old = map(_tensor, (self.moving_stddev, self.moving_variance))
+        variance = ops.relu(ops.square(stddev) - self.epsilon)
+        self.moving_variance.assign(ops.where(statistics.count > 0, variance, old))
         settings = settings._replace(momentum=self.renorm_momentum)
         _move(settings, self.renorm_mean, self.renorm_stddev, statistics)
         return y
 
     def _corrected(self, gamma: Any, beta: Any, mean: Any, stddev: Any) -> tuple[Any, Any]:
         """Scale and bias of (x̂·r + d)·gamma + beta, Batch Renormalization's Algorithm 1 [2]."""
-        old_stddev = ops.maximum(self.renorm_stddev, self.epsilon**0.5)
-        r, d = stddev / old_stddev, (mean - self.renorm_mean) / old_stddev
+        old_mean, old_stddev = map(_tensor, (self.renorm_mean, self.renorm_stddev))
+        old_stddev = ops.maximum(old_stddev, self.epsilon**0.5)
+        r, d = stddev / old_stddev, (mean - old_mean) / old_stddev
         smallest, largest, farthest = map(self.renorm_clipping.get, ("rmin", "rmax", "dmax"))
         if smallest is not None:
             r = ops.maximum(r, smallest)
@@ -222,21 +235,16 @@ def convert(model: keras.Model) -> keras.Model:
     """
 
     def converted(layer: keras.Layer) -> keras.Layer:
-        if isinstance(layer, BatchNormalization):
-            return _clone(type(layer), layer)
         if type(layer) is keras.layers.BatchNormalization:
             return _clone(BatchNormalization, layer)
-        for each in _layers_of(layer):
-            kind = type(each)
-            if isinstance(each, keras.layers.BatchNormalization) and not isinstance(
-                each, BatchNormalization
-            ):
-                where = "" if each is layer else f", within {layer.name} of {type(layer).__name__}"
-                raise TypeError(
-                    f"{each.name} is of {kind.__module__}.{kind.__name__}{where}, which can't be "
-                    "replaced by cloning. Make it a batchnorm.keras.BatchNormalization, or a "
-                    "subclass of it, where it is created."
-                )
+        _refuse_within(
+            layer,
+            lambda each: (
+                isinstance(each, keras.layers.BatchNormalization)
+                and not isinstance(each, BatchNormalization)
+            ),
+            "batchnorm.keras.BatchNormalization",
+        )
         return _clone(type(layer), layer)
 
     return _cloned(model, converted)
@@ -257,11 +265,19 @@ def revert(model: keras.Model) -> keras.Model:
     Raises
     ------
     ValueError
-        If a layer has an activation, or is synchronized, which Keras' is not with this backend.
+        If a layer has an activation, is called with a residual or is synchronized, none of which
+        Keras' layer can with these backends.
+    TypeError
+        If there is a layer of ours within one of another class.
     """
 
     def reverted(layer: keras.Layer) -> keras.Layer:
         if type(layer) is not BatchNormalization:
+            _refuse_within(
+                layer,
+                lambda each: type(each) is BatchNormalization,
+                "keras.layers.BatchNormalization",
+            )
             return _clone(type(layer), layer)
         if layer.activation is not None:
             raise ValueError(
@@ -269,15 +285,76 @@ def revert(model: keras.Model) -> keras.Model:
                 "keras.layers.BatchNormalization has not. Make the model without it, with a "
                 f'keras.layers.Activation("{layer.activation}") after the layer.'
             )
+        if layer.synchronized:
+            raise ValueError(
+                f"{layer.name} has synchronized=True, which keras.layers.BatchNormalization has "
+                f"not with the backend {keras.backend.backend()}. Set it to False before."
+            )
         return _clone(keras.layers.BatchNormalization, layer)
 
-    return _cloned(model, reverted)
+    def call(layer: keras.Layer, *arguments: Any, **keywords: Any) -> Any:
+        is_reverted = type(layer) is keras.layers.BatchNormalization
+        if is_reverted and keywords.get("residual") is not None:
+            raise ValueError(
+                f"{layer.name} is called with a residual, which keras.layers.BatchNormalization "
+                "does not take. Make the model with a keras.layers.Add after the layer."
+            )
+        return layer(*arguments, **keywords)
+
+    return _cloned(model, reverted, call)
 
 
-def _cloned(model: keras.Model, clone_function: Any) -> keras.Model:
-    cloned = keras.models.clone_model(model, clone_function=clone_function, recursive=True)
-    cloned.set_weights(model.get_weights())
+def _refuse_within(layer: keras.Layer, is_meant: Callable[[Any], bool], wanted: str) -> None:
+    """Refuse a layer that is, or holds, one that is meant to be another, but stays by cloning."""
+    for each in filter(is_meant, _layers_of(layer)):
+        kind = f"{type(each).__module__}.{type(each).__name__}"
+        where = "" if each is layer else f", within {layer.name} of {type(layer).__name__}"
+        raise TypeError(
+            f"{each.name} is of {kind}{where}, which can't be replaced by cloning. Make it a "
+            f"{wanted}, or a subclass of that, where it is created."
+        )
+
+
+def _cloned(
+    model: keras.Model,
+    clone_function: Callable[[keras.Layer], keras.Layer],
+    call_function: Callable[..., Any] | None = None,
+) -> keras.Model:
+    """By clone_model, and with what that leaves out: weights, and which layers are trained."""
+    pairs = []
+
+    def cloned_layer(layer: keras.Layer) -> keras.Layer:
+        pairs.append((layer, clone_function(layer)))
+        return pairs[-1][1]
+
+    options: dict[str, Any] = {"clone_function": cloned_layer, "recursive": True}
+    if call_function is not None and not isinstance(model, keras.Sequential):
+        options["call_function"] = call_function
+    compiled = [each for each in _layers_of(model) if getattr(each, "compiled", False)]
+    try:
+        for each in compiled:  # else the clone is, too, as far as its configuration goes
+            each.compiled = False
+        cloned = keras.models.clone_model(model, **options)
+    finally:
+        for each in compiled:
+            each.compiled = True
+    for new, old in zip(cloned.weights, model.weights, strict=True):
+        new.assign(ops.copy(_tensor(old)))  # as training may give up the memory of one model's
+    for old, new in pairs:
+        own: dict[str, Any] = {}
+        if isinstance(old, keras.Layer):  # and no operation
+            old.save_own_variables(own)
+        if own:  # of which a layer may make something more when it loads them
+            new.load_own_variables(own)
+    _copy_trainable(model, cloned)
     return cloned
+
+
+def _copy_trainable(model: keras.Layer, cloned: keras.Layer) -> None:
+    cloned.trainable = model.trainable  # of all that it holds, too, which have their own below
+    if isinstance(model, keras.Model):
+        for pair in zip(model.layers, cloned.layers, strict=True):
+            _copy_trainable(*pair)
 
 
 def _clone(kind: Any, layer: keras.Layer) -> keras.Layer:
