@@ -4,7 +4,8 @@ They take integers, and one value of each feature; their results have a dtype of
 to once; and messages name what the library names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ def batch_norm(
         x,
         scale,
         bias,
-        **_options(settings),
+        **_options(settings, x),
         residual=residual,
         mask=mask,
         allow_one_value=True,
@@ -77,7 +78,9 @@ def normalize(
     residual: Array | None = None,
 ) -> Array:
     x, dtype = _in_dtypes(settings, x, scale, bias)
-    y = settings.door.normalize(x, mean, var, scale, bias, **_options(settings), residual=residual)
+    y = settings.door.normalize(
+        x, mean, var, scale, bias, **_options(settings, x), residual=residual
+    )
     return _cast(y, dtype)
 
 
@@ -85,34 +88,32 @@ def update_running(
     settings: Settings, mean: Array, var: Array, statistics: Statistics
 ) -> tuple[Array, Array]:
     """The new averages, of the dtype to which they and the batch's statistics promote."""
-    xp, dtype = namespace(mean), statistics.mean.dtype
+    xp, dtype = namespace(statistics.mean), statistics.mean.dtype
     mean, var = (_cast(each, xp.result_type(each.dtype, dtype)) for each in (mean, var))
-    rate = settings.convention.rate(_momentum(settings))
+    rate = settings.convention.rate(_momentum(settings, statistics.mean))
     new_mean, new_var = settings.door.update_running(mean, var, statistics, rate=rate)
     return new_mean, new_var
 
 
-def _options(settings: Settings) -> dict[str, Any]:
-    _momentum(settings)  # a wrong one is refused before anything moves, in evaluation too
-    eps, name = settings.eps, settings.convention.name_of_eps
-    if not _is_array(name, eps):
-        eps = checks.positive_eps(eps, name)
+def _options(settings: Settings, x: Array) -> dict[str, Any]:
+    _momentum(settings, x)  # a wrong one is refused before anything moves, in evaluation too
+    name = settings.convention.name_of_eps
+    eps = _number(name, settings.eps, x, lambda eps: checks.positive_eps(eps, name))
     return {"axis": settings.axis, "eps": eps, "activation": settings.activation}
 
 
-def _momentum(settings: Settings) -> Any:
-    if _is_array("momentum", settings.momentum):
-        return settings.momentum
-    return checks.fraction("momentum", settings.momentum)
+def _momentum(settings: Settings, x: Array) -> Any:
+    return _number("momentum", settings.momentum, x, partial(checks.fraction, "momentum"))
 
 
-def _is_array(name: str, value: Any) -> bool:
-    """Whether a number is an array without axes, which the door makes NaN where out of range."""
+def _number(name: str, value: Any, x: Array, check: Callable[[Any], float]) -> Any:
+    """A number, checked. An array of x's framework stays one, NaN to the door if out of range."""
     if checks.is_real(value) or not hasattr(value, "dtype"):
-        return False
-    is_real = namespace(value).isdtype(value.dtype, ("real floating", "integral"))
+        return check(value)
+    xp = namespace(value)
+    is_real = xp.isdtype(value.dtype, ("real floating", "integral"))
     checks.scalar(name, value.shape, value.dtype, is_real)
-    return True
+    return value if xp is namespace(x) else check(value.item())
 
 
 def _in_dtypes(
@@ -127,7 +128,7 @@ def _in_dtypes(
     elif not xp.isdtype(dtype, "real floating"):
         raise ValueError(f"dtype must be None or a real floating-point dtype, but got {dtype!r}.")
     if x.dtype != dtype and not xp.isdtype(x.dtype, "complex floating"):  # which the door refuses
-        x = _cast(x, xp.result_type(x.dtype, dtype, xp.float32))
+        x = _cast(x, xp.float64 if xp.float64 in (x.dtype, dtype) else xp.float32)
     return x, dtype
 
 

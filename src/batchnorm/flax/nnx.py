@@ -190,6 +190,8 @@ def convert(
             )
     if momentum is not ... and not isinstance(momentum, jax.Array):
         checks.fraction("momentum", momentum)
+    elif isinstance(momentum, jax.Array) and hasattr(nnx, "data"):  # Flax 0.11 has none
+        momentum = nnx.data(momentum)
     changed = {
         "axis_name": axis_name,
         "axis_index_groups": axis_index_groups,
@@ -197,7 +199,7 @@ def convert(
     }
     for _, layer in found:
         if not isinstance(layer, BatchNorm):
-            layer.__class__ = BatchNorm
+            object.__setattr__(layer, "__class__", BatchNorm)  # no attribute of nnx's
             layer.activation = None
         for name, value in changed.items():
             if value is not ...:
@@ -230,14 +232,13 @@ def revert(model: Model) -> Model:
             )
     for _, layer in found:
         del layer.activation
-        layer.__class__ = nnx.BatchNorm
+        object.__setattr__(layer, "__class__", nnx.BatchNorm)
     return model
 
 
 def _layers(model: Any) -> list[tuple[str, Any]]:
-    modules = [((), model)] if isinstance(model, nnx.BatchNorm) else nnx.iter_graph(model)
     return [
         (".".join(map(str, path)) or "the model", module)
-        for path, module in modules
+        for path, module in nnx.iter_graph(model)
         if isinstance(module, nnx.BatchNorm)
     ]

@@ -282,8 +282,7 @@ def _statistics_batched(
         return results, dims_of_results
     features, shape = parameters["problem"].features, results[0].shape
     if len(operands) == 1:
-        one = list(operands[0].shape)
-        del one[dims[0]]
+        one = [size for dim, size in enumerate(operands[0].shape) if dim != dims[0]]
         values = values_per_feature(features, one)
         return [jnp.full(shape, values, results[0].dtype), *results[1:]], dims_of_results
 

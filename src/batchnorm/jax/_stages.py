@@ -48,7 +48,8 @@ Array = Any
 
 def wide(dtype: Any) -> Any:
     """The dtype in which values of `dtype` are computed."""
-    return jnp.promote_types(dtype, jnp.float32)
+    is_wide = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 4
+    return jnp.dtype(dtype if is_wide else jnp.float32)
 
 
 # For whoever can't look into a primitive.
