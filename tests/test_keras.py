@@ -129,6 +129,13 @@ def test_the_configuration_is_that_of_keras(keywords):
     assert isinstance(ours, THEIRS)
 
 
+def test_the_arguments_are_shown():
+    theirs = inspect.signature(THEIRS).parameters
+    ours = inspect.signature(BatchNormalization).parameters
+    assert [*ours] == [*[*theirs][:-1], "activation", "kwargs"]
+    assert all(ours[name] == theirs[name] for name in theirs)
+
+
 def test_arguments_by_position():
     *positional, last = [value for name, value in ALL.items()][:16]
     ours = BatchNormalization(*positional, renorm_momentum=last, name="norm")

@@ -811,3 +811,10 @@ def in_mapped_functions() -> None:
 
 def test_several_devices():
     finish(start("in_mapped_functions", module="test_nnx", quickly_compiled=True))
+
+
+def test_the_arguments_are_shown():
+    theirs = inspect.signature(nnx.BatchNorm.__init__).parameters
+    ours = inspect.signature(BatchNorm.__init__).parameters
+    assert [*ours] == [*theirs, "activation"]
+    assert all(ours[name] == theirs[name] for name in theirs)

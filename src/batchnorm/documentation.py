@@ -226,13 +226,9 @@ def with_parameters_of(parent: Callable[..., Any]) -> Callable[[Function], Funct
 
     def with_signature(function: Function) -> Function:
         theirs, own = (inspect.signature(each).parameters for each in (parent, function))
-        shown = [each for each in theirs.values() if each.kind is not each.VAR_KEYWORD]
-        shown += [
-            each
-            for name, each in own.items()
-            if each.kind is each.KEYWORD_ONLY and name not in theirs
-        ]
-        shown += [each for each in theirs.values() if each.kind is each.VAR_KEYWORD]
+        new = [name for name in own if own[name].kind is inspect.Parameter.KEYWORD_ONLY]
+        shown = [*theirs.values(), *(own[name] for name in new if name not in theirs)]
+        shown.sort(key=lambda each: each.kind)  # **keywords last
         function.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         return function
 

@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
 from . import checks, layers
 from .arrays import namespace
 from .conventions import CONVENTIONS
+from .documentation import with_parameters_of
 
 __all__ = ["BatchNormalization", "convert", "revert"]
 
@@ -74,6 +75,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     [ 1. 20.]
     """
 
+    @with_parameters_of(keras.layers.BatchNormalization.__init__)
     def __init__(
         self,
         *arguments: Any,

@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
 from .. import checks, layers
 from .. import jax as door
 from ..conventions import CONVENTIONS
+from ..documentation import with_parameters_of
 from ..layout import feature_shape
 from ..ndarrays import converted
 
@@ -71,6 +72,7 @@ class BatchNorm(nnx.BatchNorm):
     [ 1. 20.]
     """
 
+    @with_parameters_of(nnx.BatchNorm.__init__)
     def __init__(
         self, num_features: int, *, activation: str | None = None, **keywords: Any
     ) -> None:
