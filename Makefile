@@ -36,16 +36,23 @@ $(OLDEST)/ready: Makefile pyproject.toml | $(IN_VENV)python
 demo: $(VENV)/demo ## Train a network on handwritten digits in MLX and in JAX; writes demo.png.
 	$(IN_VENV)python examples/demo.py --picture demo.png
 
+# In two halves side by side, which take about as long.
+OF_JAX := tests/test_doors.py tests/test_jax.py tests/test_jax_compat.py tests/test_jax_devices.py \
+  tests/test_jax_programs.py tests/flax_nn
+OF_LIBRARIES := tests/test_layers.py tests/test_linen.py tests/test_nnx.py tests/test_equinox.py
+BESIDE := $(OF_LIBRARIES) tests/test_keras.py tests/test_doctor.py
+define RUN_BESIDE
+JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider \
+  -k "jax or flax_nn or layers or linen or nnx or equinox" $(OF_JAX) $(OF_LIBRARIES); oldest=$$?; \
+$(IN_VENV)python -m pytest -p no:cacheprovider $(BESIDE); test $$? -eq 0 -a $$oldest -eq 0
+endef
+
 test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its oldest version, too.
-	@echo "Running the tests, and beside them those of JAX with its oldest version, which follow."
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(OLDEST)/bin/python -m pytest -p no:cacheprovider \
-	  -k "jax or flax_nn or layers or linen or nnx or equinox" tests/test_doors.py tests/test_jax.py \
-	  tests/test_jax_compat.py tests/test_jax_devices.py tests/test_jax_programs.py tests/flax_nn \
-	  tests/test_layers.py tests/test_linen.py tests/test_nnx.py tests/test_equinox.py \
-	  > $(OLDEST)/tests.log 2>&1 & \
-	oldest=$$!; $(IN_VENV)python -m pytest; newest=$$?; \
-	wait $$oldest; oldest=$$?; cat $(OLDEST)/tests.log; \
-	test $$newest -eq 0 -a $$oldest -eq 0
+	@echo "Running half of the tests, and beside them the others and those with the oldest JAX, which follow."
+	@{ $(RUN_BESIDE); } > $(OLDEST)/tests.log 2>&1 & beside=$$!; \
+	$(IN_VENV)python -m pytest $(BESIDE:%=--ignore=%); half=$$?; \
+	wait $$beside; beside=$$?; cat $(OLDEST)/tests.log; \
+	test $$half -eq 0 -a $$beside -eq 0
 
 lint: $(VENV)/dev ## Check formatting, types, style and who imports whom.
 	$(IN_VENV)ruff format --check .
