@@ -153,6 +153,25 @@ def test_a_batch_is_one_call_without_a_copy(shape):
     assert "transpose" not in found
 
 
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_a_batch_in_which_nothing_counts_is_not_counted(mode):
+    layer, state = make(4, "batch", mode=mode)
+    _, state = batched(layer, state, X, np.zeros((8, 1, 1, 1)))
+    y, state = batched(layer, state, X)
+    wanted = truth.batch_norm(X, axis=1).y
+    near(y, wanted)
+    near(batched(eqx.nn.inference_mode(layer), state, X)[0], wanted, 5e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_inference_of_narrow_averages(dtype):
+    layer, state = make(4, "batch", mode="batch", dtype=dtype)
+    for _ in range(20):
+        _, state = eqx.filter_jit(batched)(layer, state, X)
+    y, _ = batched(eqx.nn.inference_mode(layer), state, X)
+    near(y, truth.batch_norm(X, axis=1).y, 0.1 if dtype == "bfloat16" else 0.02)
+
+
 def test_masks_and_residuals():
     mask = RANDOM.uniform(size=(8, 1, 5, 1)) < 0.6
     layer, state = make(4, "batch", mode="batch", activation="silu")
@@ -254,6 +273,8 @@ def test_what_convert_and_revert_refuse():
         convert(layers)
     own = Own(4, "batch", mode="batch")
     assert convert([own])[0] is own
+    with pytest.raises(TypeError, match=r"\[0\] is of test_equinox.Own, a subclass of batchnorm"):
+        revert([own])
     with pytest.raises(ValueError, match=r"\[0\] has activation='relu', which equinox.nn"):
         revert([BatchNorm(4, "batch", mode="batch", activation="relu")])
 

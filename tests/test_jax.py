@@ -613,6 +613,38 @@ def test_an_empty_mapped_batch():
         np.testing.assert_array_equal(each.count, np.zeros(4))
 
 
+def test_parameters_alone_take_no_pass_for_tangents_of_x():
+    def gradients(x):
+        def loss(scale, bias):
+            return (by_example(x, scale, bias)[0] ** 2).sum()
+
+        return jax.grad(loss, (0, 1))(jnp.ones(4), jnp.ones(4))
+
+    assert "batch_norm_tangent_sums" not in operations(over_batch(gradients), X)
+
+
+def test_several_mapped_axes():
+    """Each alone, all together, and either of two; as the joined batch."""
+    x = X.reshape(2, 4, 5, 4)
+
+    def mapped(names, out):
+        function = partial(batch_norm, axis_name=names, allow_one_value=True)
+        inner = jax.vmap(function, axis_name="inner", out_axes=(0, None if "inner" in names else 0))
+        return jax.vmap(inner, axis_name="outer", out_axes=(0, out))
+
+    y, statistics = jax.jit(mapped(("outer", "inner"), None))(x)
+    close(y, truth.batch_norm(x).y, rtol=0, atol=1e-5)
+    close(statistics.var, truth.batch_norm(x).var)
+    y, statistics = jax.jit(mapped(("inner",), 0))(x)
+    for got, var, part in zip(y, statistics.var, x, strict=True):
+        close(got, truth.batch_norm(part).y, rtol=0, atol=1e-5)
+        close(var, truth.batch_norm(part).var)
+    y, statistics = jax.jit(mapped(("outer",), None))(x)
+    for i in range(4):
+        close(y[:, i], truth.batch_norm(x[:, i]).y, rtol=0, atol=1e-5)
+        close(statistics.var[i], truth.batch_norm(x[:, i]).var)
+
+
 def test_vectors_of_a_mapped_batch():
     x = X[:, 0]
     wanted = truth.batch_norm(x)

@@ -218,3 +218,10 @@ def test_a_compiled_program_is_loaded_where_nothing_was_lowered(tmp_path):
         command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), path]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
+
+
+def test_in_plain_jax_within_a_mapped_batch():
+    mapped = jax.vmap(in_plain_jax(lambda x: batch_norm(x, axis_name="i")[0]), axis_name="i")
+    x = np.random.default_rng(0).normal(size=(4, 2, 3)).astype(np.float32)
+    assert "batch_norm" not in str(jax.make_jaxpr(mapped)(x))
+    np.testing.assert_allclose(mapped(x), batch_norm(x)[0], atol=1e-5)

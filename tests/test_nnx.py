@@ -693,8 +693,10 @@ def test_subclasses_of_ours_stay():
     assert type(layer.before) is BatchNorm
     assert layer.momentum == layer.before.momentum == 0.5
     near(layer(X), truth.batch_norm(truth.batch_norm(X).y ** 2).y)
-    revert(model)
-    assert type(layer) is Ours
+    with pytest.raises(TypeError, match=r"^layers.0 is of test_nnx.Ours, a subclass of batchnorm"):
+        revert(model)
+    assert type(layer.before) is BatchNorm
+    revert(layer.before)
     assert type(layer.before) is nnx.BatchNorm
 
 
@@ -818,3 +820,23 @@ def test_the_arguments_are_shown():
     ours = inspect.signature(BatchNorm.__init__).parameters
     assert [*ours] == [*theirs, "activation"]
     assert all(ours[name] == theirs[name] for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"momentum": 2.0}, ValueError, r"momentum must be within \[0, 1\]"),
+        ({"momentum": jnp.ones(3)}, ValueError, "momentum must be a number or an array without"),
+        ({"momentum": "fast"}, TypeError, "momentum must be a number"),
+        ({"axis_index_groups": [[0]]}, ValueError, "axis_index_groups needs an axis_name"),
+    ],
+)
+def test_settings_that_convert_refuses(settings, error, message):
+    model = [nnx.BatchNorm(4, rngs=nnx.Rngs(0))]
+    with pytest.raises(error, match=message):
+        convert(model, **settings)
+    assert type(model[0]) is nnx.BatchNorm
+
+
+def test_a_momentum_of_numpys_is_a_number():
+    assert convert(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), momentum=np.array(0.5)).momentum == 0.5

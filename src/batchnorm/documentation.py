@@ -227,7 +227,7 @@ def with_parameters_of(parent: Callable[..., Any]) -> Callable[[Function], Funct
     def with_signature(function: Function) -> Function:
         theirs, own = (inspect.signature(each).parameters for each in (parent, function))
         new = [name for name in own if own[name].kind is inspect.Parameter.KEYWORD_ONLY]
-        shown = [*theirs.values(), *(own[name] for name in new if name not in theirs)]
+        shown = [theirs[name] for name in theirs if name not in new] + [own[name] for name in new]
         shown.sort(key=lambda each: each.kind)  # **keywords last
         function.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
         return function

@@ -57,11 +57,15 @@ class BatchNorm(eqx.nn.BatchNorm):
     -----
     With mode="batch", the running mean begins with 0 and the running variance with 1. Of both,
     inference takes out what is left of these beginnings, ``momentum ** steps``: after the first
-    step they are those of its batch. Equinox divides both by ``1 - momentum ** steps``, which is
-    right for the mean, but makes the variance ``momentum ** steps / (1 - momentum ** steps)`` too
-    large: 99 after one step, 0.6 after a hundred. `revert` gives its layer, with the same leaves.
+    step they are those of its batch, but for rounding: while the 1 is still there, the variance is
+    known to 3e-8 / (1 - momentum), of averages in float32. Equinox divides both by
+    ``1 - momentum ** steps``, which is right for the mean, but makes the variance
+    ``momentum ** steps / (1 - momentum ** steps)`` too large: 99 after one step, 0.6 after a
+    hundred. `revert` gives its layer, with the same leaves.
 
-    Complex x is refused. A feature whose mask is nowhere true leaves its averages as they were.
+    Complex x is refused. A feature whose mask is nowhere true leaves its averages as they were; a
+    batch in which no feature counts is not counted either. One counter serves all features: what
+    is masked in some of them alone is counted for all.
 
     References
     ----------
@@ -154,17 +158,18 @@ class BatchNorm(eqx.nn.BatchNorm):
         mean, var = state.get(index)
         parameters, dtype = (self.weight, self.bias), None
         if inference or self.mode == "ema":
+            # As what Equinox normalizes by then has the averages' dtype.
             given = [each for each in (x, mean, *parameters) if each is not None]
             dtype = jnp.result_type(*given)
         settings = layers.Settings(
             door,
             _CONVENTION,
-            self.eps,
-            self.momentum,
-            0,
-            dtype,
-            self.activation,
-            {"axis_name": self.axis_name},
+            eps=self.eps,
+            momentum=self.momentum,
+            axis=0,
+            dtype=dtype,
+            activation=self.activation,
+            devices={"axis_name": self.axis_name},
         )
         if inference:
             if self.mode == "batch":
@@ -173,22 +178,27 @@ class BatchNorm(eqx.nn.BatchNorm):
 
         if self.mode == "batch":
             y, statistics = layers.batch_norm(settings, x, *parameters, residual, mask)
-            new = layers.update_running(settings, mean, var, statistics)
-            state = state.set(counter, state.get(counter) + 1)
         else:
             statistics = layers.batch_statistics(settings, x, mask)
-            new = layers.update_running(settings, mean, var, statistics)
-            is_first, first = state.get(counter), (statistics.mean, statistics.var)
-            new = jnp.where(is_first, first[0], new[0]), jnp.where(is_first, first[1], new[1])
+        # A batch is counted, or known to be the first, only if something in it counts.
+        count, is_counted = state.get(counter), jnp.any(statistics.count > 0)
+        new = layers.update_running(settings, mean, var, statistics)
+        if self.mode == "batch":
+            new_count = jnp.where(is_counted, count + 1, count)
+        else:
+            first = statistics.mean, statistics.var
+            new = jnp.where(count, first[0], new[0]), jnp.where(count, first[1], new[1])
             y = layers.normalize(settings, x, *new, *parameters, residual)
-            state = state.set(counter, jnp.array(False))
+            new_count = jnp.logical_and(count, ~is_counted)
+        state = state.set(counter, new_count)
         return y, state.set(index, (new[0].astype(mean.dtype), new[1].astype(var.dtype)))
 
     def _without_beginnings(
         self, mean: jax.Array, var: jax.Array, steps: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Averages that began with 0 and 1, as if they had begun with the first batch."""
-        left = jnp.asarray(self.momentum, var.dtype) ** steps
+        momentum = jnp.asarray(self.momentum, jnp.promote_types(var.dtype, jnp.float32))
+        left = momentum**steps  # a power of what is rounded further would be far off
         left = jnp.where(left < 1, left, 0)  # as they are, where there is nothing else yet
         return mean / (1 - left), jnp.maximum(var - left, 0) / (1 - left)
 
@@ -225,10 +235,8 @@ def convert(model: Model) -> Model:
         if not isinstance(layer, eqx.nn.BatchNorm) or isinstance(layer, BatchNorm):
             return layer
         if type(layer) is not eqx.nn.BatchNorm:
-            raise TypeError(
-                f"{_name(path)} is of {type(layer).__module__}.{type(layer).__name__}, a subclass "
-                "of equinox.nn.BatchNorm, which may compute something else. Replace it in the "
-                "model by a BatchNorm, or derive its class from batchnorm.equinox.BatchNorm."
+            layers.refuse_subclass(
+                _name(path), layer, "equinox.nn.BatchNorm", "batchnorm.equinox.BatchNorm"
             )
         return _of_class(BatchNorm, layer, activation=None)
 
@@ -248,13 +256,19 @@ def revert(model: Model) -> Model:
 
     Raises
     ------
+    TypeError
+        If there is a subclass of ours.
     ValueError
         If a layer has an activation, which Equinox's has not.
     """
 
     def reverted(path: Any, layer: Any) -> Any:
-        if type(layer) is not BatchNorm:
+        if not isinstance(layer, BatchNorm):
             return layer
+        if type(layer) is not BatchNorm:
+            layers.refuse_subclass(
+                _name(path), layer, "batchnorm.equinox.BatchNorm", "equinox.nn.BatchNorm"
+            )
         if layer.activation is not None:
             raise ValueError(
                 f"{_name(path)} has activation={layer.activation!r}, which equinox.nn.BatchNorm "

@@ -85,7 +85,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     ) -> None:
         if keras.backend.backend() in _DOORS:
             super().__init__(*arguments, **keywords)
-            self.synchronized = synchronized  # which Keras refuses with these
+            # Which Keras refuses with these.
+            self.synchronized = checks.boolean("synchronized", synchronized)
         else:
             super().__init__(*arguments, synchronized=synchronized, **keywords)
         self.activation = checks.activation(activation)
@@ -135,6 +136,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if mask is not None:
             if len(mask.shape) != len(inputs.shape) - 1:
                 return super().call(inputs, training=training, mask=mask)  # which says so
+            checks.broadcasts(
+                "mask", mask.shape, inputs.shape[:-1], "the inputs without their last axis"
+            )
             mask = ops.expand_dims(mask, -1)
         if self.renorm:
             checks.fraction("renorm_momentum", self.renorm_momentum)
@@ -144,12 +148,12 @@ class BatchNormalization(keras.layers.BatchNormalization):
         settings = layers.Settings(
             importlib.import_module(f".{backend}", __package__),
             _CONVENTION,
-            self.epsilon,
-            self.momentum,
-            self.axis,
-            getattr(namespace(inputs), self.compute_dtype),
-            self.activation,
-            {"sync": True} if self.synchronized and backend == "torch" else {},
+            eps=self.epsilon,
+            momentum=self.momentum,
+            axis=self.axis,
+            dtype=getattr(namespace(inputs), self.compute_dtype),
+            activation=self.activation,
+            devices={"sync": True} if self.synchronized and backend == "torch" else {},
         )
         gamma, beta = map(_tensor, (self.gamma, self.beta))
         if not (training and self.trainable):
@@ -277,7 +281,7 @@ def revert(model: keras.Model) -> keras.Model:
         if type(layer) is not BatchNormalization:
             _refuse_within(
                 layer,
-                lambda each: type(each) is BatchNormalization,
+                lambda each: isinstance(each, BatchNormalization),
                 "keras.layers.BatchNormalization",
             )
             return _clone(type(layer), layer)
@@ -323,6 +327,13 @@ def _cloned(
     call_function: Callable[..., Any] | None = None,
 ) -> keras.Model:
     """By clone_model, and with what that leaves out: weights, and which layers are trained."""
+    kinds = {each.__name__ for each in type(model).__mro__}  # Keras' Functional has no public name
+    if not isinstance(model, keras.Sequential) and "Functional" not in kinds:
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise TypeError(
+            f"model must be a Functional or Sequential one, but got {kind}, which can't be cloned. "
+            "Change the import where its layers are created."
+        )
     pairs = []
 
     def cloned_layer(layer: keras.Layer) -> keras.Layer:
@@ -366,15 +377,15 @@ def _clone(kind: Any, layer: keras.Layer) -> keras.Layer:
 
 def _layers_of(layer: keras.Layer) -> list[keras.Layer]:
     """The layer and all that it holds, however deep."""
-    found: list[keras.Layer] = []
+    found: dict[int, keras.Layer] = {}
     left: list[Any] = [layer]
     while left:
         each = left.pop()
-        if isinstance(each, keras.Layer) and each not in found:
-            found.append(each)
+        if isinstance(each, keras.Layer) and id(each) not in found:
+            found[id(each)] = each
             left += vars(each).values()
         elif isinstance(each, (list, tuple)):
             left += each
         elif isinstance(each, dict):
             left += each.values()
-    return found
+    return [*found.values()]

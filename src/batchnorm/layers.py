@@ -7,7 +7,7 @@ to once; and messages name what the library names.
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from . import checks
 from .arrays import Array, namespace
@@ -24,8 +24,8 @@ class Settings(NamedTuple):
         The module of the functions: `batchnorm.jax`, say.
     dtype
         That of the result; None for the one to which x, scale and bias promote.
-    shared
-        What a door's functions are told of the devices or processes that share statistics.
+    devices
+        What the door's functions are told of those that share statistics, by its arguments' names.
     """
 
     door: Any
@@ -35,7 +35,7 @@ class Settings(NamedTuple):
     axis: Any = -1
     dtype: Any = None
     activation: str | None = None
-    shared: Mapping[str, Any] = MappingProxyType({})
+    devices: Mapping[str, Any] = MappingProxyType({})
 
 
 def batch_norm(
@@ -55,7 +55,7 @@ def batch_norm(
         residual=residual,
         mask=mask,
         allow_one_value=True,
-        **settings.shared,
+        **settings.devices,
     )
     return _cast(y, dtype), statistics
 
@@ -63,7 +63,7 @@ def batch_norm(
 def batch_statistics(settings: Settings, x: Array, mask: Array | None = None) -> Statistics:
     x, _ = _in_dtypes(settings, x, None, None)
     statistics: Statistics = settings.door.batch_statistics(
-        x, axis=settings.axis, mask=mask, **settings.shared
+        x, axis=settings.axis, mask=mask, **settings.devices
     )
     return statistics
 
@@ -85,28 +85,45 @@ def normalize(
 
 
 def update_running(
-    settings: Settings, mean: Array, var: Array, statistics: Statistics
+    settings: Settings,
+    mean: Array,
+    var: Array,
+    statistics: Statistics,
+    *,
+    keeps_dtype: bool = False,
 ) -> tuple[Array, Array]:
-    """The new averages, of the dtype to which they and the batch's statistics promote."""
+    """The new averages: of their dtypes, or of those to which they and the statistics promote."""
     xp, dtype = namespace(statistics.mean), statistics.mean.dtype
-    mean, var = (_cast(each, xp.result_type(each.dtype, dtype)) for each in (mean, var))
+    wide = (_cast(each, xp.result_type(each.dtype, dtype)) for each in (mean, var))
     rate = settings.convention.rate(_momentum(settings, statistics.mean))
-    new_mean, new_var = settings.door.update_running(mean, var, statistics, rate=rate)
+    new_mean, new_var = settings.door.update_running(*wide, statistics, rate=rate)
+    if keeps_dtype:
+        return _cast(new_mean, mean.dtype), _cast(new_var, var.dtype)
     return new_mean, new_var
+
+
+def refuse_subclass(name: str, layer: Any, parent: str, ours: str) -> NoReturn:
+    """Of a layer that a conversion finds at `name`, and does not know."""
+    kind = type(layer)
+    raise TypeError(
+        f"{name} is of {kind.__module__}.{kind.__name__}, a subclass of {parent}, which may "
+        f"compute something else. Replace it in the model by one of that class, or derive its "
+        f"class from {ours}."
+    )
 
 
 def _options(settings: Settings, x: Array) -> dict[str, Any]:
     _momentum(settings, x)  # a wrong one is refused before anything moves, in evaluation too
     name = settings.convention.name_of_eps
-    eps = _number(name, settings.eps, x, lambda eps: checks.positive_eps(eps, name))
+    eps = number(name, settings.eps, x, lambda eps: checks.positive_eps(eps, name))
     return {"axis": settings.axis, "eps": eps, "activation": settings.activation}
 
 
 def _momentum(settings: Settings, x: Array) -> Any:
-    return _number("momentum", settings.momentum, x, partial(checks.fraction, "momentum"))
+    return number("momentum", settings.momentum, x, partial(checks.fraction, "momentum"))
 
 
-def _number(name: str, value: Any, x: Array, check: Callable[[Any], float]) -> Any:
+def number(name: str, value: Any, x: Array, check: Callable[[Any], float]) -> Any:
     """A number, checked. An array of x's framework stays one, NaN to the door if out of range."""
     if checks.is_real(value) or not hasattr(value, "dtype"):
         return check(value)
@@ -127,7 +144,8 @@ def _in_dtypes(
             dtype = xp.result_type(dtype, xp.float32)
     elif not xp.isdtype(dtype, "real floating"):
         raise ValueError(f"dtype must be None or a real floating-point dtype, but got {dtype!r}.")
-    if x.dtype != dtype and not xp.isdtype(x.dtype, "complex floating"):  # which the door refuses
+    is_complex = xp.isdtype(x.dtype, "complex floating")  # which the door refuses
+    if (x.dtype != dtype or x.dtype.itemsize == 1) and not is_complex:
         x = _cast(x, xp.float64 if xp.float64 in (x.dtype, dtype) else xp.float32)
     return x, dtype
 

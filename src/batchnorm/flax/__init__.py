@@ -19,8 +19,10 @@ _ADVICE = {
     " batchnorm.flax has linen, nn and nnx."
     for name in _OF_FLAX_ITSELF
 } | {
+    "BatchNorm": "BatchNorm is in batchnorm.flax.linen, in batchnorm.flax.nnx and, for programs"
+    " from before Linen, in batchnorm.flax.nn.",
     "optim": "optim is no longer in Flax, nor in batchnorm.flax: use Optax, which takes a"
-    " Model as it is. docs/coming-from-flax.md shows how."
+    " Model as it is. docs/coming-from-flax.md shows how.",
 }
 
 if not TYPE_CHECKING:  # which would take any name for one that is there

@@ -138,12 +138,12 @@ class BatchNorm(nn.BatchNorm):
         settings = layers.Settings(
             door,
             _CONVENTION,
-            self.epsilon,
-            self.momentum,
-            features,
-            self.dtype,
-            self.activation,
-            {} if self.is_initializing() else devices,
+            eps=self.epsilon,
+            momentum=self.momentum,
+            axis=features,
+            dtype=self.dtype,
+            activation=self.activation,
+            devices={} if self.is_initializing() else devices,
         )
         shape = feature_shape(features, x.shape)
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
@@ -159,8 +159,11 @@ class BatchNorm(nn.BatchNorm):
             return layers.normalize(settings, x, mean.value, var.value, scale, bias, residual)
         y, statistics = layers.batch_norm(settings, x, scale, bias, residual, mask)
         if not self.is_initializing():
-            moved = layers.update_running(settings, mean.value, var.value, statistics)
-            if not self.force_float32_reductions:
-                moved = moved[0].astype(mean.value.dtype), moved[1].astype(var.value.dtype)
-            mean.value, var.value = moved
+            mean.value, var.value = layers.update_running(
+                settings,
+                mean.value,
+                var.value,
+                statistics,
+                keeps_dtype=not self.force_float32_reductions,  # which may be a narrow one
+            )
         return y

@@ -1,6 +1,7 @@
 """`flax.nnx.BatchNorm`, computed by `batchnorm.jax`."""
 
 import math
+from functools import partial
 from typing import Any, TypeVar
 
 from ..installation import missing
@@ -131,12 +132,12 @@ class BatchNorm(nnx.BatchNorm):
         settings = layers.Settings(
             door,
             _CONVENTION,
-            self.epsilon,
-            self.momentum,
-            features,
-            self.dtype,
-            self.activation,
-            devices,
+            eps=self.epsilon,
+            momentum=self.momentum,
+            axis=features,
+            dtype=self.dtype,
+            activation=self.activation,
+            devices=devices,
         )
         if use_running_average:
             return layers.normalize(settings, x, mean, var, scale, bias, residual)
@@ -156,7 +157,8 @@ def convert(
     """Make every `flax.nnx.BatchNorm` of a model one of ours, where it is.
 
     The layers stay the same objects, with the same Variables: what is shared, sharded or observed
-    by an optimizer stays so.
+    by an optimizer stays so. It is for models outside of nnx's transformations, to which the class
+    of a layer is part of the program.
 
     Parameters
     ----------
@@ -172,7 +174,10 @@ def convert(
     ------
     TypeError
         If there is a subclass of `flax.nnx.BatchNorm` that is not ours, which may compute something
-        else. No layer has been changed then.
+        else, or momentum is no number. No layer has been changed then.
+    ValueError
+        If momentum is out of range, or there are axis_index_groups without an axis_name. No layer
+        has been changed then.
 
     Examples
     --------
@@ -185,15 +190,16 @@ def convert(
     found = _layers(model)
     for path, layer in found:
         if type(layer) is not nnx.BatchNorm and not isinstance(layer, BatchNorm):
-            raise TypeError(
-                f"{path} is of {type(layer).__module__}.{type(layer).__name__}, a subclass of "
-                "flax.nnx.BatchNorm, which may compute something else. Replace it in the model by "
-                "a BatchNorm, or derive its class from batchnorm.flax.nnx.BatchNorm."
+            layers.refuse_subclass(
+                path, layer, "flax.nnx.BatchNorm", "batchnorm.flax.nnx.BatchNorm"
             )
-    if momentum is not ... and not isinstance(momentum, jax.Array):
-        checks.fraction("momentum", momentum)
-    elif isinstance(momentum, jax.Array) and hasattr(nnx, "data"):  # Flax 0.11 has none
-        momentum = nnx.data(momentum)
+    if axis_index_groups not in (..., None) and axis_name in (..., None):
+        raise ValueError("axis_index_groups needs an axis_name, which is not given.")
+    if momentum is not ...:
+        is_fraction = partial(checks.fraction, "momentum")
+        momentum = layers.number("momentum", momentum, jnp.zeros(()), is_fraction)
+        if isinstance(momentum, jax.Array) and hasattr(nnx, "data"):  # Flax 0.11 has none
+            momentum = nnx.data(momentum)
     changed = {
         "axis_name": axis_name,
         "axis_index_groups": axis_index_groups,
@@ -222,11 +228,17 @@ def revert(model: Model) -> Model:
 
     Raises
     ------
+    TypeError
+        If there is a subclass of ours. No layer has been changed then.
     ValueError
         If a layer has an activation, which Flax's has not. No layer has been changed then.
     """
-    found = [each for each in _layers(model) if type(each[1]) is BatchNorm]
+    found = [each for each in _layers(model) if isinstance(each[1], BatchNorm)]
     for path, layer in found:
+        if type(layer) is not BatchNorm:
+            layers.refuse_subclass(
+                path, layer, "batchnorm.flax.nnx.BatchNorm", "flax.nnx.BatchNorm"
+            )
         if layer.activation is not None:
             raise ValueError(
                 f"{path} has activation={layer.activation!r}, which flax.nnx.BatchNorm has not. "

@@ -147,6 +147,9 @@ def _with_function(equation: Any, functions: dict[Primitive, Callable[..., Any]]
     axes = list(equation.ctx.cur_abstract_mesh.shape.items()) if is_checked else None
     with equation.ctx.manager, config._check_vma(is_checked):
         (call,) = jax.make_jaxpr(jax.jit(in_place), axis_env=axes)(*types).eqns
+    # What a function stands for may be made of others that have one.
+    inner = {name: with_functions(each, functions) for name, each in call.params.items()}
+    call = call.replace(params=inner)
     return call.replace(invars=equation.invars, outvars=equation.outvars)
 
 

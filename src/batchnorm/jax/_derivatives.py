@@ -46,6 +46,21 @@ def _or_zeros(array: Array | None, like: Array) -> Array:
 # ---- tangents
 
 
+def _jvp_of(
+    function: Callable[..., list[Array]], primals: Sequence[Array], tangents: Sequence[Any]
+) -> tuple[list[Array], list[Any]]:
+    """By the operands that move alone: zeros for the others would be worked on as any tangent."""
+    moving = [i for i in range(len(primals)) if tangents[i] is not None]
+
+    def of_moving(*values: Array) -> list[Array]:
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return function(*operands)
+
+    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
 def _jvp(
     stage: Stage, primals: Sequence[Array], tangents: Sequence[Any], *, tree: Any, **parameters: Any
 ) -> tuple[list[Array], list[Any]]:
@@ -56,17 +71,10 @@ def _jvp(
     if any(each is not None for each in tangents[fixed:]):
         pairs = zip(tangents[fixed:], primals[fixed:], strict=True)
         parts.append(bind(*primals[:fixed], *(_or_zeros(*pair) for pair in pairs)))
-    moving = [i for i in range(fixed) if tangents[i] is not None]
-    if moving:
-
-        def of_moving(*values: Array) -> list[Array]:
-            operands = list(primals)
-            for i, value in zip(moving, values, strict=True):
-                operands[i] = value
-            return stage.by_definition(*operands, tree=tree, **parameters)
-
-        at = [primals[i] for i in moving]
-        parts.append(jax.jvp(of_moving, at, [tangents[i] for i in moving])[1])
+    if any(each is not None for each in tangents[:fixed]):
+        by_definition = functools.partial(stage.by_definition, tree=tree, **parameters)
+        still = [None] * (len(primals) - fixed)
+        parts.append(_jvp_of(by_definition, primals, [*tangents[:fixed], *still])[1])
     dots = [functools.reduce(jnp.add, each) for each in zip(*parts, strict=True)]
     return bind(*primals), dots
 
@@ -97,7 +105,7 @@ def _batch_norm_jvp(
         by_stages = functools.partial(
             batch_norm_over_devices, problem=problem, tree=tree, devices=devices
         )
-        return jax.jvp(by_stages, list(primals), list(map(_or_zeros, tangents, primals)))
+        return _jvp_of(by_stages, primals, tangents)
     (inputs, *_), (dots, *_) = tree.unflatten(primals), tree.unflatten(tangents)
     results = batch_norm(problem, inputs)
     moments = Moments(*results[:-1])
@@ -152,7 +160,7 @@ def _normalized_jvp(
         # By way of the moments, whose derivatives know of the weights; and which each device may
         # have another eps for, and with that another root.
         by_moments = functools.partial(by_normalize, problem=problem, tree=tree, devices=devices)
-        return jax.jvp(by_moments, list(primals), list(map(_or_zeros, tangents, primals)))
+        return _jvp_of(by_moments, primals, tangents)
     moments = moments.with_eps(eps)
     if eps_dot is not None:  # changes x̂ as another scale would
         of_scale = -0.5 * eps_dot / moments.unit / moments.unit / moments.var

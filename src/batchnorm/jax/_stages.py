@@ -47,7 +47,7 @@ Array = Any
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype in which values of `dtype` are computed."""
+    """The dtype in which values of `dtype` are computed; by no promotion, which may be strict."""
     is_wide = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize >= 4
     return jnp.dtype(dtype if is_wide else jnp.float32)
 
@@ -65,11 +65,11 @@ class Stage:
     moments are. With `has_kernel`, the kernel of the same name serves on the CPU.
 
     Over `devices`, the results f are added up, or pooled, right after the call; where jax.vmap maps
-    their axis, the stage itself may go over it. `over_devices` is for a stage whose results are
-    pooled already: what it is where there are devices; only jax.vmap's, with which it is lowered
-    only once they are gone. `is_made_of` is for a stage that is another one: what it is lowered to.
-    `in_one_pass` is the definition with less passes over memory, by what has
-    no derivative, and for which XLA would gather what is split.
+    their axis, the stage itself may go over it. `over_devices` is the definition of a stage whose
+    results are pooled, while an axis of jax.vmap is there; which is gone before lowering.
+    `is_made_of` is for a stage that is another one: what it is lowered to. `in_one_pass` is the
+    definition with less passes over memory, by what has no derivative, and for which XLA would
+    gather what is split.
     """
 
     def __init__(

@@ -118,9 +118,14 @@ class BatchNorm(Module):
             self.param("bias", shape, bias_init) if bias else None,
         )
         devices = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-        shared = {} if self.is_initializing() else devices
         settings = layers.Settings(
-            door, _CONVENTION, epsilon, momentum, features, dtype, shared=shared
+            door,
+            _CONVENTION,
+            eps=epsilon,
+            momentum=momentum,
+            axis=features,
+            dtype=dtype,
+            devices={} if self.is_initializing() else devices,
         )
         if use_running_average:
             if not averages:
