@@ -130,10 +130,10 @@ def main() -> None:
                 theirs.__name__: side_of(theirs, shape, axis),
             }
             found += measure.results(
-                name,
+                "JAX libraries",
                 each,
                 layout,
-                "forward + backward",
+                f"forward + backward, {name}",
                 calls(each, layout, sides),
                 quick=arguments.quick,
             )

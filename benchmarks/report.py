@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -178,7 +179,8 @@ def main() -> None:
     parts = [INTRODUCTION, f"Measured on {date.today():%d %B %Y}: {machine()}\n"]
     for title, results in run(quick, build):
         for (name,), found in by(results, "framework"):
-            picture = f"benchmarks/{name.lower().replace(', ', '-')}.png"
+            file = re.sub("[, ]+", "-", name.lower())
+            picture = f"benchmarks/{file}.png"
             draw(found, docs / picture)
             parts += [f"## {name}\n", f"{title}\n"]
             if any(each.times for each in found):
