@@ -86,6 +86,11 @@ def test_a_framework_that_is_broken_is_a_row_that_says_so(only_equinox, program,
     assert f"Equinox is broken here: {said}" in str(row)
 
 
+def test_a_framework_that_prints(only_equinox):
+    package(only_equinox, "equinox", "print('{a greeting'); raise RuntimeError('no')")
+    assert only_row().error == "RuntimeError: no"
+
+
 def test_a_framework_that_hangs(only_equinox, monkeypatch):
     package(only_equinox, "equinox", "import time; time.sleep(60)")
     monkeypatch.setattr(doctor, "SECONDS", 1.0)

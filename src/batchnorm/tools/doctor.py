@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from ..native import native_status
-from .probes import INPUTS, NOT_FINITE, PROBES
+from .probes import INPUTS, MARK, NOT_FINITE, PROBES
 
 Progress = Callable[[str], None]
 SECONDS = 60.0  # for one framework
@@ -156,7 +156,8 @@ def _row(name: str, quick: bool) -> Row:
             process.kill()
             said, _ = process.communicate()
             how = f"no answer within {SECONDS:g} seconds"
-    lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    ours = [line.removeprefix(MARK) for line in said.splitlines() if line.startswith(MARK)]
+    lines = [json.loads(line) for line in ours]
     if not lines or lines[-1] == {}:  # ended before it was imported, or before it was done
         row.error, row.is_of_framework = how, not lines
         return row

@@ -1,7 +1,8 @@
 """What one framework says of itself and computes, in a process of its own.
 
-`python -m batchnorm.tools.probes NAME` prints one line of JSON: the attributes of doctor's Row.
-Frameworks are imported when their probe is called, and numbers come and go as NumPy's.
+`python -m batchnorm.tools.probes NAME` prints lines of JSON, the attributes of doctor's Row, with a
+mark, as frameworks print, too. Frameworks are imported when their probe is called, and numbers come
+and go as NumPy's.
 """
 
 import importlib
@@ -40,6 +41,7 @@ INPUTS = {
     ),
     "1e30": Input(lambda random, shape: 1e30 * random.standard_normal(shape), 1e-3),
 }
+MARK = "batchnorm: "
 NOT_FINITE = 1e300  # an error that JSON can hold
 _ROWS = 200_000
 
@@ -369,4 +371,4 @@ def _ratio(ours: Callable[[], object], theirs: Callable[[], object]) -> float:
 
 if __name__ == "__main__":
     for _found in examine(sys.argv[1], "--quick" in sys.argv):
-        print(json.dumps(_found), flush=True)
+        print(MARK + json.dumps(_found), flush=True)
