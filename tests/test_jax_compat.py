@@ -195,6 +195,28 @@ def test_axis_size():
     assert compat.axis_size(3) is None
 
 
+def test_are_of_vmap():
+    found = {}
+
+    def look(way, names=("i",)):
+        def function(x):
+            found[way] = compat.are_of_vmap(names)
+            return x
+
+        return function
+
+    jax.vmap(jax.jit(look("vmap")), axis_name="i")(X)
+    jax.pmap(look("pmap"), axis_name="i")(X[:1])
+    mesh = Mesh(np.array(jax.devices()[:1]), "i")
+    jax.shard_map(look("shard_map"), mesh=mesh, in_specs=P(), out_specs=P())(X)
+    within = jax.vmap(look("both", ("i", "j")), axis_name="j")
+    jax.shard_map(within, mesh=mesh, in_specs=P(), out_specs=P())(X)
+    jax.vmap(look("none", ()), axis_name="i")(X)
+    can_tell = jax.__version_info__ >= (0, 8)
+    ways = {"pmap": False, "shard_map": False, "both": False, "none": False}
+    assert found == {"vmap": can_tell, **ways}
+
+
 def test_group_sum():
     def without_groups_of_ours(x, _):
         return jax.lax.psum(x, "i", axis_index_groups=[[0]])

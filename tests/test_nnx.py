@@ -838,5 +838,10 @@ def test_settings_that_convert_refuses(settings, error, message):
     assert type(model[0]) is nnx.BatchNorm
 
 
+def test_groups_may_go_with_an_axis_that_a_layer_has():
+    layer = convert(nnx.BatchNorm(4, axis_name="i", rngs=nnx.Rngs(0)), axis_index_groups=[[0, 1]])
+    assert (layer.axis_name, layer.axis_index_groups) == ("i", [[0, 1]])
+
+
 def test_a_momentum_of_numpys_is_a_number():
     assert convert(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), momentum=np.array(0.5)).momentum == 0.5

@@ -112,9 +112,7 @@ def _affine(problem: Problem, inputs: Inputs, moments: Moments, u: Array) -> Arr
     if moments.offset is not None:
         shift = _multiplied(moments.offset, slope)
         shift = -shift if inputs.bias is None else inputs.bias - shift
-    z = u
-    for factor in slope:
-        z = z * along(problem.features, factor, u)
+    z = _multiplied(u, [along(problem.features, factor, u) for factor in slope])
     if shift is not None:
         z = z + along(problem.features, shift, u)
     return z if inputs.residual is None else z + inputs.residual

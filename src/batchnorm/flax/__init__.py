@@ -12,7 +12,13 @@ __all__ = ["linen", "nn", "nnx"]  # noqa: F822, which `import` finds
 __dir__ = __all__.copy  # public names alone
 
 _OF_FLAX_ITSELF = (
-    *("core", "jax_utils", "metrics", "serialization", "struct", "training", "traverse_util"),
+    "core",
+    "jax_utils",
+    "metrics",
+    "serialization",
+    "struct",
+    "training",
+    "traverse_util",
 )
 _ADVICE = {
     name: f"{name} is still Flax's own: from flax import {name}."

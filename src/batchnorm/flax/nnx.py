@@ -176,8 +176,8 @@ def convert(
         If there is a subclass of `flax.nnx.BatchNorm` that is not ours, which may compute something
         else, or momentum is no number. No layer has been changed then.
     ValueError
-        If momentum is out of range, or there are axis_index_groups without an axis_name. No layer
-        has been changed then.
+        If momentum is out of range, or axis_index_groups are given to a layer without an
+        axis_name. No layer has been changed then.
 
     Examples
     --------
@@ -193,8 +193,9 @@ def convert(
             layers.refuse_subclass(
                 path, layer, "flax.nnx.BatchNorm", "batchnorm.flax.nnx.BatchNorm"
             )
-    if axis_index_groups not in (..., None) and axis_name in (..., None):
-        raise ValueError("axis_index_groups needs an axis_name, which is not given.")
+        name = layer.axis_name if axis_name is ... else axis_name
+        if axis_index_groups is not ... and axis_index_groups is not None and name is None:
+            raise ValueError(f"axis_index_groups needs an axis_name, but {path} has none.")
     if momentum is not ...:
         is_fraction = partial(checks.fraction, "momentum")
         momentum = layers.number("momentum", momentum, jnp.zeros(()), is_fraction)
