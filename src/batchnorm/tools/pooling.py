@@ -1,0 +1,34 @@
+"""The statistics of many batches as those of one set."""
+
+import numpy as np
+
+from ..moments import Statistics
+
+
+class Pooled:
+    """What has come to one layer: all batches as one set, and how their means lie apart.
+
+    Of the memory of a few values a channel, however many batches there are.
+
+    Attributes
+    ----------
+    batches : how many had an element that counts
+    statistics : of all elements
+    batch_means : of the batches' means, each of the same weight
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.batches = 0
+        self.statistics = self.batch_means = _nothing(channels)
+
+    def add(self, statistics: Statistics) -> None:
+        """Those of one batch, as NumPy's arrays of shape (channels,)."""
+        count, mean, var = (np.asarray(each, np.float64) for each in statistics)
+        self.statistics = self.statistics.merge(Statistics(count, mean, var))
+        is_there = (count > 0).astype(np.float64)
+        self.batch_means = self.batch_means.merge(Statistics(is_there, mean, np.zeros_like(mean)))
+        self.batches += bool(is_there.any())
+
+
+def _nothing(channels: int) -> Statistics:
+    return Statistics(*np.zeros((3, channels)))
