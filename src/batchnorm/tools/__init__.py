@@ -1,5 +1,12 @@
-"""Tools around batch normalization, for the command line: `batchnorm --help` lists them."""
+"""What can be said of a model that is there already: `batchnorm --help` lists the commands.
 
-__all__: list[str] = []
+A door's own `inspect` takes its models; this one takes what is by name.
+"""
+
+from .findings import Finding
+from .inspection import inspect
+from .report import Report
+
+__all__ = ["Finding", "Report", "inspect"]
 
 __dir__ = __all__.copy  # public names alone

@@ -14,19 +14,20 @@ class Pooled:
     ----------
     batches : how many had an element that counts
     statistics : of all elements
-    batch_means : of the batches' means, each of the same weight
+    batch_means, batch_vars : of the batches' means and variances, each of the same weight
     """
 
     def __init__(self, channels: int) -> None:
         self.batches = 0
-        self.statistics = self.batch_means = _nothing(channels)
+        self.statistics = self.batch_means = self.batch_vars = _nothing(channels)
 
     def add(self, statistics: Statistics) -> None:
         """Those of one batch, as NumPy's arrays of shape (channels,)."""
         count, mean, var = (np.asarray(each, np.float64) for each in statistics)
         self.statistics = self.statistics.merge(Statistics(count, mean, var))
-        is_there = (count > 0).astype(np.float64)
-        self.batch_means = self.batch_means.merge(Statistics(is_there, mean, np.zeros_like(mean)))
+        is_there, zeros = (count > 0).astype(np.float64), np.zeros_like(mean)
+        self.batch_means = self.batch_means.merge(Statistics(is_there, mean, zeros))
+        self.batch_vars = self.batch_vars.merge(Statistics(is_there, var, zeros))
         self.batches += bool(is_there.any())
 
 

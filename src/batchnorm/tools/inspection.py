@@ -1,0 +1,55 @@
+"""`inspect`, for what holds arrays by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .report import Report
+from .states import LOOKED_FOR, places_in, read
+
+
+def inspect(mapping: Mapping[Any, Any]) -> Report:
+    """Look at the batch normalizations among the arrays of a checkpoint, and say what is odd.
+
+    Layers are found by the names that PyTorch, MLX, Flax and Keras give their running statistics,
+    whatever is before them. What wraps a model (state_dict, model, module, _orig_mod; params and
+    batch_stats apart) is seen through; each model of several (an average, a teacher) is judged by
+    itself, as a group; and what an optimizer keeps is passed over.
+
+    Parameters
+    ----------
+    mapping : mapping from names to arrays
+        Of any framework; also one of mappings, as Flax's variables are.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    TypeError
+        If it is no mapping.
+    ValueError
+        If no batch normalization is found in it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from batchnorm.tools import inspect
+    >>> names = ("weight", "bias", "running_mean", "running_var")
+    >>> report = inspect({f"bn.{name}": np.full(3, 0.5, np.float32) for name in names})
+    >>> print(report)
+    1 normalization: nothing odd.
+    >>> var = np.array([0.5, -0.1, 0.5], np.float32)
+    >>> report = inspect({"bn.running_mean": np.zeros(3), "bn.running_var": var})
+    >>> report.findings[0].kind, report.findings[0].channels
+    ('negative_variance', (1,))
+    """
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            "mapping must be a mapping from names to arrays, as a state_dict is, "
+            f"but got {type(mapping).__name__}."
+        )
+    places = places_in(mapping)
+    if not places:
+        raise ValueError(f"mapping holds no batch normalization. Looked for {LOOKED_FOR}.")
+    return Report(read(places))
