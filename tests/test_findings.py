@@ -191,12 +191,12 @@ SICK: dict[str, tuple[list[State], list[tuple[str, str, str, tuple[int, ...]]]]]
 
 
 @pytest.mark.parametrize("case", SICK)
-def test_a_sick_model(case: str) -> None:
+def test_a_sick_model(case):
     states, expected = SICK[case]
     assert kinds(*states) == expected
 
 
-def test_every_kind_has_a_case() -> None:
+def test_every_kind_has_a_case():
     assert {kind for _, expected in SICK.values() for _, kind, _, _ in expected} == {*THRESHOLDS}
 
 
@@ -221,11 +221,11 @@ HEALTHY = {
 
 
 @pytest.mark.parametrize("case", HEALTHY)
-def test_a_healthy_model(case: str) -> None:
+def test_a_healthy_model(case):
     assert kinds(*HEALTHY[case]) == []
 
 
-def test_models_are_judged_apart() -> None:
+def test_models_are_judged_apart():
     average = [replace(initial(each, **TRAINED), group="ema") for each in ("a", "b")]
     found = findings_of([replace(BN, group="model"), *average])
     assert [(each.path, each.severity) for each in found] == [
@@ -234,7 +234,7 @@ def test_models_are_judged_apart() -> None:
     ]
 
 
-def test_drift_names_the_layer_where_it_begins() -> None:
+def test_drift_names_the_layer_where_it_begins():
     second, first = seen(healthy("z"), shift=4, order=1), seen(healthy("a"), shift=2, order=0)
     by_layer: dict[str, Finding] = {each.layer: each for each in findings_of([second, first])}
     assert "comes after a, where" in by_layer["z"].sentence
@@ -252,7 +252,7 @@ def test_drift_names_the_layer_where_it_begins() -> None:
         (range(8), "all 8 channels"),
     ],
 )
-def test_channels_are_named(which: Any, said: str) -> None:
+def test_channels_are_named(which, said):
     var = BN.var.copy()
     var[[*which]] = -1
     (found,) = findings_of([replace(BN, var=var)])

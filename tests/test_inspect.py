@@ -114,14 +114,14 @@ CHECKPOINTS: dict[str, tuple[Mapping[Any, Any], list[tuple[str, str, str]]]] = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_finds(case: str) -> None:
+def test_finds(case):
     tree, expected = CHECKPOINTS[case]
     found = places_in(tree)
     named = [(each.group, ".".join(each.name) or "the layer", each.framework) for each in found]
     assert named == expected
 
 
-def test_reads_all_that_a_layer_keeps() -> None:
+def test_reads_all_that_a_layer_keeps():
     tree = {name: np.arange(i, i + 3.0, dtype=np.float32) for i, name in enumerate(TORCH)}
     (layer,) = inspect(tree | {"num_batches_tracked": COUNTER}).layers
     read = (layer.scale, layer.bias, layer.mean, layer.var)
@@ -135,7 +135,7 @@ def test_reads_all_that_a_layer_keeps() -> None:
     assert {each.dtype for each in read if each is not None} == {np.dtype(np.float64)}
 
 
-def test_reads_no_other_array() -> None:
+def test_reads_no_other_array():
     class Unread:
         shape, dtype = (3,), "float32"
 
@@ -147,7 +147,7 @@ def test_reads_no_other_array() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_tensors(dtype: torch.dtype) -> None:
+def test_tensors(dtype):
     layer = torch.nn.BatchNorm1d(3, dtype=dtype)
     layer.running_var += 0.5
     (found,) = inspect(
@@ -158,7 +158,7 @@ def test_tensors(dtype: torch.dtype) -> None:
     assert found.batches == 0
 
 
-def test_arrays_of_mlx_and_jax() -> None:
+def test_arrays_of_mlx_and_jax():
     import jax.numpy as jnp
     import mlx.core as mx
 
@@ -171,7 +171,7 @@ def test_arrays_of_mlx_and_jax() -> None:
             assert found.dtype in ("bfloat16", "float16")
 
 
-def test_refuses_what_is_no_mapping_or_has_no_layer() -> None:
+def test_refuses_what_is_no_mapping_or_has_no_layer():
     with pytest.raises(TypeError, match=r"mapping must be a mapping .* but got list\."):
         inspect([A])  # type: ignore[arg-type]
     with pytest.raises(
@@ -186,7 +186,7 @@ SICK = {
 }
 
 
-def test_says_it_in_text_json_and_a_table() -> None:
+def test_says_it_in_text_json_and_a_table():
     rich_console = pytest.importorskip("rich.console")
     report = inspect(SICK)
     assert str(report).splitlines() == [
@@ -215,7 +215,7 @@ def test_says_it_in_text_json_and_a_table() -> None:
     assert lines[-1] == report.summary
 
 
-def test_json_holds_no_number_that_it_cannot() -> None:
+def test_json_holds_no_number_that_it_cannot():
     report = inspect(
         TORCH | {"running_var": np.full(3, np.nan), "running_mean": np.full(3, np.inf)}
     )
@@ -224,7 +224,7 @@ def test_json_holds_no_number_that_it_cannot() -> None:
     assert "nan" not in str(report.figure().get_axes())
 
 
-def test_draws_every_layer() -> None:
+def test_draws_every_layer():
     pytest.importorskip("matplotlib")
     figure = inspect(
         {f"{i}.{key}": each for i in range(90) for key, each in TORCH.items()}

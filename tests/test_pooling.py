@@ -10,7 +10,7 @@ def statistics_of(x: np.ndarray) -> Statistics:
     return Statistics(np.full(x.shape[1], len(x)), x.mean(axis=0), x.var(axis=0))
 
 
-def test_pools_by_count_and_keeps_how_the_means_lie_apart() -> None:
+def test_pools_by_count_and_keeps_how_the_means_lie_apart():
     random = np.random.default_rng(0)
     batches = [random.normal(each, 1 + each, (rows, 3)) for each, rows in enumerate((256, 7, 1))]
     pooled = Pooled(3)
@@ -24,7 +24,7 @@ def test_pools_by_count_and_keeps_how_the_means_lie_apart() -> None:
         np.testing.assert_allclose(found.var, expected.var(axis=0), rtol=1e-12)
 
 
-def test_a_channel_in_which_nothing_counts_adds_nothing() -> None:
+def test_a_channel_in_which_nothing_counts_adds_nothing():
     pooled = Pooled(2)
     pooled.add(Statistics(np.array([4, 0]), np.array([1.0, 9.0]), np.array([2.0, 9.0])))
     pooled.add(Statistics(np.zeros(2), np.full(2, 9.0), np.full(2, 9.0)))
