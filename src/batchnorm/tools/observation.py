@@ -1,0 +1,46 @@
+"""What the doors' observations of a model have in common.
+
+In each door, `observed(model, see, normalize_by=...)` is a context in which every batch
+normalization of the model, of whichever class, says what comes to it: after each of its calls it
+calls `see` with
+
+    its name, the path to it in the model,
+    the Statistics of its input in that call, of float64, in one axis of channels,
+    whether the output of each channel had a positive value, where the layer itself applies relu;
+    else None,
+
+and normalizes by its running statistics or, with normalize_by="batch", by those of the batch. A
+layer that is frozen keeps to what it normalizes by. Nothing moves, nothing is pooled over devices,
+no gradient is kept, and all other layers are in evaluation mode. Behind the context all is as it
+was: modes, flags, hooks, classes, statistics and random state.
+"""
+
+from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import numpy as np
+
+from ..arrays import Array, namespace
+from ..layout import Axes, reduced_axes
+from ..moments import Statistics
+
+NormalizeBy = Literal["running", "batch"]
+See = Callable[[str, Statistics, np.ndarray | None], None]
+
+
+def is_positive(y: Array, features: Axes, mask: Array | None) -> Array:
+    """Whether each feature has a positive value where the mask, which broadcasts, is not 0."""
+    xp = namespace(y)
+    found = y > 0 if mask is None else (y > 0) & (mask != 0)
+    return xp.any(found, axis=reduced_axes(features, y.ndim))
+
+
+def put(undo: ExitStack, mapping: MutableMapping[str, Any], **values: Any) -> None:
+    """Set values, until `undo` closes."""
+    for key, value in values.items():
+        if key in mapping:
+            undo.callback(mapping.__setitem__, key, mapping[key])
+        else:
+            undo.callback(mapping.pop, key, None)
+        mapping[key] = value
