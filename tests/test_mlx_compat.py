@@ -6,7 +6,7 @@ import pytest
 from compare import close
 
 from batchnorm.mlx import BatchNorm
-from batchnorm.mlx._compat import is_traced_for_any_size
+from batchnorm.mlx._compat import is_traced_for_any_size, random_state_kept
 
 
 class Everything(set):
@@ -104,3 +104,12 @@ def test_a_broadcast_of_equal_shapes_is_an_operation_in_a_shapeless_trace_alone(
     mx.compile(within(function), shapeless=True)(x)
     mx.export_function(str(tmp_path / "f.mlxfn"), within(function), x, shapeless=True)
     assert set(seen) == {True}
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 + 2**31 + 5])
+def test_the_random_state_is_the_two_halves_of_a_seed(seed):
+    mx.random.seed(seed)
+    mx.random.uniform()
+    with random_state_kept():
+        expected = mx.random.normal((3,))
+    close(mx.random.normal((3,)), expected, rtol=0, atol=0)

@@ -1,5 +1,7 @@
 """What `mlx.nn` does not promise and we rely on; tests/test_mlx_compat.py watches it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +17,8 @@ _STATISTICS = (_CONVENTION.mean, _CONVENTION.var)
 _OF_FEATURES = (*_STATISTICS, _CONVENTION.scale, _CONVENTION.bias)
 _NUMBERS = ("eps", "momentum")
 _NEVER_TRAINED = (*_STATISTICS, *_NUMBERS)
-_CALC_STATS = getattr(nn.BatchNorm, "_calc_stats", None)  # type: ignore[attr-defined]
+TheirLayer: Any = nn.BatchNorm  # type: ignore[attr-defined]
+_CALC_STATS = getattr(TheirLayer, "_calc_stats", None)
 
 
 def _never_computed() -> mx.array:
@@ -128,3 +131,16 @@ class _FrozenKeys(set[str]):
 
     def __contains__(self, key: object) -> bool:
         return key in _NEVER_TRAINED or super().__contains__(key)
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave MLX's random numbers as if none had been drawn."""
+    # For: a state that can be read and not written. Breaks it: a key that is not the two halves of
+    # its seed. Then: other random numbers afterwards.
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)
