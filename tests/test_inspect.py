@@ -31,7 +31,7 @@ def under(prefix: str, arrays: Mapping[str, Any] = TORCH) -> dict[str, Any]:
 
 # What is in a checkpoint, and the layers in it: model, name, whose names.
 CHECKPOINTS: dict[str, tuple[Mapping[Any, Any], list[tuple[str, str, str]]]] = {
-    "one layer's": (TORCH, [("", "the layer", "torch")]),
+    "one layer's": (TORCH, [("", "", "torch")]),
     "a state_dict": (under("layer1.0.bn1.") | CONVOLUTION, [("", "layer1.0.bn1", "torch")]),
     "other separators": (
         under("a/b/") | under("c_") | under("d.e_"),
@@ -117,7 +117,7 @@ CHECKPOINTS: dict[str, tuple[Mapping[Any, Any], list[tuple[str, str, str]]]] = {
 def test_finds(case):
     tree, expected = CHECKPOINTS[case]
     found = places_in(tree)
-    named = [(each.group, ".".join(each.name) or "the layer", each.framework) for each in found]
+    named = [(each.group, ".".join(each.name), each.framework) for each in found]
     assert named == expected
 
 

@@ -148,6 +148,34 @@ Raises
 TypeError, ValueError
     As `batch_norm`; and if dy or the statistics do not have the shapes that go with x.
 """,
+    "inspect": """
+Say which batch normalizations of a model are sick, and in which channels.
+
+Without batches, by what the layers keep; with batches, also by what comes to them in evaluation.
+Nothing in the model changes.
+
+Parameters
+----------
+model : {model}
+    With layers of the framework, or ours.
+batches : iterable of inputs, optional
+    What the model is called with, once each; of a tuple or list, its first element.
+forward : callable, optional
+    What is called in the place of that, as ``forward(model, batch)``.
+
+Returns
+-------
+batchnorm.tools.Report
+    With `layers` and `findings`; print it. docs/tools.md says what each finding means.
+
+Raises
+------
+TypeError
+    If an argument is of the wrong type.
+ValueError
+    If the model has no batch normalization that keeps running statistics, or batches are given,
+    but there is none.
+""",
 }
 
 
@@ -155,6 +183,7 @@ def documented(
     array: str = "array",
     wide: str = "float32, for float64 in float64",
     like: str = "shape and dtype",
+    model: str = "",
 ) -> Callable[[Function], Function]:
     """Complete the docstring of a function from what the doors have in common.
 
@@ -170,8 +199,10 @@ def documented(
         The dtype of its statistics.
     like
         What y has in common with x.
+    model
+        The class of the framework's models.
     """
-    words = {"array": array, "wide": wide, "like": like, "activations": CHOICES}
+    words = {"array": array, "wide": wide, "like": like, "model": model, "activations": CHOICES}
 
     def with_docstring(function: Function) -> Function:
         function.__doc__ = completed(function, COMMON[function.__name__].format(**words))

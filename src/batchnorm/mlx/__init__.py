@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
 
 from ..moments import Statistics
 from .functions import batch_norm, batch_statistics, normalize, update_running
+from .inspection import inspect
 from .layers import BatchNorm
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Statistics",
     "batch_norm",
     "batch_statistics",
+    "inspect",
     "normalize",
     "update_running",
 ]

@@ -15,8 +15,9 @@ from .layers import BatchNorm
 
 
 def normalizations(model: Any) -> dict[str, Any]:
-    """By their paths: those of mlx.nn and ours."""
-    found = ((path, each) for path, each in _modules(model) if isinstance(each, TheirLayer))
+    """By their paths: those of mlx.nn and ours, in the model's order, which MLX turns round."""
+    modules = reversed(_modules(model))
+    found = ((path, each) for path, each in modules if isinstance(each, TheirLayer))
     return dict({id(each): (path, each) for path, each in found}.values())
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .states import State
+from .states import State, path_of
 
 SEVERITIES = ("severe", "warning", "info")
 
@@ -61,7 +61,7 @@ class Finding:
 
     @property
     def path(self) -> str:
-        return f"{self.group}: {self.layer}" if self.group else self.layer
+        return path_of(self.group, self.layer)
 
 
 Model = Sequence[State]  # the layers of one model, among which one is

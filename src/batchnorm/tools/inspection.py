@@ -1,10 +1,17 @@
-"""`inspect`, for what holds arrays by name."""
+"""`inspect`, for what holds arrays by name; and what the doors' own have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from ..moments import Statistics
+from .observation import See, run
+from .pooling import Pooled
 from .report import Report
-from .states import LOOKED_FOR, places_in, read
+from .states import LOOKED_FOR, Seen, State, places_in, read
 
 
 def inspect(mapping: Mapping[Any, Any]) -> Report:
@@ -53,3 +60,34 @@ def inspect(mapping: Mapping[Any, Any]) -> Report:
     if not places:
         raise ValueError(f"mapping holds no batch normalization. Looked for {LOOKED_FOR}.")
     return Report(read(places))
+
+
+def inspect_model(
+    states: Sequence[State],
+    batches: Iterable[Any] | None,
+    observed: Callable[[See], AbstractContextManager[None]],
+    call: Callable[[Any], object],
+) -> Report:
+    """A report of a model's layers, each of which may be without running statistics.
+
+    `call` calls the model with a batch, within what a door's `observed` makes of a `see`.
+    """
+    if not states:
+        raise ValueError(
+            "model must have a batch normalization that keeps running statistics, but has none."
+        )
+    seen: dict[str, Seen] = {}
+
+    def see(name: str, statistics: Statistics, is_positive: np.ndarray | None) -> None:
+        if name not in seen:
+            seen[name] = Seen(pooled=Pooled(len(statistics.mean)), order=len(seen))
+        here = seen[name]
+        here.pooled.add(statistics)
+        if is_positive is not None:
+            before = False if here.is_positive is None else here.is_positive
+            here.is_positive = before | is_positive
+
+    if batches is not None:
+        with observed(see):
+            run(batches, call)
+    return Report([replace(each, seen=seen.get(each.name)) for each in states])

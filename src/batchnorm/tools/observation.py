@@ -15,7 +15,7 @@ no gradient is kept, and all other layers are in evaluation mode. Behind the con
 was: modes, flags, hooks, classes, statistics and random state.
 """
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -34,6 +34,23 @@ def is_positive(y: Array, features: Axes, mask: Array | None) -> Array:
     xp = namespace(y)
     found = y > 0 if mask is None else (y > 0) & (mask != 0)
     return xp.any(found, axis=reduced_axes(features, y.ndim))
+
+
+def run(batches: Iterable[Any], call: Callable[[Any], object]) -> int:
+    """Call with each batch, and say how many there were."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be an iterable of them, but got {type(batches).__name__}.")
+    number = 0
+    for number, batch in enumerate(batches, 1):  # noqa: B007
+        call(batch)
+    if not number:
+        raise ValueError("batches must hold at least one batch, but is empty, or used up.")
+    return number
+
+
+def first_of(batch: Any) -> Any:
+    """The inputs, of a batch of inputs and what else there is."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def put(undo: ExitStack, mapping: MutableMapping[str, Any], **values: Any) -> None:

@@ -23,13 +23,13 @@ ONE_PASS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Seen:
     """What came to a layer in the batches that were looked at.
 
     Attributes
     ----------
-    order : which layer was called first, by number
+    order : its number in the order in which layers were called first
     is_positive : whether a channel's output was, anywhere; None where it need not be
     """
 
@@ -77,7 +77,7 @@ class State:
 
     @property
     def path(self) -> str:
-        return f"{self.group}: {self.name}" if self.group else self.name
+        return path_of(self.group, self.name)
 
     @property
     def shifts(self) -> np.ndarray:
@@ -85,6 +85,11 @@ class State:
         with np.errstate(all="ignore"):
             shifts: np.ndarray = np.abs(self.mean) / np.sqrt(self.var + self.eps)
         return shifts
+
+
+def path_of(group: str, name: str) -> str:
+    name = name or "the layer itself"
+    return f"{group}: {name}" if group else name
 
 
 @dataclass(kw_only=True)
@@ -111,26 +116,48 @@ class Place:
         return None
 
     def read(self) -> State:
-        framework = self.framework
-        assert framework is not None
-        names, arrays = CONVENTIONS[framework], self.arrays
-        batches = arrays.get(_COUNTER)
-        one_pass = ONE_PASS[framework]
-        return State(
-            name=self.settings.get("name") or ".".join(self.name) or "the layer",
-            framework=framework,
+        assert self.framework is not None
+        return state(
+            self.settings.get("name") or ".".join(self.name),
+            self.framework,
+            self.arrays.get,
             group=self.group,
-            mean=values(arrays[names.mean]),
-            var=values(arrays[names.var]),
-            scale=values(arrays[names.scale]) if names.scale in arrays else None,
-            bias=values(arrays[names.bias]) if names.bias in arrays else None,
-            dtype=name_of(arrays[names.var].dtype),
-            batches=None if batches is None else int(values(batches)[0]),
-            eps=self.settings.get("eps", names.eps),
+            eps=self.settings.get("eps"),
             momentum=self.settings.get("momentum"),
             is_frozen=not self.settings.get("trainable", True),
-            one_pass=one_pass,
         )
+
+
+def state(
+    name: str,
+    framework: str,
+    get: Callable[[str], Any],
+    *,
+    eps: Any = None,
+    momentum: Any = None,
+    is_ours: bool = False,
+    **more: Any,
+) -> State:
+    """The state of a layer that gives its arrays, or None, by the framework's names for them."""
+    names = CONVENTIONS[framework]
+    mean, var, scale, bias = (
+        get(each) for each in (names.mean, names.var, names.scale, names.bias)
+    )
+    batches = get(_COUNTER)
+    return State(
+        name=name,
+        framework=framework,
+        mean=values(mean),
+        var=values(var),
+        scale=None if scale is None else values(scale),
+        bias=None if bias is None else values(bias),
+        dtype=name_of(var.dtype),
+        batches=None if batches is None else int(values(batches)[0]),
+        eps=names.eps if eps is None else float(eps),
+        momentum=None if momentum is None else float(momentum),
+        one_pass=None if is_ours else ONE_PASS[framework],
+        **more,
+    )
 
 
 _BY_NAMES = ("torch", "keras", "flax")

@@ -17,6 +17,7 @@ from ..moments import Statistics
 from . import functional
 from .conversion import convert, revert
 from .functions import batch_norm, batch_statistics, normalize, update_running
+from .inspection import inspect
 from .layers import (
     BatchNorm1d,
     BatchNorm2d,
@@ -40,6 +41,7 @@ __all__ = [
     "batch_statistics",
     "convert",
     "functional",
+    "inspect",
     "normalize",
     "revert",
     "update_running",
