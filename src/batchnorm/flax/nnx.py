@@ -1,6 +1,8 @@
 """`flax.nnx.BatchNorm`, computed by `batchnorm.jax`."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -9,6 +11,7 @@ from ..installation import missing
 try:
     import jax
     import jax.numpy as jnp
+    import numpy as np
     from flax import nnx
 except ModuleNotFoundError as error:
     raise missing("batchnorm.flax.nnx", "Flax", "flax") from error
@@ -19,6 +22,7 @@ from ..conventions import CONVENTIONS
 from ..documentation import with_parameters_of
 from ..layout import feature_shape
 from ..ndarrays import converted
+from ..tools.observation import NormalizeBy, See, is_positive, plain, put
 
 __all__ = ["BatchNorm", "convert", "revert"]
 
@@ -208,7 +212,7 @@ def convert(
     }
     for _, layer in found:
         if not isinstance(layer, BatchNorm):
-            object.__setattr__(layer, "__class__", BatchNorm)  # no attribute of nnx's
+            _become(layer, BatchNorm)
             layer.activation = None
         for name, value in changed.items():
             if value is not ...:
@@ -247,7 +251,7 @@ def revert(model: Model) -> Model:
             )
     for _, layer in found:
         del layer.activation
-        object.__setattr__(layer, "__class__", nnx.BatchNorm)
+        _become(layer, nnx.BatchNorm)
     return model
 
 
@@ -257,3 +261,49 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
         for path, module in nnx.iter_graph(model)
         if isinstance(module, nnx.BatchNorm)
     ]
+
+
+@contextmanager
+def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> Iterator[None]:
+    """The context of tools/observation.py, outside of JAX's and nnx's transformations."""
+    nodes = [node for _, node in nnx.iter_graph(model)]
+    with ExitStack() as undo:
+        for each in nodes:
+            if isinstance(each, nnx.RngState):
+                undo.callback(each.__setitem__, ..., each[...])
+            elif isinstance(each, nnx.Module) and "deterministic" in vars(each):
+                put(undo, vars(each), deterministic=True)
+        for path, layer in _layers(model):
+            undo.callback(_become, layer, type(layer))
+            _become(layer, _observed(path, type(layer), see, normalize_by == "running"))
+            put(undo, vars(layer), axis_name=None, axis_index_groups=None)
+        yield
+
+
+def _become(layer: Any, kind: type) -> None:
+    object.__setattr__(layer, "__class__", kind)  # no attribute of nnx's
+
+
+def _observed(path: str, kind: Any, see: See, by_running: bool) -> type:
+    """Such a layer, whose calls are seen."""
+
+    def call(layer: Any, x: Any, _: bool | None = None, **keywords: Any) -> Any:
+        x = jnp.asarray(x)
+        features = checks.feature_axes(layer.axis, x.shape)
+        mask = keywords.get("mask")
+        settings = layers.Settings(
+            door, _CONVENTION, layer.epsilon, layer.momentum, features, layer.dtype
+        )
+        statistics = plain(path, layers.batch_statistics(settings, x, mask))
+        keywords["use_running_average"] = by_running
+        with ExitStack() as undo:
+            if not by_running:  # into Variables that are thrown away
+                put(undo, vars(layer), mean=layer.mean.copy(), var=layer.var.copy())
+            y = kind.__call__(layer, x, **keywords)
+        positive = None
+        if getattr(layer, "activation", None) == "relu":
+            positive = np.array(is_positive(y, features, mask)).ravel()
+        see(path, statistics, positive)
+        return y
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})

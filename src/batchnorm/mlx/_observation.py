@@ -7,8 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..moments import Statistics
-from ..tools.observation import NormalizeBy, See, is_positive, put
+from ..tools.observation import NormalizeBy, See, is_positive, plain, put
 from ._compat import TheirLayer, random_state_kept
 from .functions import batch_statistics
 from .layers import BatchNorm
@@ -54,12 +53,12 @@ def _observed(path: str, kind: Any, see: See) -> type:
         if isinstance(layer, BatchNorm):
             mask = others[1] if len(others) > 1 else keywords.get("mask")
             activation = layer.activation
-        statistics = batch_statistics(x, mask=mask)
+        statistics = plain(path, batch_statistics(x, mask=mask))
         y: mx.array = kind.__call__(layer, x, *others, **keywords)
         positive = None
         if activation == "relu":
             positive = np.array(is_positive(y, (y.ndim - 1,), mask))
-        see(path, Statistics(*(np.array(each, np.float64) for each in statistics)), positive)
+        see(path, statistics, positive)
         return y
 
     return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})

@@ -29,6 +29,20 @@ NormalizeBy = Literal["running", "batch"]
 See = Callable[[str, Statistics, np.ndarray | None], None]
 
 
+def plain(
+    name: str, statistics: Statistics, numpy: Callable[[Array], np.ndarray] = np.asarray
+) -> Statistics:
+    """Statistics as `see` takes them, of the layer of that name."""
+    try:
+        return Statistics(*(numpy(each).astype(np.float64).ravel() for each in statistics))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name or 'the model'} is called within a transformation (of a jit, compile, "
+            "checkpoint, remat, scan or vmap), where what comes to it can't be looked at. Call the "
+            f"model without, by forward=..., or without that one around the layer. ({error})"
+        ) from error
+
+
 def is_positive(y: Array, features: Axes, mask: Array | None) -> Array:
     """Whether each feature has a positive value where the mask, which broadcasts, is not 0."""
     xp = namespace(y)
