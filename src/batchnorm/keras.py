@@ -1,7 +1,9 @@
 """`keras.layers.BatchNormalization`, computed by `batchnorm.jax` or `batchnorm.torch`."""
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from .installation import missing
@@ -18,6 +20,7 @@ from . import checks, layers
 from .arrays import namespace
 from .conventions import CONVENTIONS
 from .documentation import with_parameters_of
+from .tools.observation import NormalizeBy, See, is_positive, plain, put
 
 __all__ = ["BatchNormalization", "convert", "revert"]
 
@@ -389,3 +392,61 @@ def _layers_of(layer: keras.Layer) -> list[keras.Layer]:
         elif isinstance(each, dict):
             left += each.values()
     return [*found.values()]
+
+
+def normalizations(model: keras.Layer) -> dict[str, Any]:
+    """By their paths: those of keras.layers and ours."""
+    found: dict[str, Any] = {}
+    for each in _layers_of(model):
+        if isinstance(each, keras.layers.BatchNormalization):
+            path = each.path or each.name
+            found[path if path not in found else f"{path} ({len(found)})"] = each
+    return found
+
+
+@contextmanager
+def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> Iterator[None]:
+    """The context of tools/observation.py. Other layers do as they are told: training=False, say.
+
+    No variable changes in it. What Keras has compiled, as predict() does, passes it over.
+    """
+    backend = keras.backend.backend()
+    if backend not in _DOORS:
+        raise ValueError(
+            f"Keras' backend must be one of {' and '.join(_DOORS)} to look at what comes to "
+            f"BatchNormalization, but it is {backend!r}."
+        )
+    with ExitStack() as undo:
+        undo.enter_context(keras.StatelessScope())
+        if backend == "torch":
+            undo.enter_context(importlib.import_module("torch").no_grad())
+        for path, layer in normalizations(model).items():
+            put(undo, vars(layer), renorm=False, synchronized=False)
+            put(undo, vars(layer), call=_observed(path, layer, layer.call, see, normalize_by))
+        yield
+
+
+def _observed(
+    path: str, layer: Any, call: Callable[..., Any], see: See, normalize_by: NormalizeBy
+) -> Callable[..., Any]:
+    signature = inspect.signature(call)
+    door = importlib.import_module(f".{keras.backend.backend()}", __package__)
+
+    def observed_call(*arguments: Any, **keywords: Any) -> Any:
+        bound = signature.bind(*arguments, **keywords)
+        named = bound.arguments
+        inputs, mask = arguments[0], named.get("mask", named.get("inputs_mask"))
+        mask = None if mask is None else ops.expand_dims(mask, -1)
+        settings = layers.Settings(door, _CONVENTION, layer.epsilon, layer.momentum, layer.axis)
+        statistics = layers.batch_statistics(settings, inputs, mask)
+        statistics = plain(path, statistics, ops.convert_to_numpy)
+        named["training"] = normalize_by == "batch"
+        y = call(*bound.args, **bound.kwargs)
+        positive = None
+        if getattr(layer, "activation", None) == "relu":
+            features = checks.feature_axes(layer.axis, y.shape)
+            positive = ops.convert_to_numpy(is_positive(y, features, mask))
+        see(path, statistics, positive)
+        return y
+
+    return observed_call
