@@ -57,14 +57,18 @@ def test_all_that_a_door_offers_has_an_example(package):
         assert has_an_example(getattr(module, name)), name
 
 
+TOOLS = {"inspect"}  # for models
 TORCH_LAYERS = [name for name in batchnorm.torch.__all__ if "BatchNorm" in name]
 
 
 @pytest.mark.parametrize(
     ("framework", "name"),
     [
-        *itertools.product(["mlx", "jax", "torch"], sorted(set(COMMON) - {"batch_norm_gradients"})),
-        *itertools.product(["numpy"], COMMON),  # which does not differentiate by itself
+        *itertools.product(
+            ["mlx", "jax", "torch"], sorted(set(COMMON) - {"batch_norm_gradients"} - TOOLS)
+        ),
+        *itertools.product(["numpy"], sorted(set(COMMON) - TOOLS)),  # which does not differentiate
+        *itertools.product(["mlx", "torch", "flax.nnx", "keras"], sorted(TOOLS)),
         *itertools.product(["torch"], TORCH_LAYERS),
     ],
 )

@@ -1,9 +1,10 @@
 """`keras.layers.BatchNormalization`, computed by `batchnorm.jax` or `batchnorm.torch`."""
 
 import importlib
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from inspect import signature
 from typing import Any
 
 from .installation import missing
@@ -19,10 +20,13 @@ except ModuleNotFoundError as error:
 from . import checks, layers
 from .arrays import namespace
 from .conventions import CONVENTIONS
-from .documentation import with_parameters_of
-from .tools.observation import NormalizeBy, See, is_positive, plain, put
+from .documentation import documented, with_parameters_of
+from .tools import Report
+from .tools.inspection import inspect_model
+from .tools.observation import NormalizeBy, See, first_of, is_positive, plain, put
+from .tools.states import state
 
-__all__ = ["BatchNormalization", "convert", "revert"]
+__all__ = ["BatchNormalization", "convert", "inspect", "revert"]
 
 __dir__ = __all__.copy  # public names alone
 
@@ -404,6 +408,52 @@ def normalizations(model: keras.Layer) -> dict[str, Any]:
     return found
 
 
+@documented(model="keras.Layer")
+def inspect(
+    model: keras.Layer,
+    batches: Iterable[Any] | None = None,
+    *,
+    forward: Callable[[Any, Any], object] | None = None,
+) -> Report:
+    """... It is called with ``training=False``.
+
+    Examples
+    --------
+    >>> import keras
+    >>> from batchnorm.keras import inspect
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(momentum=0.1)])
+    >>> [(each.kind, each.severity) for each in inspect(model).findings]
+    [('momentum_convention', 'warning'), ('never_updated', 'info')]
+    """
+    checks.instance("model", model, keras.Layer)
+
+    def call(batch: Any) -> object:
+        if forward is None:
+            return model(first_of(batch), training=False)
+        return forward(model, batch)
+
+    has_one_pass = keras.backend.backend() in ("numpy", "torch")
+    states = [
+        state(
+            path,
+            "keras",
+            partial(_weight, layer),
+            eps=layer.epsilon,
+            momentum=layer.momentum,
+            is_exact=isinstance(layer, BatchNormalization) or not has_one_pass,
+            is_frozen=not layer.trainable,
+            is_of_model=True,
+        )
+        for path, layer in normalizations(model).items()
+        if layer.built
+    ]
+    return inspect_model(states, batches, lambda see: observed(model, see), call)
+
+
+def _weight(layer: keras.Layer, name: str) -> Any:
+    return _tensor(getattr(layer, name, None))
+
+
 @contextmanager
 def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> Iterator[None]:
     """The context of tools/observation.py. Other layers do as they are told: training=False, say.
@@ -429,11 +479,11 @@ def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> 
 def _observed(
     path: str, layer: Any, call: Callable[..., Any], see: See, normalize_by: NormalizeBy
 ) -> Callable[..., Any]:
-    signature = inspect.signature(call)
+    parameters = signature(call)
     door = importlib.import_module(f".{keras.backend.backend()}", __package__)
 
     def observed_call(*arguments: Any, **keywords: Any) -> Any:
-        bound = signature.bind(*arguments, **keywords)
+        bound = parameters.bind(*arguments, **keywords)
         named = bound.arguments
         inputs, mask = arguments[0], named.get("mask", named.get("inputs_mask"))
         mask = None if mask is None else ops.expand_dims(mask, -1)

@@ -1,7 +1,7 @@
 """`flax.nnx.BatchNorm`, computed by `batchnorm.jax`."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -19,12 +19,15 @@ except ModuleNotFoundError as error:
 from .. import checks, layers
 from .. import jax as door
 from ..conventions import CONVENTIONS
-from ..documentation import with_parameters_of
+from ..documentation import documented, with_parameters_of
 from ..layout import feature_shape
 from ..ndarrays import converted
-from ..tools.observation import NormalizeBy, See, is_positive, plain, put
+from ..tools import Report
+from ..tools.inspection import inspect_model
+from ..tools.observation import NormalizeBy, See, first_of, is_positive, plain, put
+from ..tools.states import state
 
-__all__ = ["BatchNorm", "convert", "revert"]
+__all__ = ["BatchNorm", "convert", "inspect", "revert"]
 
 __dir__ = __all__.copy  # public names alone
 
@@ -253,6 +256,49 @@ def revert(model: Model) -> Model:
         del layer.activation
         _become(layer, nnx.BatchNorm)
     return model
+
+
+@documented(model="nnx.Module, or what else holds some")
+def inspect(
+    model: Any,
+    batches: Iterable[Any] | None = None,
+    *,
+    forward: Callable[[Any, Any], object] | None = None,
+) -> Report:
+    """...
+
+    Examples
+    --------
+    >>> from flax import nnx
+    >>> from batchnorm.flax.nnx import inspect
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs))
+    >>> model.layers[1].var[...] -= 2
+    >>> [(each.layer, each.kind, each.severity) for each in inspect(model).findings]
+    [('layers.1', 'negative_variance', 'severe')]
+    """
+
+    def call(batch: Any) -> object:
+        return model(first_of(batch)) if forward is None else forward(model, batch)
+
+    states = [
+        state(
+            path,
+            "flax",
+            partial(_value, layer),
+            eps=layer.epsilon,
+            momentum=layer.momentum,
+            is_exact=isinstance(layer, BatchNorm) or not layer.use_fast_variance,
+            is_of_model=True,
+        )
+        for path, layer in _layers(model)
+    ]
+    return inspect_model(states, batches, lambda see: observed(model, see), call)
+
+
+def _value(layer: Any, name: str) -> Any:
+    variable = getattr(layer, name, None)
+    return None if variable is None else variable[...]
 
 
 def _layers(model: Any) -> list[tuple[str, Any]]:

@@ -46,7 +46,7 @@ def inspect(
             layer.get,
             eps=layer["eps"] if "eps" in layer else vars(layer)["eps"],
             momentum=layer.momentum,
-            is_ours=isinstance(layer, BatchNorm),
+            is_exact=isinstance(layer, BatchNorm),
             is_of_model=True,
         )
         for path, layer in normalizations(model).items()

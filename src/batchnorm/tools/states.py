@@ -135,10 +135,13 @@ def state(
     *,
     eps: Any = None,
     momentum: Any = None,
-    is_ours: bool = False,
+    is_exact: bool = False,
     **more: Any,
 ) -> State:
-    """The state of a layer that gives its arrays, or None, by the framework's names for them."""
+    """The state of a layer that gives its arrays, or None, by the framework's names for them.
+
+    One that is exact does not square before it subtracts.
+    """
     names = CONVENTIONS[framework]
     mean, var, scale, bias = (
         get(each) for each in (names.mean, names.var, names.scale, names.bias)
@@ -155,7 +158,7 @@ def state(
         batches=None if batches is None else int(values(batches)[0]),
         eps=names.eps if eps is None else float(eps),
         momentum=None if momentum is None else float(momentum),
-        one_pass=None if is_ours else ONE_PASS[framework],
+        one_pass=None if is_exact else ONE_PASS[framework],
         **more,
     )
 

@@ -55,7 +55,7 @@ last batches alone.
             partial(_array, layer),
             eps=vars(layer)["eps"],
             momentum=getattr(layer, "momentum", None),
-            is_ours=isinstance(layer, Layer),
+            is_exact=isinstance(layer, Layer),
             is_frozen=_is_frozen(layer),
             is_of_model=True,
         )
