@@ -680,7 +680,7 @@ def test_a_file_that_is_cut_off(tmp_path):
         (b"{", "cut off or damaged"),
         (b"0" * 257 + b"ustar" + b"0" * 250, "tar archive"),
         (b"\x89HDF\r\n\x1a\n" + b"\0" * 100, "HDF5: it is cut off or damaged"),
-        (b"PK\3\4" + b"\0" * 100, "begins as a zip archive"),
+        (b"PK\3\4" + b"\0" * 100, "as a zip archive: it is cut off or damaged"),
         (b"\2\0\0\0\0\0\0\0{x", "safetensors: it is cut off or damaged"),
         (b"{" * 100_000, "nested too deeply|damaged"),
     ],

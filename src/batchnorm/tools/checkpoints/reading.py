@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hdf5, keras, numpy, safetensors, torch
-from .stored import Checkpoint, CheckpointError, first_line, understood
+from .stored import Checkpoint, CheckpointError, understood
 
 _FORMATS = "safetensors, PyTorch's .pt, .npz, HDF5 and .keras"
 _OTHERWISE = "and give a mapping of its arrays to batchnorm.tools.inspect"
@@ -126,13 +126,8 @@ def _is_msgpack(start: bytes) -> bool:
 
 
 def _reader_of_archive(path: Path) -> Reader:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile as error:
-        raise CheckpointError(
-            f"{path} is cut off or damaged: it begins as a zip archive ({first_line(error)})."
-        ) from error
+    with understood(path, "a zip archive"), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     if keras.CONFIGURATION in names and {keras.WEIGHTS, keras.PICKLED} & set(names):
         return keras.KIND, keras.read_archive
     if all(name.endswith(".npy") for name in names):
