@@ -153,14 +153,6 @@ def test_the_time_is_a_ratio(monkeypatch):
     assert f"forward and backward: {row.ratio:.2f} times as fast as its own" in str(row)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"]])
-def test_help_shows_an_example(capsys, arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 0
-    assert "example:\n  batchnorm doctor" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("arguments", [[], ["docter"], ["doctor", "--fast"]])
 def test_what_is_not_understood(capsys, arguments):
     with pytest.raises(SystemExit) as ended:

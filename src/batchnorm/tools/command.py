@@ -3,13 +3,20 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+from ..installation import missing
 from . import doctor
+from .checkpoints import CheckpointError
+from .inspection import inspect_files
+from .report import Report
 
 _EXAMPLE = """
-example:
+examples:
   batchnorm doctor --quick
+  batchnorm inspect model.safetensors
 """
 _DOCTOR = """
 Say what is served on this machine: the native kernels, every framework that is installed, by which
@@ -18,19 +25,78 @@ inputs on which an obvious way to compute fails, by ours and by the framework's 
 status is 1 where something of batchnorm is broken.
 """
 _DOCTOR_EXAMPLE = """
-example:
+examples:
   batchnorm doctor                 # all, in a minute or so
   batchnorm doctor --quick         # without timing
   batchnorm doctor --json > report.json
+"""
+_INSPECT = """
+Say which batch normalizations of a checkpoint are sick, and in which channels: statistics that are
+NaN, were never updated, have not converged, lost their digits, and more. Files may be of
+safetensors (or the index.json of several), PyTorch (weights only: nothing in it is executed), NumPy
+(.npz) or Keras (.keras, .weights.h5, .h5); what is in them decides, not what they are called. The
+exit status is 2 where a file cannot be read, or no normalization is found in it.
+"""
+_INSPECT_EXAMPLE = """
+examples:
+  batchnorm inspect model.safetensors
+  batchnorm inspect checkpoint.pt --picture layers.png
+  batchnorm inspect *.pt --strict  # exit status 1 where evaluation is wrong
+  batchnorm inspect model.keras --json > report.json
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status comes back."""
     given = _parser().parse_args(arguments)
+    try:
+        status: int = given.run(given)
+    except (CheckpointError, ImportError) as error:
+        print(f"batchnorm {given.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _doctor(given: argparse.Namespace) -> int:
     report = doctor.examine(quick=given.quick, progress=_progress())
     print(json.dumps(report.to_dict(), indent=2) if given.json else report)
     return 1 if report.is_broken else 0
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    if not given.json:
+        _need("rich")
+    if given.picture is not None:
+        _need("matplotlib")
+    report = inspect_files(given.files, _track if sys.stderr.isatty() else list)
+    if given.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print(report)
+    if given.picture is not None:
+        report.figure().savefig(given.picture)
+    return 1 if given.strict and report.is_severe else 0
+
+
+def _need(library: str) -> None:
+    """Before the work, of which nothing would be seen."""
+    try:
+        __import__(library)
+    except ModuleNotFoundError as error:
+        raise missing("batchnorm inspect without --json", library, "tools") from error
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+
+    Console().print(report)
+
+
+def _track(layers: list[Any]) -> Iterable[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(layers, "Reading", console=Console(stderr=True), transient=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,16 +107,55 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    of_doctor = commands.add_parser(
-        "doctor",
-        help="say what is served on this machine, and whether it is right",
-        description=_DOCTOR,
-        epilog=_DOCTOR_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+    def command(
+        run: Callable[[argparse.Namespace], int], short: str, description: str, epilog: str
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            run.__name__.removeprefix("_"),
+            help=short,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+        return added
+
+    of_doctor = command(
+        _doctor,
+        "say what is served on this machine, and whether it is right",
+        _DOCTOR,
+        _DOCTOR_EXAMPLE,
     )
     of_doctor.add_argument("--quick", action="store_true", help="without timing")
-    of_doctor.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    of_inspect = command(
+        _inspect, "say which layers of a checkpoint are sick", _INSPECT, _INSPECT_EXAMPLE
+    )
+    of_inspect.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    of_inspect.add_argument(
+        "--strict", action="store_true", help="exit status 1 where evaluation is wrong"
+    )
+    of_inspect.add_argument(
+        "--picture", type=_picture, metavar="PATH", help="draw every layer there (.png, .svg, .pdf)"
+    )
     return parser
+
+
+def _picture(text: str) -> Path:
+    """Where a picture can be written, as far as can be told beforehand."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, but got {text!r}")
+    try:
+        is_new = not path.exists()
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} can't be written: {error.strerror}") from error
+    return path
 
 
 def _progress() -> doctor.Progress:

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..moments import Statistics
+from . import checkpoints
+from .checkpoints import CheckpointError
 from .observation import See, run
 from .pooling import Pooled
 from .report import Report
-from .states import LOOKED_FOR, Seen, State, places_in, read
+from .states import LOOKED_FOR, Place, Seen, State, Track, places_in, read
 
 
 def inspect(mapping: Mapping[Any, Any]) -> Report:
@@ -60,6 +63,20 @@ def inspect(mapping: Mapping[Any, Any]) -> Report:
     if not places:
         raise ValueError(f"mapping holds no batch normalization. Looked for {LOOKED_FOR}.")
     return Report(read(places))
+
+
+def inspect_files(files: Sequence[Path], track: Track[Place] = list) -> Report:
+    """As `inspect`, of checkpoint files, each of which is a group; `track` shows how far it is."""
+    places = []
+    for path in files:
+        checkpoint = checkpoints.read(path)
+        found = places_in(checkpoint.tree, checkpoint.settings)
+        if not found:
+            raise CheckpointError(f"{path} holds no batch normalization. Looked for {LOOKED_FOR}.")
+        for each in found if len(files) > 1 else []:
+            each.group = f"{path}, {each.group}" if each.group else str(path)
+        places += found
+    return Report(read(places, track))
 
 
 def inspect_model(
