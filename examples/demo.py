@@ -4,6 +4,7 @@ The same network from the same initial weights and on the same batches: in MLX n
 batchnorm.mlx.BatchNorm, by mlx.nn.BatchNorm, and not at all; in JAX by
 batchnorm.flax.nn.BatchNorm. The picture shows their losses, and how wrong the trained network gets
 when a large constant is added to features that are normalized next, which should change nothing.
+Last, a report on the network of mlx.nn and on digits that are brighter than those of its training.
 
     pip install ".[demo]"
     python examples/demo.py
@@ -16,6 +17,7 @@ from pathlib import Path
 import digits
 import digits_jax
 import digits_mlx
+import mlx.core as mx
 import numpy as np
 from matplotlib.figure import Figure
 from mlx.utils import tree_flatten
@@ -23,8 +25,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import batchnorm.mlx
+from batchnorm.tools import Report
+
 OURS, MLX, NONE, JAX = digits_mlx.OURS, digits_mlx.MLX, digits_mlx.NONE, digits_jax.OURS
 ENOUGH = 0.97
+BRIGHTER = 0.5  # where 0 is black, and 1 white
 CONSTANTS = [10.0**power for power in range(7)]
 COLORS = {OURS: "#0072b2", MLX: "#e69f00", NONE: "#777777", JAX: "#000000"}
 # Where losses are the same, the narrower line shows on the wider one, and gaps in it show others.
@@ -63,6 +69,12 @@ def table_of(trainings: dict[str, digits.Training]) -> Table:
             normalizing,
         )
     return table
+
+
+def report_of(network: digits_mlx.Network, data: digits.Digits) -> Report:
+    """What `inspect` finds when held-out digits are brighter than those of training."""
+    batches = np.array_split(data.test_images + BRIGHTER, 9)
+    return batchnorm.mlx.inspect(network, [mx.array(each) for each in batches])
 
 
 def draw(
@@ -148,6 +160,8 @@ def main() -> int:
         print(f"  {name:23}  outputs off by {error:.2g}, {right:.1%} of held-out digits right")
     draw(trainings, shifted, options.picture)
     print(f"Picture: {options.picture}")
+    print(f"\nThe network with {MLX}, inspected with digits that are brighter by {BRIGHTER}:")
+    Console().print(report_of(trainings[MLX].network, data))
 
     failed = [name for name in (OURS, JAX) if trainings[name].accuracy < ENOUGH]
     if failed and not options.quick:

@@ -143,4 +143,4 @@ def test_python_m(sick):
         text=True,
     )
     assert run.returncode == 1
-    assert "1 normalization: 1 severe." in run.stdout
+    assert "1 normalization: severe in 1." in run.stdout

@@ -159,12 +159,3 @@ def test_what_is_not_understood(capsys, arguments):
         main(arguments)
     assert ended.value.code == 2
     assert "usage: batchnorm" in capsys.readouterr().err
-
-
-def test_the_command_imports_no_framework():
-    program = """
-import sys, batchnorm.tools.command
-loaded = {"jax", "flax", "equinox", "keras", "torch", "mlx", "rich"} & set(sys.modules)
-assert not loaded, loaded
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

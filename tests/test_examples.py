@@ -60,6 +60,14 @@ def train(program, seed=0, batch_size=449):
     return trainings
 
 
+def test_demo_ends_with_a_report(quick):
+    finished, _ = quick
+    report = finished.stdout.partition("The network with mlx.nn.BatchNorm, inspected")[2]
+    for index in range(3):
+        assert re.search(rf"normalizations\.{index} .*drift", report), report
+    assert re.search(r"3 normalizations: (severe|warning) in \d", report.splitlines()[-1])
+
+
 def test_demo_prints_a_table_of_four_rows(quick):
     finished, _ = quick
     assert finished.returncode == 0, finished.stderr

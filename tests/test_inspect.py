@@ -200,7 +200,7 @@ def test_says_it_in_text_json_and_a_table():
         "  → They can be pruned. If they are many, the learning rate or the weight decay of the "
         "scale was high.",
         "",
-        "3 normalizations: 1 severe, 1 info.",
+        "3 normalizations: severe in 1, info in 1.",
     ]
     told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert told["is_severe"]

@@ -219,7 +219,7 @@ def inspect(
     >>> x = 100 + jax.random.normal(jax.random.key(1), (64, 4))
     >>> variables = model.init(jax.random.key(0), x)
     >>> print(inspect(variables).summary)
-    1 normalization: 1 info.
+    1 normalization: info in 1.
     >>> report = inspect(variables, [x[:32], x[32:]], apply=model.apply)
     >>> [(each.layer, each.kind, each.severity) for each in report.findings]
     [('layers_1', 'drift', 'severe'), ('layers_1', 'never_updated', 'info')]

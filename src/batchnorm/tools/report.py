@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,7 +46,7 @@ class Report:
     def summary(self) -> str:
         """How many layers there are, and in how many something is how bad."""
         worst = [self.worst(each) for each in self.layers]
-        said = [f"{worst.count(each)} {each}" for each in SEVERITIES if each in worst]
+        said = [f"{each} in {worst.count(each)}" for each in SEVERITIES if each in worst]
         what = f"{len(worst)} normalization{'s' * (len(worst) != 1)}"
         return f"{what}: {', '.join(said) if said else 'nothing odd'}."
 
@@ -94,15 +93,21 @@ class Report:
         except ModuleNotFoundError as error:
             raise missing("The table of a report", "rich", "tools") from error
         is_seen = any(each.seen for each in self.layers)
+        is_counted = any(each.batches is not None for each in self.layers)
+        longest = max(len(each.path) for each in self.layers)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        table.add_column("Layer", overflow="fold")
-        for heading in ("Channels", "Batches", "|Mean|/std", "Variance", *["Drift"] * is_seen):
+        table.add_column("Layer", overflow="fold", min_width=min(longest, 24))
+        for heading in ("Channels", *["Batches"] * is_counted, "|Mean|/std", "Variance"):
             table.add_column(heading, justify="right")
+        if is_seen:
+            table.add_column("Drift", justify="right")
         table.add_column("Findings")
         order = [*SEVERITIES, ""]
         for state in sorted(self.layers, key=lambda each: order.index(self.worst(each))):
             row = _row(state)
-            cells = [str(row["channels"]), "" if state.batches is None else f"{state.batches:,}"]
+            cells = [str(row["channels"])]
+            if is_counted:
+                cells.append("" if state.batches is None else f"{state.batches:,}")
             cells.append(_figure(row["largest_shift"]))
             cells.append(
                 f"{_figure(row['smallest_variance'])} … {_figure(row['largest_variance'])}"
@@ -126,12 +131,11 @@ class Report:
 
     def _by_advice(self) -> Iterator[tuple[str, str, str, list[Finding]]]:
         """What is said of several layers is said once."""
-
-        def key(each: Finding) -> tuple[int, str, str]:
-            return SEVERITIES.index(each.severity), each.kind, each.advice
-
-        for (severity, kind, advice), found in groupby(sorted(self.findings, key=key), key):
-            yield kind, SEVERITIES[severity], advice, list(found)
+        groups: dict[tuple[str, str, str], list[Finding]] = {}
+        for each in self.findings:
+            groups.setdefault((each.kind, each.severity, each.advice), []).append(each)
+        for key, findings in groups.items():
+            yield *key, findings
 
 
 def _row(state: State) -> dict[str, Any]:

@@ -41,7 +41,7 @@ last batches alone.
       1: This layer is as initialized, statistics, scale and bias.
       → Nothing, if this is an untrained network, or a new head.
     <BLANKLINE>
-    1 normalization: 1 warning.
+    1 normalization: warning in 1.
     """
     checks.instance("model", model, torch.nn.Module)
 
