@@ -13,13 +13,20 @@ def statistics_of(x: np.ndarray) -> Statistics:
 def test_pools_by_count_and_keeps_how_the_means_lie_apart():
     random = np.random.default_rng(0)
     batches = [random.normal(each, 1 + each, (rows, 3)) for each, rows in enumerate((256, 7, 1))]
-    pooled = Pooled(3)
-    for batch in batches:
-        pooled.add(statistics_of(batch))
+    pooled, other = Pooled(3), Pooled(3)
+    pooled.add(statistics_of(batches[0]))
+    for batch in batches[1:]:
+        other.add(statistics_of(batch))
+    pooled.join(other)
     everything, means = np.concatenate(batches), np.stack([each.mean(axis=0) for each in batches])
     assert pooled.batches == 3
     assert (pooled.statistics.count == 264).all()
-    for found, expected in ((pooled.statistics, everything), (pooled.batch_means, means)):
+    vars_ = np.stack([each.var(axis=0) for each in batches])
+    for found, expected in (
+        (pooled.statistics, everything),
+        (pooled.batch_means, means),
+        (pooled.batch_vars, vars_),
+    ):
         np.testing.assert_allclose(found.mean, expected.mean(axis=0), rtol=1e-12)
         np.testing.assert_allclose(found.var, expected.var(axis=0), rtol=1e-12)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 from .installation import missing
 
@@ -21,12 +21,13 @@ from . import checks, layers
 from .arrays import namespace
 from .conventions import CONVENTIONS
 from .documentation import documented, with_parameters_of
-from .tools import Report
+from .moments import Statistics
+from .tools import Report, recalibration
 from .tools.inspection import inspect_model
 from .tools.observation import NormalizeBy, See, first_of, is_positive, plain, put
 from .tools.states import state
 
-__all__ = ["BatchNormalization", "convert", "inspect", "revert"]
+__all__ = ["BatchNormalization", "convert", "inspect", "recalibrate", "revert"]
 
 __dir__ = __all__.copy  # public names alone
 
@@ -396,6 +397,75 @@ def _layers_of(layer: keras.Layer) -> list[keras.Layer]:
         elif isinstance(each, dict):
             left += each.values()
     return [*found.values()]
+
+
+@recalibration.documented(
+    "keras.Model, or a layer that holds some, built",
+    "keras.layers and batchnorm.keras",
+    _CONVENTION.correction,
+    "The model is called with training=False.\nWith renorm, the other averages follow.",
+)
+def recalibrate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    normalize_by: Literal["batch", "running"] = "batch",
+    forward: Callable[[Any, Any], Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """...
+
+    Parameters
+    ----------
+    forward
+        ... It is to call the model itself, not predict(), which is compiled.
+
+    Examples
+    --------
+    >>> import keras, numpy as np
+    >>> from batchnorm.keras import recalibrate
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.BatchNormalization()])
+    >>> recalibrate(model, np.split(np.array([[1.0], [2.0], [3.0], [4.0], [5.0]]), [3]))
+    >>> print(model.layers[0].moving_mean.value, model.layers[0].moving_variance.value)
+    [3.] [2.]
+    """
+    checks.instance("model", model, keras.Layer)
+    found = normalizations(model)
+    for path, each in found.items():
+        if not each.built:
+            raise ValueError(f"model must be built, but {path} is not. Call the model once before.")
+    known = recalibration.Model(
+        found=found,
+        kinds="BatchNormalization of keras.layers and batchnorm.keras",
+        forward=recalibration.call_of(model, forward, training=False),
+        observed=lambda see, by: observed(model, see, normalize_by=by),
+        keep=_keep,
+        commit=_commit,
+        is_frozen=lambda layer: not layer.trainable,
+    )
+    recalibration.recalibrate(known, batches, normalize_by=normalize_by, progress=progress)
+
+
+def _keep(layer: Any) -> Callable[[], None]:
+    kept = [(each, ops.copy(_tensor(each))) for each in layer.non_trainable_variables]
+
+    def restore() -> None:
+        for variable, value in kept:
+            variable.assign(value)
+
+    return restore
+
+
+def _commit(layer: Any, statistics: Statistics, _: int) -> None:
+    old = (layer.moving_mean, layer.moving_variance)
+    old_mean, old_var = (ops.convert_to_numpy(_tensor(each)).astype("float64") for each in old)
+    mean, var = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
+    layer.moving_mean.assign(mean)
+    layer.moving_variance.assign(var)
+    if layer.renorm:
+        layer.renorm_mean.assign(mean)
+        layer.renorm_stddev.assign((var + layer.epsilon) ** 0.5)
+        layer.moving_stddev.assign((var + layer.epsilon) ** 0.5)
 
 
 def normalizations(model: keras.Layer) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from ..installation import missing
 
@@ -11,6 +11,8 @@ try:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from flax import traverse_util
+    from flax.core import copy
 except ModuleNotFoundError as error:
     raise missing("batchnorm.flax.linen", "Flax", "flax") from error
 
@@ -18,17 +20,19 @@ from .. import checks, layers
 from .. import jax as door
 from ..conventions import CONVENTIONS
 from ..layout import feature_shape
+from ..moments import Statistics
 from ..ndarrays import converted
-from ..tools import Report
+from ..tools import Report, recalibration
 from ..tools.inspection import inspect_model
 from ..tools.observation import NormalizeBy, See, is_positive, plain
 from ..tools.states import places_in
 
-__all__ = ["BatchNorm", "inspect"]
+__all__ = ["BatchNorm", "inspect", "recalibrate"]
 
 __dir__ = __all__.copy  # public names alone
 
 _CONVENTION = CONVENTIONS["flax"]
+_DICTS: Any = traverse_util
 
 
 class BatchNorm(nn.BatchNorm):
@@ -241,6 +245,71 @@ def inspect(
         return apply(variables, batch)
 
     return inspect_model(states, batches, with_names_of_files, call)
+
+
+@recalibration.documented(
+    "",
+    "flax.linen and batchnorm.flax.linen",
+    _CONVENTION.correction,
+    "None may be within jax.jit, nn.remat, nn.scan or the like.",
+)
+def recalibrate(
+    apply: Callable[[Any, Any], Any],
+    variables: Any,
+    batches: Iterable[Any],
+    *,
+    normalize_by: Literal["batch", "running"] = "batch",
+    progress: bool = True,
+) -> Any:
+    """...
+
+    Parameters
+    ----------
+    apply : function of variables and an input
+        Applies the model as in evaluation, not compiled:
+        ``lambda variables, x: model.apply(variables, x, train=False)``, say.
+    variables : dict of collections
+        Not changed.
+
+    Returns
+    -------
+    variables, with other "batch_stats"
+
+    Examples
+    --------
+    >>> import flax.linen as nn, jax, jax.numpy as jnp
+    >>> from batchnorm.flax.linen import recalibrate
+    >>> model, x = nn.BatchNorm(use_running_average=True), jnp.arange(1.0, 6.0)[:, None]
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> variables = recalibrate(model.apply, variables, [x[:2], x[2:]])
+    >>> print(variables["batch_stats"]["mean"], variables["batch_stats"]["var"])
+    [3.] [2.]
+    """
+    if not callable(apply):
+        raise TypeError(f"apply must be a function of variables and an input, but got {apply!r}.")
+    kept = dict(_DICTS.flatten_dict(variables.get("batch_stats", {})))
+    new = dict(kept)
+
+    def now() -> Any:
+        return copy(variables, {"batch_stats": _DICTS.unflatten_dict(new)})
+
+    def commit(path: tuple[str, ...], statistics: Statistics, _: int) -> None:
+        old = [new[*path, name] for name in ("mean", "var")]
+        mean, var = (np.asarray(each, np.float64) for each in old)
+        values = recalibration.recalibrated(mean, var, statistics, _CONVENTION.correction)
+        for name, value, before in zip(("mean", "var"), values, old, strict=True):
+            new[*path, name] = jnp.asarray(value, before.dtype, device=before.sharding)
+
+    known = recalibration.Model(
+        found={"/".join(path): path for *path, name in map(tuple, kept) if name == "mean"},
+        kinds='"batch_stats" of BatchNorm of flax.linen and batchnorm.flax.linen in variables',
+        forward=recalibration.call_of(lambda x: apply(now(), x), None),
+        observed=lambda see, by: observed(see, normalize_by=by),
+        keep=lambda path: lambda: None,  # what failed returns nothing
+        commit=commit,
+    )
+    recalibration.recalibrate(known, batches, normalize_by=normalize_by, progress=progress)
+    return now()
 
 
 @contextmanager

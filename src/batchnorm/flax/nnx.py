@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..installation import missing
 
@@ -21,13 +21,14 @@ from .. import jax as door
 from ..conventions import CONVENTIONS
 from ..documentation import documented, with_parameters_of
 from ..layout import feature_shape
+from ..moments import Statistics
 from ..ndarrays import converted
-from ..tools import Report
+from ..tools import Report, recalibration
 from ..tools.inspection import inspect_model
 from ..tools.observation import NormalizeBy, See, first_of, is_positive, plain, put
 from ..tools.states import state
 
-__all__ = ["BatchNorm", "convert", "inspect", "revert"]
+__all__ = ["BatchNorm", "convert", "inspect", "recalibrate", "revert"]
 
 __dir__ = __all__.copy  # public names alone
 
@@ -307,6 +308,64 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
         for path, module in nnx.iter_graph(model)
         if isinstance(module, nnx.BatchNorm)
     ]
+
+
+@recalibration.documented(
+    "nnx.Module, or what else holds some",
+    "flax.nnx and batchnorm.flax.nnx",
+    _CONVENTION.correction,
+    "The others run with deterministic=True.\nNone may be within nnx.jit, nnx.remat or the like.",
+)
+def recalibrate(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    normalize_by: Literal["batch", "running"] = "batch",
+    forward: Callable[[Any, Any], Any] | None = None,
+    progress: bool = True,
+) -> None:
+    """...
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from batchnorm.flax.nnx import recalibrate
+    >>> model = nnx.Sequential(nnx.BatchNorm(1, rngs=nnx.Rngs(0)))
+    >>> recalibrate(model, jnp.split(jnp.array([[1.0], [2.0], [3.0], [4.0], [5.0]]), [3]))
+    >>> print(model.layers[0].mean[...], model.layers[0].var[...])
+    [3.] [2.]
+    """
+    known = recalibration.Model(
+        found=dict(_layers(model)),
+        kinds="BatchNorm of flax.nnx and batchnorm.flax.nnx",
+        forward=recalibration.call_of(model, forward),
+        observed=lambda see, by: observed(model, see, normalize_by=by),
+        keep=_keep,
+        commit=_commit,
+    )
+    recalibration.recalibrate(known, batches, normalize_by=normalize_by, progress=progress)
+
+
+def _keep(layer: Any) -> Callable[[], None]:
+    mean, var = layer.mean[...], layer.var[...]
+
+    def restore() -> None:
+        layer.mean[...], layer.var[...] = mean, var
+
+    return restore
+
+
+def _commit(layer: Any, statistics: Statistics, _: int) -> None:
+    old_mean, old_var = layer.mean[...], layer.var[...]
+    mean, var = recalibration.recalibrated(
+        np.asarray(old_mean, np.float64),
+        np.asarray(old_var, np.float64),
+        statistics,
+        _CONVENTION.correction,
+    )
+    layer.mean[...] = jax.device_put(mean.astype(old_mean.dtype), old_mean.sharding)
+    layer.var[...] = jax.device_put(var.astype(old_var.dtype), old_var.sharding)
 
 
 @contextmanager

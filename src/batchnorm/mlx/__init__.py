@@ -29,6 +29,7 @@ from ..moments import Statistics
 from .functions import batch_norm, batch_statistics, normalize, update_running
 from .inspection import inspect
 from .layers import BatchNorm
+from .recalibration import recalibrate
 
 __all__ = [
     "BatchNorm",
@@ -37,6 +38,7 @@ __all__ = [
     "batch_statistics",
     "inspect",
     "normalize",
+    "recalibrate",
     "update_running",
 ]
 

@@ -30,6 +30,13 @@ class Pooled:
         self.batch_vars = self.batch_vars.merge(Statistics(is_there, var, zeros))
         self.batches += bool(is_there.any())
 
+    def join(self, other: "Pooled") -> None:
+        """With what has come to the same layer elsewhere, in another process say."""
+        self.statistics = self.statistics.merge(other.statistics)
+        self.batch_means = self.batch_means.merge(other.batch_means)
+        self.batch_vars = self.batch_vars.merge(other.batch_vars)
+        self.batches += other.batches
+
 
 def _nothing(channels: int) -> Statistics:
     return Statistics(*np.zeros((3, channels)))

@@ -27,6 +27,7 @@ from .layers import (
     LazyBatchNorm3d,
     SyncBatchNorm,
 )
+from .recalibration import recalibrate
 
 __all__ = [
     "BatchNorm1d",
@@ -43,6 +44,7 @@ __all__ = [
     "functional",
     "inspect",
     "normalize",
+    "recalibrate",
     "revert",
     "update_running",
 ]

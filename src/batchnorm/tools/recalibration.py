@@ -1,0 +1,322 @@
+"""Running statistics that are exactly those of the data at hand: what all doors do alike."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .. import checks, definition
+from ..documentation import completed
+from ..moments import Statistics
+from .observation import NormalizeBy, See
+from .pooling import Pooled
+from .progress import Walk, shown
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_COMMON = """
+Make the running statistics of a model exactly those of some batches.
+
+Those of training are an average in which the last batches weigh most, of a model that was another
+one then [1]_. These are of the model as it is, and each element weighs the same, however large its
+batch; with a mask, as much as it counts. {variance}
+It is for use before an evaluation, after averaging weights, or for data of another kind.
+
+Parameters
+----------
+model : {model}
+    Changed in place, after the last batch; after an error or an interrupt, all is as it was.
+batches : iterable
+    Of the inputs of the model, or of tuples or lists whose first element is the input.
+normalize_by : "batch" or "running"
+    What layers normalize by meanwhile. By "batch", as in training, one pass over the batches serves
+    all. By "running", one layer after the other, in the order of their calls, has a pass of its
+    own, in which those before it are done: in evaluation, what comes to each then has exactly its
+    statistics.
+forward : function of the model and a batch, optional
+    What to do with a batch, instead of calling the model with its input.
+progress : bool
+    Whether to show a bar, on a terminal and where `rich` is installed.
+
+Raises
+------
+TypeError
+    If an argument is of a wrong type, or a layer is called where what comes to it can't be seen.
+ValueError
+    If the model holds no batch normalization, or none that is called; if there are no batches, or
+    none in a later pass; if what comes to a layer is not finite; or if an argument is out of range.
+
+Notes
+-----
+The layers are those of {layers}, and of subclasses. {others}
+Parameters, modes and random state are as before. A layer that is left as it is, because it is
+frozen or no batch comes to it, is named in a warning.
+
+References
+----------
+.. [1] Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
+"""
+
+
+def documented(
+    model: str,
+    layers: str,
+    correction: int,
+    others: str = "The others run in evaluation mode, without gradients.",
+) -> Callable[[Function], Function]:
+    """Complete the docstring of a door's `recalibrate` from what they have in common.
+
+    With `correction`, its variance is divided by the count - 1.
+    """
+    variance = f"The variance is divided by the count{' - 1' if correction else ''}."
+    words = {"model": model, "layers": layers, "variance": variance, "others": others}
+
+    def with_docstring(function: Function) -> Function:
+        function.__doc__ = completed(function, _COMMON.format(**words))
+        return function
+
+    return with_docstring
+
+
+_ANEW = "Give a list of batches, or what makes them anew, as a DataLoader does."
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a door knows of a model.
+
+    Attributes
+    ----------
+    found : every normalization, by its path
+    kinds : what it was that was looked for
+    forward : calls the model with a batch
+    observed : (see, normalize_by) -> the context of observation.py
+    keep : layer -> a function that gives it back the statistics that it has now
+    commit : (layer, statistics, batches), makes them the layer's
+    is_tracked, is_frozen, skips_nonfinite : of a layer
+    gather : what this process says -> what each says, in the same order in all
+    """
+
+    found: dict[str, Any]
+    kinds: str
+    forward: Callable[[Any], Any]
+    observed: Callable[[See, NormalizeBy], AbstractContextManager[None]]
+    keep: Callable[[Any], Callable[[], object]]
+    commit: Callable[[Any, Statistics, int], None]
+    is_tracked: Callable[[Any], bool] = lambda layer: True
+    is_frozen: Callable[[Any], bool] = lambda layer: False
+    skips_nonfinite: Callable[[Any], bool] = lambda layer: False
+    gather: Callable[["_Said"], list["_Said"]] = lambda said: [said]
+
+
+@dataclass
+class _Said:
+    """What one process has found in a pass.
+
+    `called` are the layers to which something has come, in the order of their first calls. What
+    has come is pooled of each, or of one alone.
+    """
+
+    failure: str = ""
+    batches: int = 0
+    called: list[str] = field(default_factory=list)
+    pooled: dict[str, Pooled] = field(default_factory=dict)
+
+
+def recalibrate(
+    model: Model, batches: Iterable[Any], *, normalize_by: NormalizeBy, progress: bool
+) -> None:
+    """Give every layer the statistics of all batches; or, whatever happens, leave all as it was."""
+    with _told_to_all(model):
+        _check_arguments(batches, normalize_by, progress)
+        if not model.found:
+            raise ValueError(f"recalibrate looks for {model.kinds}, but the model holds none.")
+    tracked = {path: each for path, each in model.found.items() if model.is_tracked(each)}
+    layers = {path: each for path, each in tracked.items() if not model.is_frozen(each)}
+    _warn("are frozen", [path for path in tracked if path not in layers])
+    if not layers:
+        return
+    by_layer = normalize_by == "running"
+    if by_layer and iter(batches) is batches:
+        with _told_to_all(model):
+            raise ValueError(
+                f"normalize_by='running' goes through the batches {len(layers)} times, once for "
+                f"each layer, but batches is a {type(batches).__name__}, which can be gone through "
+                f"once. {_ANEW}"
+            )
+    kept = [model.keep(each) for each in layers.values()]
+    done: set[str] = set()
+    try:
+        passes = len(layers) if by_layer else 1
+        with shown("recalibrate", batches, passes, progress=progress) as walk:
+            first = said = _one_pass(model, layers, walk, normalize_by, one_alone=by_layer)
+            for number in range(1, len(first.called) if by_layer else 1):
+                with _told_to_all(model):
+                    _commit(model, layers, said, done)
+                only = first.called[number]
+                said = _one_pass(model, layers, walk, normalize_by, only=only, before=first)
+            _commit(model, layers, said, done)
+    except BaseException:
+        for restore in kept:
+            restore()
+        raise
+    _warn("had no batch come to them", [path for path in layers if path not in done])
+
+
+def call_of(model: Callable[..., Any], forward: Any, **options: Any) -> Callable[[Any], Any]:
+    """What is done with a batch: `forward(model, batch)`, or the model is called with its inputs.
+
+    These are the first element of a batch that is a tuple or list.
+    """
+    if forward is None:
+        return lambda batch: model(_inputs(batch), **options)
+    if not callable(forward):
+        raise TypeError(
+            f"forward must be None or a function of the model and a batch, but got {forward!r}."
+        )
+    return lambda batch: forward(model, batch)
+
+
+def recalibrated(
+    mean: np.ndarray, var: np.ndarray, statistics: Statistics, correction: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The new running mean and variance; the old ones where a channel has too few elements."""
+    old, enough = (mean, var), (statistics.count > correction).reshape(mean.shape)
+    new = definition.update_running(
+        statistics.mean, statistics.var, statistics, rate=1.0, correction=correction
+    )
+    new_mean, new_var = (
+        np.where(enough, one.reshape(mean.shape), other)
+        for one, other in zip(new, old, strict=True)
+    )
+    return new_mean, new_var
+
+
+@contextmanager
+def _told_to_all(model: Model, said: _Said | None = None) -> Iterator[None]:
+    """Where this process may fail: the others then learn of it at the end of their pass."""
+    said = _Said() if said is None else said
+    try:
+        yield
+    except BaseException as error:
+        if said.batches:
+            error.add_note(
+                f"recalibrate had come to batch {said.batches}; all statistics are as they were."
+            )
+        said.failure = f"{type(error).__name__}: {error}"
+        model.gather(said)
+        raise
+
+
+def _check_arguments(batches: Any, normalize_by: Any, progress: Any) -> None:
+    if normalize_by not in ("batch", "running"):
+        raise ValueError(f"normalize_by must be 'batch' or 'running', but got {normalize_by!r}.")
+    checks.boolean("progress", progress)
+    try:
+        iter(batches)
+    except TypeError:
+        is_iterable = False
+    else:
+        is_iterable = not hasattr(batches, "shape")
+    if not is_iterable:
+        raise TypeError(
+            "batches must be an iterable over batches, a DataLoader or a list say, but got "
+            f"{type(batches).__name__}. [batch] is one of a single batch."
+        )
+
+
+def _inputs(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _one_pass(
+    model: Model,
+    layers: dict[str, Any],
+    walk: Walk,
+    normalize_by: NormalizeBy,
+    *,
+    one_alone: bool = False,
+    only: str | None = None,
+    before: _Said | None = None,
+) -> _Said:
+    """What has come to the layers, in all processes.
+
+    It is pooled for all of them, or for the first that is called, or for `only` one, in a pass that
+    goes through the same batches as another `before`.
+    """
+    said = _Said()
+    called = dict.fromkeys(said.called)
+
+    def see(path: str, statistics: Statistics, _: Any) -> None:
+        if path not in layers:
+            return
+        called.setdefault(path)
+        wanted = next(iter(called)) if one_alone else only
+        if wanted not in (None, path):
+            return
+        if not all(np.isfinite(each).all() for each in statistics):
+            if model.skips_nonfinite(layers[path]):
+                return
+            raise ValueError(
+                f"The input of {path or 'the model'} has statistics that are not finite: NaN or "
+                "infinity has come to it, or a mask with a negative weight. Leave such batches "
+                "out, or mask such elements."
+            )
+        said.pooled.setdefault(path, Pooled(len(statistics.mean))).add(statistics)
+
+    with _told_to_all(model, said), model.observed(see, normalize_by):
+        for batch in walk():
+            said.batches += 1
+            model.forward(batch)
+        if before is not None and before.batches and not said.batches:
+            raise ValueError(
+                "batches must be the same in every pass, but there are none any more: what gives "
+                f"them is used up. {_ANEW}"
+            )
+    said.called = [*called]
+    return _joined(model.gather(said), len(layers))
+
+
+def _joined(heard: list[_Said], layers: int) -> _Said:
+    """The same in all processes, bit for bit, or an error in all."""
+    for process, each in enumerate(heard):
+        if each.failure:
+            raise RuntimeError(
+                f"recalibrate has left all statistics as they were, in all processes, since it "
+                f"failed in process {process}: {each.failure}"
+            )
+    joined = _Said(batches=sum(each.batches for each in heard))
+    if not joined.batches:
+        raise ValueError("batches must hold at least one batch, but there are none.")
+    joined.called = [*dict.fromkeys(path for each in heard for path in each.called)]
+    if not joined.called:
+        raise ValueError(
+            f"None of the {layers} normalizations of the model was called: the forward does not "
+            "come to them, or calls a function that was compiled or traced before. Call the model "
+            "itself, by forward=... say."
+        )
+    for each in heard:
+        for path, pooled in each.pooled.items():
+            channels = len(pooled.statistics.mean)
+            joined.pooled.setdefault(path, Pooled(channels)).join(pooled)
+    return joined
+
+
+def _commit(model: Model, layers: dict[str, Any], said: _Said, done: set[str]) -> None:
+    for path, pooled in said.pooled.items():
+        if pooled.batches:
+            model.commit(layers[path], pooled.statistics, pooled.batches)
+            done.add(path)
+
+
+def _warn(what: str, paths: list[str]) -> None:
+    if paths:
+        names = ", ".join(path or "the model" for path in paths[:5])
+        more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+        warnings.warn(
+            f"recalibrate leaves these layers as they are, since they {what}: {names}{more}.",
+            stacklevel=4,
+        )

@@ -1,0 +1,136 @@
+"""Running statistics that are exactly those of the data at hand."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .. import checks
+from ..conventions import CONVENTIONS
+from ..moments import Statistics
+from ..tools import recalibration
+from ._compat import BatchNormBase
+from ._layer import Layer
+from ._observation import normalizations, observed
+from ._sync import Group, group_of
+
+_CONVENTION = CONVENTIONS["torch"]
+_TENSORS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@recalibration.documented(
+    "torch.nn.Module",
+    "torch.nn and batchnorm.torch",
+    _CONVENTION.correction,
+)
+def recalibrate(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    *,
+    normalize_by: Literal["batch", "running"] = "batch",
+    forward: Callable[[Any, Any], Any] | None = None,
+    progress: bool = True,
+    sync: Group | bool | None = True,
+) -> None:
+    """... num_batches_tracked becomes the number of batches.
+
+    Parameters
+    ----------
+    model
+        ... DistributedDataParallel only hands calls on, and what torch.compile has made runs as it
+        was written.
+    sync : torch.distributed.ProcessGroup or bool, optional
+        The processes over whose batches statistics are pooled, True for all that there are. All of
+        them call the function, and get the same statistics or all none. They need not have equally
+        many batches: only the end of each pass is an exchange.
+
+    Raises
+    ------
+    ValueError
+        ... To a layer with skip_nonfinite, such a batch is none.
+    RuntimeError
+        If another process has failed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import recalibrate
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+    >>> batches = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).reshape(5, 1).split(3)
+    >>> recalibrate(model, batches)
+    >>> model[0].running_mean, model[0].running_var, model[0].num_batches_tracked
+    (tensor([3.]), tensor([2.5000]), tensor(2))
+    """
+    checks.instance("model", model, torch.nn.Module)
+    group = group_of(sync)
+    found = normalizations(model)
+    for path, each in found.items():
+        lazy: Any = isinstance(each, LazyModuleMixin) and each
+        if lazy and lazy.has_uninitialized_params():
+            raise ValueError(
+                f"recalibrate needs layers that know their channels, but {path or 'the model'} is "
+                "lazy. Call the model once before."
+            )
+    known = recalibration.Model(
+        found=found,
+        kinds="batch normalizations of torch.nn and batchnorm.torch",
+        forward=recalibration.call_of(model, forward),
+        observed=lambda see, by: observed(model, see, normalize_by=by),
+        keep=_keep,
+        commit=_commit,
+        is_tracked=lambda layer: layer.running_mean is not None,
+        is_frozen=_is_frozen,
+        skips_nonfinite=lambda layer: getattr(layer, "skip_nonfinite", False),
+        gather=partial(_gather, group),
+    )
+    is_first = group is None or dist.get_rank(group) == 0
+    recalibration.recalibrate(
+        known,
+        batches,
+        normalize_by=normalize_by,
+        progress=checks.boolean("progress", progress) and is_first,
+    )
+
+
+def _is_frozen(layer: Any) -> bool:
+    if isinstance(layer, Layer):
+        return layer.update_running is False
+    return not isinstance(layer, BatchNormBase)  # of a library, with buffers alone
+
+
+def _keep(layer: Any) -> Callable[[], None]:
+    tensors = [each for name in _TENSORS if (each := getattr(layer, name)) is not None]
+    values = [each.clone() for each in tensors]
+
+    def restore() -> None:
+        for each, value in zip(tensors, values, strict=True):
+            each.copy_(value)
+
+    return restore
+
+
+def _commit(layer: Any, statistics: Statistics, batches: int) -> None:
+    mean, var, number = (getattr(layer, name) for name in _TENSORS)
+    old_mean, old_var = (each.double().cpu().numpy() for each in (mean, var))
+    new = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
+    for each, value in zip((mean, var), new, strict=True):
+        each.copy_(torch.from_numpy(value))
+    if number is not None:
+        number.fill_(batches)
+
+
+def _gather(group: Group | None, said: Any) -> list[Any]:
+    if group is None:
+        return [said]
+    heard: list[Any] = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(heard, said, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "recalibrate could not exchange statistics with the other processes: one of them has "
+            f"ended, or has not come as far. Every process of the group must call it. ({error})"
+        ) from error
+    return heard
