@@ -356,7 +356,7 @@ def test_data_that_are_shifted(network):
     report = door.inspect(model, batches(shift=3))
     first, second = (each for each in report.findings if each.kind == "drift")
     assert (first.layer, first.severity) == (door.names[0], "severe")
-    assert f"comes after {door.names[0]}" in second.sentence
+    assert second.advice == f"Look first at {door.names[0]}, where this begins."
     after = [door.get(model, i, name) for i in (0, 1) for name in ("mean", "var")]
     assert all((old == new).all() for old, new in zip(before, after, strict=True))
 

@@ -354,25 +354,23 @@ def _drift(model: Model) -> Iterator[Finding]:
         stds, ratio = stds[which], ratio[which]
         worst = max(ratio.max(), 1 / ratio.min())
         is_severe = stds.max() >= limits["severe_stds"] or worst >= limits["severe_ratio"]
-        after = f" It comes after {cause}, where this begins." if cause else ""
         if state.is_frozen:
             severity, advice = "info", "Nothing, if it is frozen for that: it is meant to be."
         else:
             severity = "severe" if is_severe else "warning"
             advice = (
-                f"Look at {cause} first."
+                f"Look first at {cause}, where this begins."
                 if cause
-                else "Recalibrate on data of this kind; but see "
-                "first whether the batches are prepared as those of training were."
+                else "Recalibrate on data of this kind; but see first whether the batches are "
+                "prepared as those of training were."
             )
         yield _of(
             state,
             "drift",
             severity,
-            f"Over {pooled.batches} batches, in {_listed(which)}, the mean of the data is up to "
-            f"{_figure(stds.max())} standard deviations from the running mean, and their "
-            f"variance {_figure(ratio.min())} to {_figure(ratio.max())} times the running one."
-            f"{after}",
+            f"In {_listed(which)}, the mean of the data is up to {_figure(stds.max())} standard "
+            f"deviations from the running mean, and their variance {_figure(ratio.min())} to "
+            f"{_figure(ratio.max())} times the running one ({pooled.batches} batches).",
             advice,
             which,
         )
