@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import batchnorm.keras
 from batchnorm.tools import checkpoints
 from batchnorm.tools.checkpoints import CheckpointError, Stored, read
 
@@ -189,6 +190,14 @@ def test_names_what_is_more_than_weights(tmp_path, is_archive):
         read(path)
     assert f"{__name__}.Mine" in str(caught.value)
     assert ("torch.nn.modules.batchnorm.BatchNorm1d" in str(caught.value)) == is_archive
+
+
+@pytest.mark.parametrize("is_archive", [True, False], ids=["archive", "older format"])
+def test_a_protocol_that_pytorch_does_not_read_as_weights(tmp_path, is_archive):
+    options = {"pickle_protocol": 4, "_use_new_zipfile_serialization": is_archive}
+    path = written(tmp_path / "w.pt", {"a": torch.ones(1)}, **options)
+    with pytest.raises(CheckpointError, match=r"weights alone \(Unsupported operand 149\)"):
+        read(path)
 
 
 def test_an_array_of_numpy_is_named_as_pytorch_does(tmp_path):
@@ -395,8 +404,17 @@ def norm(name, **keywords):
     return keras.layers.BatchNormalization(name=name, **keywords)
 
 
+class MyNorm2D(keras.layers.BatchNormalization):
+    pass
+
+
 def functional():
     """One of everything; in an order in which no two counters agree."""
+    twice = norm("twice", epsilon=0.75)
+    one, other = (
+        keras.Sequential([keras.Input((4,)), norm("z", momentum=each), twice], name=name)
+        for name, each in (("one", 0.1), ("other", 0.2))
+    )
     inner = keras.Sequential(
         [keras.Input((4,)), norm("x", scale=False, epsilon=0.5), norm("y")], name="inner"
     )
@@ -406,7 +424,8 @@ def functional():
     x = keras.layers.Bidirectional(keras.layers.SimpleRNN(2), name="both")(x)
     shared = norm("shared", epsilon=0.125)
     x = shared(norm("last", center=False)(norm("zero", scale=False, center=False)(shared(x))))
-    x = deeper(keras.ops.abs(x))
+    x = other(one(deeper(keras.ops.abs(x))))
+    x = MyNorm2D(name="mine")(batchnorm.keras.BatchNormalization(name="ours", epsilon=0.3)(x))
     return keras.Model(start, norm("renorm", renorm=True, trainable=False)(x))
 
 
@@ -463,17 +482,17 @@ def at(tree, place):
 
 
 def same_layers(checkpoint, layers, settings):
-    """Each layer is at one place of the settings, with its numbers."""
-    left = [settings(layer) for layer in layers]
-    for place, found in checkpoint.settings.items():
-        index = next(i for i, each in enumerate(left) if each is not None and each == found)
+    """Each place of the settings has the numbers of one layer, and each layer has a place."""
+    found = set()
+    for place, each in checkpoint.settings.items():
+        index = [settings(layer) for layer in layers].index(each)
         values = variables_of(layers[index])
         node = at(checkpoint.tree, place)
         assert node.keys() == values.keys()
         for name, value in values.items():
             np.testing.assert_array_equal(node[name].read(), value)
-        left[index] = None
-    assert left == [None] * len(layers)
+        found.add(index)
+    assert len(found) == len(layers)
 
 
 @pytest.fixture(scope="module", name="model")

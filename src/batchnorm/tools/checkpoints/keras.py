@@ -39,19 +39,26 @@ def read_archive(path: Path) -> Checkpoint:
     return _with_roles(path, tree, names, config)
 
 
-def read_hdf5(path: Path, shards: Sequence[Path] = ()) -> Checkpoint:
-    """A file of HDF5, Keras' or another's; or its shards, where `path` is that of their index."""
+def read_hdf5(path: Path) -> Checkpoint:
+    """A file of HDF5, Keras' or another's."""
+    opened = hdf5.opened(path)
+    with opened() as file:
+        tree = hdf5.tree(file, path, opened)
+        is_whole = isinstance(tree.get("model_weights"), dict)
+        weights = "model_weights" if is_whole else "/"
+        if any(name.startswith("layer_names") for name in file[weights].attrs):
+            return _older(path, tree[weights] if is_whole else tree, file.attrs.get("model_config"))
+        return _with_roles(path, tree, dict(hdf5.names(file, (), tree)))
+
+
+def read_shards(path: Path, shards: Sequence[Path]) -> Checkpoint:
+    """The weights of one model in several files of HDF5, whose index is at `path`."""
     found: dict[str, Any] = {}
     names: dict[Place, str] = {}
-    for each in shards or [path]:
+    for each in shards:
         opened = hdf5.opened(each)
         with understood(each, hdf5.KIND), opened() as file:
             tree = hdf5.tree(file, each, opened)
-            for key in () if shards else ("model_weights", None):
-                if key is None or key in tree:
-                    group, within = (file, tree) if key is None else (file[key], tree[key])
-                    if any(name.startswith("layer_names") for name in group.attrs):
-                        return _older(path, within, file.attrs.get("model_config"))
             names |= dict(hdf5.names(file, (), tree))
         _merge(found, tree)
     return _with_roles(path, found, names)

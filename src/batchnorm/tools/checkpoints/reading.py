@@ -103,7 +103,10 @@ def _what_else(path: Path, start: bytes) -> str:
     if start.startswith(b"\x93NUMPY"):
         return "is one array without a name: save it with numpy.savez"
     if start[257:262] == b"ustar":
-        return "is a tar archive, as PyTorch before 0.1.10 wrote: load it there and save it anew"
+        return (
+            "is a tar archive: give what it holds, or, if PyTorch before 0.1.10 wrote it and you "
+            "trust it, save anew what torch.load(..., weights_only=False) makes of it"
+        )
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return (
             "is a pickle, which is code, of which nothing was executed: save its arrays by "
@@ -166,7 +169,7 @@ def _read_index(path: Path) -> Checkpoint:
     readers = {name: _reader(file) for name, file in files.items()}
     kinds = {kind for kind, _ in readers.values()}
     if kinds == {hdf5.KIND}:
-        return keras.read_hdf5(path, list(files.values()))
+        return keras.read_shards(path, list(files.values()))
     if not kinds <= {safetensors.KIND, torch.KIND}:
         raise CheckpointError(f"{path} names files of {', '.join(sorted(kinds))} as its shards.")
     found = {name: read(file).tree for name, file in files.items()}

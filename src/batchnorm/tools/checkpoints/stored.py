@@ -84,8 +84,8 @@ def understood(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+def first_line(said: BaseException | str) -> str:
+    lines = str(said).strip().splitlines() or [type(said).__name__]
     return lines[0].rstrip(".:")
 
 

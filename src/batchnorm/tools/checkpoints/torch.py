@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .stored import Checkpoint, CheckpointError, is_number, library, stored
+from .stored import Checkpoint, CheckpointError, first_line, is_number, library, stored
 
 KIND = "a checkpoint of PyTorch"
 FILES = {"data.pkl", "constants.pkl", "archive_format", "serialized_exported_program.json"}
@@ -82,17 +82,15 @@ def _refusal(path: Path, torch: Any, error: pickle.UnpicklingError) -> Checkpoin
     with suppress(Exception):  # the older format's have no such list
         found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     found = found or re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
-    advice = "save model.state_dict() instead of the model"
     if found:
         return CheckpointError(
             f"{path} holds more than weights: {', '.join(found)}, of which nothing was executed; "
-            f"{advice}."
+            "save model.state_dict() instead of the model."
         )
-    reasons = [line for line in str(error).splitlines() if "WeightsUnpickler" in line]
-    why = reasons[0].partition("WeightsUnpickler error:")[2].strip() if reasons else ""
+    why = first_line(str(error).partition("WeightsUnpickler error:")[2] or error)
     return CheckpointError(
-        f"{path} is cut off or damaged, or holds more than weights"
-        f"{f' ({why})' if why else ''}, and nothing of it was executed: {advice}."
+        f"{path} can't be read as weights alone ({why}), and nothing of it was executed: it is "
+        "damaged, or was not saved as by torch.save(model.state_dict(), path)."
     )
 
 
