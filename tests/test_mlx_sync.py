@@ -11,11 +11,13 @@ import sys
 import time
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from compare import close
+from mlx.utils import tree_flatten
 
-from batchnorm.mlx import batch_norm, batch_statistics
+from batchnorm.mlx import batch_norm, batch_statistics, recalibrate
 
 CHANNELS = 3
 # How many rows each process has, and whether there is a mask.
@@ -88,6 +90,19 @@ def results(x, dy, v, mask, scale, bias, group=None, compiled=False):
     }
 
 
+RECALIBRATION = [
+    [np.random.default_rng(rows).normal(size=(rows, CHANNELS)) for rows in own]
+    for own in ((30, 4, 9), (7,))
+]
+
+
+def recalibrated(batches, group=None):
+    model = nn.Sequential(nn.BatchNorm(CHANNELS), nn.BatchNorm(CHANNELS))
+    batches = [mx.array(each) for each in batches]
+    recalibrate(model, batches, normalize_by="running", group=group)
+    return {name: np.array(each) for name, each in tree_flatten(model.parameters())}
+
+
 def process(path):
     group = mx.distributed.init(strict=True, backend="ring")
     arrays = {}
@@ -98,6 +113,12 @@ def process(path):
         arguments = (x[part], dy[part], v[part], mask, scale, bias, group)
         for key, value in results(*arguments, compiled=name == "uneven").items():
             arrays[f"{name}/{key}"] = np.array(value)
+    for name, value in recalibrated(RECALIBRATION[group.rank()], group).items():
+        arrays[f"recalibrated/{name}"] = value
+    try:
+        recalibrated([np.full((2, CHANNELS), np.nan)] if group.rank() else [], group)
+    except (RuntimeError, ValueError) as error:
+        arrays["failure"] = str(error)
     try:
         mx.compile(lambda x: batch_norm(x, group=group), shapeless=True)(mx.zeros((4, 3)))
     except ValueError as error:
@@ -142,6 +163,19 @@ def both(tmp_path_factory):
             each.wait()
     assert codes == [0, 0], (folder / "log").read_text()
     return [dict(np.load(folder / f"rank{rank}.npz")) for rank in range(2)]
+
+
+def test_two_processes_recalibrate_as_one(both):
+    for name, expected in recalibrated([*RECALIBRATION[0], *RECALIBRATION[1]]).items():
+        first, second = (each[f"recalibrated/{name}"] for each in both)
+        np.testing.assert_array_equal(first, second)
+        close(first, expected, 1e-6, 1e-6, name)
+
+
+def test_who_fails_to_recalibrate_fails_for_both(both):
+    first, second = (str(each["failure"]) for each in both)
+    assert "it failed in process 1: ValueError: The input of layers.0 has statistics that" in first
+    assert second.startswith("The input of layers.0 has statistics that are not finite")
 
 
 @pytest.mark.parametrize("name", CASES)

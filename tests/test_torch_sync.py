@@ -4,6 +4,7 @@ Run as a program, this file is one of the processes. It does the checks below in
 processes the same, and writes down what became of each.
 """
 
+import copy
 import datetime
 import json
 import os
@@ -444,6 +445,60 @@ def distributed_data_parallel(groups):
             near(one.grad * PROCESSES, other.grad, TOLERANCE[torch.float64], name)
         for one, other in zip(ours.buffers(), alone.buffers(), strict=True):
             near(one, other, TOLERANCE[torch.float64], "buffer")
+
+
+def parts_of_processes():
+    """Batches of each process: of unlike number and size, and none."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((7, 5, 2), (30,), ())
+    parts = [[torch.randn(each, CHANNELS, generator=generator) for each in own] for own in sizes]
+    return [[each + rank for each in own] for rank, own in enumerate(parts)]
+
+
+@in_processes
+def statistics_are_recalibrated_over_processes(groups):
+    """To the same bits in all, however their batches are shared out."""
+    parts = parts_of_processes()
+    for normalize_by in ("batch", "running"):
+        alone = nn.Sequential(nn.BatchNorm1d(CHANNELS), nn.Linear(CHANNELS, 3), nn.BatchNorm1d(3))
+        ours = bt.convert(copy.deepcopy(alone), sync=True)
+        parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(alone))
+        everything = [batch for own in parts for batch in own]
+        bt.recalibrate(alone, everything, normalize_by=normalize_by, sync=False)
+        for model in (ours, parallel):
+            bt.recalibrate(model, parts[dist.get_rank()], normalize_by=normalize_by)
+            for buffer, expected in zip(model.buffers(), alone.buffers(), strict=True):
+                near(buffer, expected, 1e-6, normalize_by)
+                everywhere = [torch.empty_like(buffer) for _ in range(PROCESSES)]
+                dist.all_gather(everywhere, buffer)
+                assert all(torch.equal(each, buffer) for each in everywhere)
+        assert alone[0].num_batches_tracked == 4
+
+
+@in_processes
+def who_fails_to_recalibrate_fails_for_all(groups):
+    parts, rank = parts_of_processes(), dist.get_rank()
+    for normalize_by, last in (("batch", 0), ("running", 1)):
+        model = nn.Sequential(nn.BatchNorm1d(CHANNELS), nn.BatchNorm1d(CHANNELS))
+        before = copy.deepcopy(model.state_dict())
+        calls = []
+
+        def forward(model, batch, calls=calls, last=last):
+            calls.append(batch)
+            if rank == 1 and len(calls) > last:
+                raise ArithmeticError("on purpose")
+            return model(batch)
+
+        kind, message = RuntimeError, "in process 1: ArithmeticError: on purpose"
+        if rank == 1:
+            kind, message = ArithmeticError, "on purpose"
+        with pytest.raises(kind, match=message):
+            bt.recalibrate(model, parts[rank], normalize_by=normalize_by, forward=forward)
+        for name, each in model.state_dict().items():
+            assert torch.equal(each, before[name]), name
+    for batches in (3 if rank == 0 else parts[rank], [], iter([])):
+        with pytest.raises((TypeError, ValueError, RuntimeError), match="batches"):
+            bt.recalibrate(model, batches, normalize_by="running")
 
 
 @in_processes

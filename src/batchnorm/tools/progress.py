@@ -25,7 +25,8 @@ def shown(title: str, batches: Iterable[Any], passes: int, *, progress: bool) ->
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         if passes > 1:
-            bar.console.print(f"{title}: {passes} passes over the batches, one for each layer")
+            said = f"{title}: {passes} passes over the batches, one for each layer"
+            bar.console.print(said, highlight=False)
         task = bar.add_task(title, total=None)
         with suppress(TypeError):  # of what can't say it before the first pass
             bar.update(task, total=passes * len(batches))  # type: ignore[arg-type]

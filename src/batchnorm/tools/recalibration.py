@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -140,7 +141,7 @@ def recalibrate(
     if not layers:
         return
     by_layer = normalize_by == "running"
-    if by_layer and iter(batches) is batches:
+    if by_layer and isinstance(batches, Iterator):
         with _told_to_all(model):
             raise ValueError(
                 f"normalize_by='running' goes through the batches {len(layers)} times, once for "
@@ -152,13 +153,14 @@ def recalibrate(
     try:
         passes = len(layers) if by_layer else 1
         with shown("recalibrate", batches, passes, progress=progress) as walk:
-            first = said = _one_pass(model, layers, walk, normalize_by, one_alone=by_layer)
-            for number in range(1, len(first.called) if by_layer else 1):
+            one_pass = partial(_one_pass, model, layers, walk, normalize_by)
+            own = _Said()
+            first = found = one_pass(own, first_alone=by_layer)
+            for path in first.called[1:] if by_layer else ():
                 with _told_to_all(model):
-                    _commit(model, layers, said, done)
-                only = first.called[number]
-                said = _one_pass(model, layers, walk, normalize_by, only=only, before=first)
-            _commit(model, layers, said, done)
+                    _commit(model, layers, found, done)
+                found = one_pass(_Said(), only=path, is_again=own.batches > 0)
+            _commit(model, layers, found, done)
     except BaseException:
         for restore in kept:
             restore()
@@ -215,13 +217,7 @@ def _check_arguments(batches: Any, normalize_by: Any, progress: Any) -> None:
     if normalize_by not in ("batch", "running"):
         raise ValueError(f"normalize_by must be 'batch' or 'running', but got {normalize_by!r}.")
     checks.boolean("progress", progress)
-    try:
-        iter(batches)
-    except TypeError:
-        is_iterable = False
-    else:
-        is_iterable = not hasattr(batches, "shape")
-    if not is_iterable:
+    if not hasattr(batches, "__iter__") or hasattr(batches, "shape"):
         raise TypeError(
             "batches must be an iterable over batches, a DataLoader or a list say, but got "
             f"{type(batches).__name__}. [batch] is one of a single batch."
@@ -237,24 +233,23 @@ def _one_pass(
     layers: dict[str, Any],
     walk: Walk,
     normalize_by: NormalizeBy,
+    said: _Said,
     *,
-    one_alone: bool = False,
+    first_alone: bool = False,
     only: str | None = None,
-    before: _Said | None = None,
+    is_again: bool = False,
 ) -> _Said:
-    """What has come to the layers, in all processes.
+    """What has come to the layers in all processes; in this one, it is `said`.
 
-    It is pooled for all of them, or for the first that is called, or for `only` one, in a pass that
-    goes through the same batches as another `before`.
+    It is pooled for all of them, for the first alone that is called, or for `only` one.
     """
-    said = _Said()
-    called = dict.fromkeys(said.called)
+    called: dict[str, None] = {}
 
     def see(path: str, statistics: Statistics, _: Any) -> None:
         if path not in layers:
             return
         called.setdefault(path)
-        wanted = next(iter(called)) if one_alone else only
+        wanted = next(iter(called)) if first_alone else only
         if wanted not in (None, path):
             return
         if not all(np.isfinite(each).all() for each in statistics):
@@ -271,7 +266,7 @@ def _one_pass(
         for batch in walk():
             said.batches += 1
             model.forward(batch)
-        if before is not None and before.batches and not said.batches:
+        if is_again and not said.batches:
             raise ValueError(
                 "batches must be the same in every pass, but there are none any more: what gives "
                 f"them is used up. {_ANEW}"
