@@ -15,8 +15,10 @@ except ModuleNotFoundError as error:
 
 from ..moments import Statistics
 from . import functional
+from ._changes import Change, changes
 from .conversion import convert, revert
 from .functions import batch_norm, batch_statistics, normalize, update_running
+from .fusion import fuse
 from .inspection import inspect
 from .layers import (
     BatchNorm1d,
@@ -33,6 +35,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Change",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -40,8 +43,10 @@ __all__ = [
     "SyncBatchNorm",
     "batch_norm",
     "batch_statistics",
+    "changes",
     "convert",
     "functional",
+    "fuse",
     "inspect",
     "normalize",
     "recalibrate",

@@ -96,6 +96,11 @@ def has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
+def is_as_its_class(module: torch.nn.Module) -> bool:
+    """Whether a call of it is the forward of its class, and nothing else."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
 def is_batch_of_autograd(tensor: Tensor) -> bool:
     """Whether it is one of the batches of torch.autograd's own vmap (is_grads_batched).
 

@@ -182,7 +182,12 @@ class Layer(_compat.BatchNormBase):
         return {name: each for name, each in values.items() if each != getattr(Layer, name)}
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        activation: str | None = None,
     ) -> Tensor:
         """Normalize the input: in training by the batch, else by the running statistics.
 
@@ -194,6 +199,8 @@ class Layer(_compat.BatchNormBase):
         mask : tensor that broadcasts to input, optional
             Which elements count in the statistics, as bools or weights >= 0; in the shape
             (N, 1, H, W), say.
+        activation : "relu" or "silu", optional
+            Of this call, in the place of the layer's own.
 
         Returns
         -------
@@ -202,18 +209,21 @@ class Layer(_compat.BatchNormBase):
         Raises
         ------
         TypeError, ValueError
-            If the input, residual or mask does not fit the layer, or one does not fit the other.
+            If the input, residual or mask does not fit the layer, or one does not fit the other;
+            if activation is something else.
         RuntimeError
             If the running statistics can't be updated inside a transformation of torch.func; or
             if another process of a `SyncBatchNorm` does not take part.
         """
         if not isinstance(input, Tensor) or residual is not None or mask is not None:
             if (proxy := stand_in(input, residual, mask)) is not None:
-                return self._recorded(proxy, input, residual=residual, mask=mask)
+                others = {"residual": residual, "mask": mask, "activation": activation}
+                return self._recorded(proxy, input, **others)
             check_tensor("input", input)
         if input.layout is not torch.strided or input.is_nested:
             _compat.check_dense("input", input)
         self._check_input_dim(input)
+        activation = self.activation if activation is None else checks.activation(activation)
         watched = _compat.is_watched(input)
         weight, bias, mean, var = self._tensors(watched)
         given = Given(mean, var)
@@ -225,11 +235,11 @@ class Layer(_compat.BatchNormBase):
         if watched:  # by a subclass of tensors, perhaps
             _compat.check_dense("input", input)
         if watched and by_running and not moves and self._is_exported():
-            return self._exported(input, residual)
+            return self._exported(input, residual, activation)
         if watched and _compat.is_traced() and torch.onnx.is_in_onnx_export():
             raise RuntimeError(self._why_not_exported(is_tracked))
         inputs = Inputs(input, weight, bias, residual, None)
-        call, inputs = self._checked(inputs, mask, given, watched)
+        call, inputs = self._checked(inputs, mask, given, watched, activation)
         # An empty batch says nothing; one that checkpointing computes again, nothing new.
         is_empty = input.numel() == 0 and not call.processes.is_shared
         moves = moves and not is_empty and not _compat.is_in_backward_pass()
@@ -344,7 +354,12 @@ class Layer(_compat.BatchNormBase):
         self.widen_statistics()  # which assign=True takes as they are
 
     def _checked(
-        self, inputs: Inputs, mask: Tensor | None, running: Given, watched: bool
+        self,
+        inputs: Inputs,
+        mask: Tensor | None,
+        running: Given,
+        watched: bool,
+        activation: str | None,
     ) -> tuple[Call, Inputs]:
         input, weight, bias, residual, _ = inputs
         dtype, shape = input.dtype, input.shape
@@ -365,9 +380,9 @@ class Layer(_compat.BatchNormBase):
             inputs = Inputs(input, weight, bias, residual, weights)
         eps = self.usable_eps(self.__dict__["eps"])
         if type(eps) is float and processes is ALONE and not watched:
-            return _plain_call(eps, self.activation), inputs
+            return _plain_call(eps, activation), inputs
         eps = number(eps, checks.positive_eps)
-        problem = Problem((1,), eps, self.activation)
+        problem = Problem((1,), eps, activation)
         return Call(problem, processes, watched or isinstance(eps, Tensor), OF_LAYERS), inputs
 
     @staticmethod
@@ -427,7 +442,7 @@ class Layer(_compat.BatchNormBase):
     def _is_exported(self) -> bool:
         return _compat.is_traced() or torch.compiler.is_exporting()
 
-    def _exported(self, input: Tensor, residual: Tensor | None) -> Tensor:
+    def _exported(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
         """As the operators that an exporter knows, to which eps is a number."""
         mean, eps = self.running_mean, self.usable_eps(self.__dict__["eps"])
         eps = checks.positive_eps(eps.item() if isinstance(eps, Tensor) else eps)
@@ -439,10 +454,10 @@ class Layer(_compat.BatchNormBase):
         )
         y = F.batch_norm(input, mean, self.running_var, weight, bias, eps=eps)
         y = y if residual is None else y + residual.to(y.dtype)
-        if self.activation is None:
+        if activation is None:
             return y
-        operator = getattr(F, self.activation, None)
-        return activate(y, self.activation) if operator is None else operator(y)
+        operator = getattr(F, activation, None)
+        return activate(y, activation) if operator is None else operator(y)
 
     def _why_not_exported(self, is_tracked: bool) -> str:
         """To ONNX, by the exporter that traces."""
@@ -534,7 +549,7 @@ def _plain_call(eps: float, activation: str | None) -> Call:
     return Call(Problem((1,), checks.positive_eps(eps), activation), ALONE, False, OF_LAYERS)
 
 
-def forward_of(layer: Layer, input: Tensor, **others: Tensor) -> Tensor:
+def forward_of(layer: Layer, input: Tensor, **others: Any) -> Tensor:
     """Our part of a forward that a subclass or a user has given a layer."""
     return Layer.forward(layer, input, **others)
 

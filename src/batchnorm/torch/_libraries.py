@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import checks
-from ._activations import MODULES
-from ._compat import has_hooks
+from ._activations import name_of
+from ._compat import BatchNormBase, is_as_its_class
 from ._layer import Layer, NormalizeBy
 from .layers import BatchNorm2d, SyncBatchNorm
-
-_ACTIVATIONS = {module: name for name, module in MODULES.items()}
 
 
 class _OfLibrary(Layer):
@@ -39,25 +37,22 @@ class Act(_OfLibrary):
 
     @property
     def activation(self) -> str | None:  # type: ignore[override]
-        drop, act = after = self._after()
-        if type(drop) is not torch.nn.Identity:
-            return None
-        if any(has_hooks(each) or "forward" in vars(each) for each in after):
-            return None
-        return _ACTIVATIONS.get(type(act))
+        drop, act = after_normalization(self)
+        return name_of(act) if type(drop) is torch.nn.Identity and is_as_its_class(drop) else None
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        activation: str | None = None,
     ) -> Tensor:
-        y = super().forward(x, residual, mask)
+        y = super().forward(x, residual, mask, activation=activation)
         if self.activation is None and not isinstance(y, Proxy):  # which stands for all of it
-            for module in self._after():
+            for module in after_normalization(self):
                 y = module(y)
         return y
-
-    def _after(self) -> list[torch.nn.Module]:
-        # timm's own conversion makes layers that may lack them.
-        return [self._modules.get(name) or torch.nn.Identity() for name in ("drop", "act")]
 
 
 class Frozen(_OfLibrary, BatchNorm2d):
@@ -77,9 +72,14 @@ class Frozen(_OfLibrary, BatchNorm2d):
         return len(self.weight)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        activation: str | None = None,
     ) -> Tensor:
-        return super().forward(x, residual, mask)
+        return super().forward(x, residual, mask, activation=activation)
 
     @staticmethod
     def usable_eps(eps: Any) -> Any:
@@ -99,6 +99,18 @@ _BASES: dict[tuple[str, str], tuple[type, ...]] = {
     ("timm", "FrozenBatchNormAct2d"): (Act, Frozen),
     ("torchvision", "FrozenBatchNorm2d"): (Frozen,),
 }
+
+
+def after_normalization(layer: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """What a layer of timm's calls on its output, drop and act; nothing, in one of another kind."""
+    # timm's own conversion makes layers that may lack them.
+    found = dict(layer.named_children())
+    return found.get("drop", torch.nn.Identity()), found.get("act", torch.nn.Identity())
+
+
+def is_normalization(module: torch.nn.Module) -> bool:
+    """Whether it is a batch normalization of torch.nn, timm, torchvision or ours."""
+    return isinstance(module, BatchNormBase) or class_for(type(module)) is not None
 
 
 def class_for(theirs: type) -> type[Layer] | None:

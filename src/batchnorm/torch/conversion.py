@@ -12,6 +12,7 @@ from . import layers
 from ._activations import apart
 from ._arguments import check_settings
 from ._compat import BatchNormBase
+from ._fused import restore
 from ._layer import BEYOND_TORCH, Layer
 from ._libraries import class_for, synchronized
 from ._opacus import tell_opacus
@@ -146,8 +147,8 @@ def revert(module: torch.nn.Module, *, separate_activations: bool = False) -> to
     """Make every layer of ours in a model one of torch.nn's.
 
     As in `convert`, the layers stay the same objects. One that `convert` has made becomes one of
-    the class that it was made from. Running statistics take the dtype of the weight, as torch.nn's
-    layers need it.
+    the class that it was made from; what `fuse` has made one call is apart again. Running
+    statistics take the dtype of the weight, as torch.nn's layers need it.
 
     Parameters
     ----------
@@ -186,6 +187,7 @@ def revert(module: torch.nn.Module, *, separate_activations: bool = False) -> to
     checks.instance("module", module, torch.nn.Module)
     checks.boolean("separate_activations", separate_activations)
     found = _found(module, lambda path, layer: _reverted(path, layer, separate_activations))
+    restore(module)
     replacements = {}
     for layer, kind in found:
         replacements[layer] = apart(layer, vars(layer).get("activation"))
@@ -198,6 +200,18 @@ def revert(module: torch.nn.Module, *, separate_activations: bool = False) -> to
         if not issubclass(kind, torch.nn.SyncBatchNorm):
             vars(layer).pop("process_group", None)
     return _replaced(module, replacements)
+
+
+def becomes(path: str, layer: torch.nn.Module) -> type[Layer] | None:
+    """The class that `convert` would give a layer; None, if it has it already.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `convert`, if it can't have one.
+    """
+    new = _converted(path, layer, {**_OF_TORCH, **_rules_of_libraries(layer)}, False)
+    return new if isinstance(new, type) else None
 
 
 def _found(

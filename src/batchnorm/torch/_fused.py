@@ -1,0 +1,178 @@
+"""What `fuse` puts in the place of a module's forward."""
+
+import functools
+import importlib
+import inspect
+import operator
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._activations import FUNCTIONS, name_of
+from ._compat import has_hooks, is_as_its_class
+from ._layer import Layer
+
+_USUAL = vars(torch.nn.Module()).keys()
+
+
+class Program:
+    """A function of a module and its inputs, as source with the objects that it names."""
+
+    def __init__(self, source: str, names: Mapping[str, Any]) -> None:
+        self.source, self.names = source, dict(names)
+        found: dict[str, Any] = dict(names)
+        exec(compile(source, "<batchnorm.torch.fuse>", "exec"), found)
+        self.function: Callable[..., Any] = found["forward"]
+
+    def __reduce__(self) -> Any:
+        names = {
+            name: _Imported(each.__name__) if isinstance(each, types.ModuleType) else each
+            for name, each in self.names.items()
+        }
+        return _program, (self.source, names)
+
+    def __deepcopy__(self, memo: Any) -> "Program":
+        return self  # which nothing changes
+
+
+class _Imported(NamedTuple):
+    """A Python module, which can't be pickled."""
+
+    name: str
+
+
+def _program(source: str, names: Mapping[str, Any]) -> Program:
+    found = {
+        name: importlib.import_module(each.name) if isinstance(each, _Imported) else each
+        for name, each in names.items()
+    }
+    return Program(source, found)
+
+
+class Settings(NamedTuple):
+    """What a forward may have decided by, of the module at a path of its owner."""
+
+    path: str
+    values: dict[str, Any]
+    children: list[str]
+
+    @classmethod
+    def of(cls, path: str, module: torch.nn.Module) -> "Settings":
+        values = {
+            name: each
+            for name, each in vars(module).items()
+            if name not in _USUAL and isinstance(each, bool | int | float | str | None)
+        }
+        return cls(path, values, [name for name, _ in module.named_children()])
+
+    def hold(self, owner: torch.nn.Module) -> bool:
+        """Whether they are what they were."""
+        module = owner.get_submodule(self.path)
+        if self.path and not is_as_sequential(module):
+            return False
+        return self.children == [name for name, _ in module.named_children()] and all(
+            getattr(module, name, None) == each for name, each in self.values.items()
+        )
+
+
+class FusedForward:
+    """A forward with normalizations, additions and activations in one; where it can't serve, the
+    class's own.
+
+    It is an attribute of its module, which stays what it was otherwise: a copy of the module has a
+    copy of it, which knows the copy.
+    """
+
+    def __init__(
+        self, owner: torch.nn.Module, programs: dict[bool, Program], settings: list[Settings]
+    ) -> None:
+        self.owner, self.programs, self.settings = owner, programs, settings
+        parameters = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+        self.defaults = {
+            each.name: each.default for each in parameters if each.default is not each.empty
+        }
+        self.required = sum(
+            each.default is each.empty and each.kind < each.VAR_POSITIONAL for each in parameters
+        )
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        owner = self.owner
+        if not self._serves(arguments, keywords):
+            return type(owner).forward(owner, *arguments, **keywords)
+        function = self.programs[owner.training].function
+        return function(owner, *arguments[: self.required])
+
+    def _serves(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+        """Whether the inputs are tensors alone, and the module is as it was traced."""
+        inputs, others = arguments[: self.required], arguments[self.required :]
+        given = [*zip(self.defaults, others, strict=False), *keywords.items()]
+        return (
+            len(inputs) == self.required
+            and len(others) <= len(self.defaults)
+            and all(isinstance(each, Tensor) for each in inputs)
+            and all(name in self.defaults and each is self.defaults[name] for name, each in given)
+            and all(each.hold(self.owner) for each in self.settings)
+        )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(functools.partial(type(self.owner).forward, self.owner))
+
+
+def is_as_sequential(module: torch.nn.Module) -> bool:
+    """Whether a call of it is that of its children, one after the other, and nothing else."""
+    return (
+        isinstance(module, torch.nn.Sequential)
+        and type(module).forward is torch.nn.Sequential.forward
+        and not has_hooks(module)
+        and isinstance(vars(module).get("forward"), FusedForward | None)
+    )
+
+
+def restore(model: torch.nn.Module) -> None:
+    """Give every module the forward of its class again."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), FusedForward):
+            del vars(module)["forward"]
+
+
+def together(
+    layer: torch.nn.Module,
+    input: Tensor,
+    residual: Any,
+    activation: torch.nn.Module | str,
+    in_place: bool = False,
+) -> Tensor:
+    """activation(layer(input) + residual), in one call where that is the same.
+
+    Not where the sum has another shape or dtype than the input; nor where something else is to
+    happen at the layer or the activation, which may have been hooked, replaced or converted since.
+    """
+    name = activation if isinstance(activation, str) else name_of(activation)
+    if (
+        name is not None
+        and isinstance(layer, Layer)
+        and layer.activation is None
+        and is_as_its_class(layer)
+        and (residual is None or _can_be_added(residual, input))
+    ):
+        output: Tensor = layer(input, residual, activation=name)
+        return output
+    y = layer(input)
+    if residual is not None:
+        y = operator.iadd(y, residual) if in_place else y + residual
+    return FUNCTIONS[activation](y) if isinstance(activation, str) else activation(y)
+
+
+def _can_be_added(residual: Any, input: Tensor) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.device == input.device
+        and residual.layout == input.layout
+        and residual.is_floating_point()
+        and torch.promote_types(residual.dtype, input.dtype) == input.dtype
+    )
