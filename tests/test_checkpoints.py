@@ -374,9 +374,12 @@ def test_reads_any_hdf5_as_a_tree(tmp_path):
         file["elsewhere"] = h5py.ExternalLink("other.h5", "/secret")
         outside = [(str(tmp_path / "other.h5"), 0, 8)]
         file.create_dataset("outside", (1,), "f8", external=outside)
+        layout = h5py.VirtualLayout((2,), "f8")
+        layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "secret", (2,))
+        file.create_virtual_dataset("virtual", layout)
     tree = read(path).tree
     same(arrays(tree), {f"group/{name}": array for name, array in NUMBERS.items()})
-    assert tree.keys() == {"group", "text", "nothing", "outside"}
+    assert tree.keys() == {"group", "text", "nothing", "outside", "virtual"}
 
 
 def test_a_dataset_of_hdf5_is_read_by_itself(tmp_path):
@@ -592,6 +595,78 @@ def test_reads_the_older_files_of_keras(tmp_path, model):
     same_layers(read(path), norms_of(model), settings_of)
 
 
+def archive_by_hand(path, groups, layers, names=()):
+    """A .keras file: how many vectors each group has, and what the layers' configurations are."""
+    weights = io.BytesIO()
+    with h5py.File(weights, "w") as file:
+        for group, count in groups.items():
+            for index in range(count):
+                file[f"layers/{group}/vars/{index}"] = np.full(2, index, np.float32)
+        for group, name in dict(names).items():
+            file[f"layers/{group}/vars"].attrs["name"] = name
+    config = {"class_name": "Sequential", "config": {"name": "m", "layers": layers}}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", json.dumps(config))
+        archive.writestr("model.weights.h5", weights.getvalue())
+    return path
+
+
+def layer_of(name, kind="BatchNormalization", **settings):
+    own = {"name": name, "moving_variance_initializer": {}, **settings}
+    return {"class_name": kind, "config": own}
+
+
+def test_without_names_it_is_the_place_in_the_configuration_that_counts(tmp_path):
+    """As of Keras before 3.10, say."""
+    groups = {"batch_normalization": 3, "batch_normalization_1": 3, "my_norm2d": 2, "dense": 2}
+    layers = [
+        {"class_name": "Dense", "config": {"name": "d"}},
+        layer_of("one", scale=False),
+        layer_of("two", center=False),
+        layer_of("three", "MyNorm2D", scale=False, center=False),
+    ]
+    checkpoint = read(archive_by_hand(tmp_path / "w.keras", groups, layers))
+    expected = {
+        "batch_normalization": ("one", ["beta", "moving_mean", "moving_variance"]),
+        "batch_normalization_1": ("two", ["gamma", "moving_mean", "moving_variance"]),
+        "my_norm2d": ("three", ["moving_mean", "moving_variance"]),
+    }
+    for group, (name, roles) in expected.items():
+        place = ("layers", group)
+        assert checkpoint.settings[place]["name"] == name
+        same(
+            {role: each.read() for role, each in at(checkpoint.tree, place).items()},
+            {role: np.full(2, index, np.float32) for index, role in enumerate(roles)},
+        )
+    assert len(checkpoint.settings) == len(expected)
+
+
+def test_names_count_more_than_places(tmp_path):
+    groups = {"batch_normalization": 4, "batch_normalization_1": 4, "held": 4}
+    layers = [layer_of("one", epsilon=0.1), layer_of("two", epsilon=0.2)]
+    layers.append({"class_name": "Mine", "config": {"norm": layer_of("three", epsilon=0.3)}})
+    names = {"batch_normalization": "two", "batch_normalization_1": "one", "held": "three"}
+    path = archive_by_hand(tmp_path / "w.keras", groups, layers, names)
+    found = {group: each["eps"] for (_, group), each in read(path).settings.items()}
+    assert found == {"batch_normalization": 0.2, "batch_normalization_1": 0.1, "held": 0.3}
+
+
+def test_variables_that_are_not_those_of_the_layer_stay_as_they_are(tmp_path):
+    path = archive_by_hand(
+        tmp_path / "w.keras", {"my_norm": 4}, [layer_of("a", "MyNorm", renorm=True)]
+    )
+    checkpoint = read(path)
+    assert checkpoint.settings == {}
+    assert checkpoint.tree["layers"]["my_norm"]["vars"].keys() == {"0", "1", "2", "3"}
+
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for index, shape in enumerate([(2,), (2,), (2,), (3,)]):
+            file[f"unequal/vars/{index}"] = np.ones(shape)
+            file[f"matrices/vars/{index}"] = np.ones((2, 2))
+            file[f"batch_normalization/vars/{2 * index}"] = np.ones(2)
+    assert read(tmp_path / "w.h5").settings == {}
+
+
 def older(path, weights, config=None, root=""):
     """A file as Keras 2 writes it, by the names of its layers and weights."""
     with h5py.File(path, "w") as file:
@@ -610,8 +685,7 @@ def older(path, weights, config=None, root=""):
 
 
 def config_of(name, epsilon):
-    own = {"name": name, "epsilon": epsilon, "moving_variance_initializer": {}}
-    return {"class_name": "BatchNormalizationV1", "config": own}
+    return layer_of(name, "BatchNormalizationV1", epsilon=epsilon)
 
 
 def test_reads_what_keras_2_wrote(tmp_path):
@@ -625,17 +699,19 @@ def test_reads_what_keras_2_wrote(tmp_path):
         "bn": weights("bn", 0),
         "conv1/bn": weights("conv1/bn", 10),
         "each": weights("each", 20),
-        "model_1": weights("bn", 30),
+        "model_1": weights("bn", 30) | weights("other", 40),
     }
     wrapper = {"name": "each", "layer": config_of("inner", 0.3)}
+    nested = [config_of("bn", 0.4), config_of("other", 0.5)]
     layers = [
         config_of("bn", 0.1),
         config_of("conv1/bn", 0.2),
         {"class_name": "TimeDistributed", "config": wrapper},
-        {"class_name": "Model", "config": {"name": "model_1", "layers": [config_of("bn", 0.4)]}},
+        {"class_name": "Model", "config": {"name": "model_1", "layers": nested}},
     ]
     expected = {("bn", "bn"): 0.1, ("conv1", "bn", "conv1", "bn"): 0.2}
     expected |= {("each", "each"): 0.3, ("model_1", "bn"): 0.4}
+    expected |= {("model_1", "other"): 0.5}
     whole = {"class_name": "Model", "config": {"name": "m", "layers": layers}}
     listed = {"class_name": "Sequential", "config": layers}  # as before Keras 2.2
     for config in (whole, listed, None):
@@ -695,6 +771,7 @@ def test_a_file_that_is_cut_off(tmp_path):
         (b"\x93NUMPY\1\0", "numpy.savez"),
         (b"\x82\xa6params\x81", "flax.serialization.*batchnorm.tools.inspect"),
         (b"{}", "JSON without weights"),
+        (b'{"meta":{}}', "JSON without weights"),  # safetensors have a brace there, too
         (b"[1]", "none of the formats"),
         (b"{", "cut off or damaged"),
         (b"0" * 257 + b"ustar" + b"0" * 250, "tar archive"),
@@ -761,33 +838,6 @@ def test_says_what_to_install(tmp_path, monkeypatch, name):
                 read(path)
         else:
             read(path)
-
-
-def test_archives_of_keras_of_older_versions_have_no_names(tmp_path):
-    """Before 3.10, say: then it is the place in the configuration that counts."""
-    weights = io.BytesIO()
-    with h5py.File(weights, "w") as file:
-        for group in ("dense", "batch_normalization", "batch_normalization_1"):
-            for index in range(3):
-                file[f"layers/{group}/vars/{index}"] = np.full(2, index, np.float32)
-    layers = [
-        {"class_name": "Dense", "config": {"name": "d"}},
-        config_of("one", 0.1) | {"class_name": "BatchNormalization"},
-        config_of("two", 0.2) | {"class_name": "BatchNormalization"},
-    ]
-    layers[1]["config"]["scale"] = layers[2]["config"]["center"] = False
-    config = {"class_name": "Sequential", "config": {"name": "m", "layers": layers}}
-    with zipfile.ZipFile(tmp_path / "w.keras", "w") as archive:
-        archive.writestr("config.json", json.dumps(config))
-        archive.writestr("model.weights.h5", weights.getvalue())
-    checkpoint = read(tmp_path / "w.keras")
-    one, two = (("layers", f"batch_normalization{number}") for number in ("", "_1"))
-    assert {place: each["eps"] for place, each in checkpoint.settings.items()} == {
-        one: 0.1,
-        two: 0.2,
-    }
-    assert [*at(checkpoint.tree, one)] == ["beta", "moving_mean", "moving_variance"]
-    assert [*at(checkpoint.tree, two)] == ["gamma", "moving_mean", "moving_variance"]
 
 
 def test_dir_shows_public_names_alone():
