@@ -275,13 +275,15 @@ def test_every_number_of_the_small_dtypes(tmp_path, monkeypatch, name):
 
     bits = np.arange(2**16, dtype=np.uint16) if name == "bfloat16" else np.arange(2**8, dtype="u1")
     values = torch.tensor(bits).view(getattr(torch, name))
-    save_file({"a": values}, tmp_path / "w.safetensors")
-    torch.save({"a": values}, tmp_path / "w.pt")
+    save_file({"a": values, "scalar": values[0].clone()}, tmp_path / "w.safetensors")
+    torch.save({"a": values, "scalar": values[0].clone()}, tmp_path / "w.pt")
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     for path in tmp_path.iterdir():
         found = read(path).tree["a"]
         assert found.dtype == name
+        assert found.read().dtype == np.float32
         np.testing.assert_array_equal(found.read(), values.float().numpy())
+        assert read(path).tree["scalar"].read().shape == ()
 
 
 def test_no_more_of_safetensors_is_read_than_is_asked_for(tmp_path, monkeypatch):
@@ -338,13 +340,14 @@ def test_reads_npz(tmp_path):
     import ml_dtypes
 
     values = {**NUMBERS, "a/b.c": np.asfortranarray(NUMBERS["float32"]), "scalar": np.array(2.0)}
-    half = np.array([1.5, -2], ml_dtypes.bfloat16)
+    half, one = np.array([1.5, -2], ml_dtypes.bfloat16), np.array(1, ml_dtypes.bfloat16)
     for path, save in ((tmp_path / "a.npz", np.savez), (tmp_path / "b.npz", np.savez_compressed)):
-        save(path, **values, half=half, text=np.array(["a"]))
+        save(path, **values, half=half, one=one, text=np.array(["a"]))
         tree = read(path).tree
         assert tree["text"] == "<U1"
         assert tree["half"].dtype == "bfloat16"
-        same(arrays(tree), {**values, "half": np.array([1.5, -2], np.float32)})
+        widened = {"half": np.array([1.5, -2], np.float32), "one": np.array(1, np.float32)}
+        same(arrays(tree), values | widened)
 
 
 def test_an_array_of_npz_is_read_by_itself(tmp_path):
@@ -368,6 +371,7 @@ def test_reads_any_hdf5_as_a_tree(tmp_path):
     with h5py.File(path, "w") as file:
         for name, array in NUMBERS.items():
             file[f"group/{name}"] = array
+        file["scalar"] = np.float32(2)
         file["text"] = "words"
         file["nothing"] = h5py.Empty("f4")
         file["soft"] = h5py.SoftLink("/group")
@@ -378,8 +382,9 @@ def test_reads_any_hdf5_as_a_tree(tmp_path):
         layout[:] = h5py.VirtualSource(tmp_path / "other.h5", "secret", (2,))
         file.create_virtual_dataset("virtual", layout)
     tree = read(path).tree
-    same(arrays(tree), {f"group/{name}": array for name, array in NUMBERS.items()})
-    assert tree.keys() == {"group", "text", "nothing", "outside", "virtual"}
+    expected = {f"group/{name}": array for name, array in NUMBERS.items()}
+    same(arrays(tree), expected | {"scalar": np.array(2, np.float32)})
+    assert tree.keys() == {"group", "scalar", "text", "nothing", "outside", "virtual"}
 
 
 def test_a_dataset_of_hdf5_is_read_by_itself(tmp_path):
@@ -702,7 +707,8 @@ def test_reads_what_keras_2_wrote(tmp_path):
         "model_1": weights("bn", 30) | weights("other", 40),
     }
     wrapper = {"name": "each", "layer": config_of("inner", 0.3)}
-    nested = [config_of("bn", 0.4), config_of("other", 0.5)]
+    deeper = {"name": "model_2", "layers": [config_of("bn", 0.4), config_of("other", 0.5)]}
+    nested = [{"class_name": "Model", "config": deeper}]
     layers = [
         config_of("bn", 0.1),
         config_of("conv1/bn", 0.2),

@@ -39,11 +39,9 @@ def _leaf(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Any:
         raise ValueError(f"{key!r} has {length} bytes, not those of {dtype} of shape {shape}")
     if dtype == np.dtype("V2"):  # as which NumPy saves bfloat16
         return stored(path, KIND, shape, "bfloat16", lambda: from_bfloat16(_read(path, key)))
-    return (
-        stored(path, KIND, shape, dtype.name, partial(_read, path, key))
-        if is_number(dtype)
-        else str(dtype)
-    )
+    if not is_number(dtype):
+        return str(dtype)
+    return stored(path, KIND, shape, dtype.name, partial(_read, path, key))
 
 
 def _read(path: Path, key: str) -> np.ndarray:

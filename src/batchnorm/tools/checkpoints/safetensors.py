@@ -16,7 +16,7 @@ from .stored import (
 )
 
 KIND = "safetensors"
-_DTYPES = {
+_NUMPYS = {
     "BOOL": "bool",
     "U8": "uint8",
     "U16": "uint16",
@@ -31,8 +31,8 @@ _DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
-# Those that NumPy lacks: as which it reads them, and what makes float32 of that.
-_WIDENED = {
+# The name of each, as which NumPy reads it, and what makes the array of that.
+_DTYPES = {each: (name, name, np.asarray) for each, name in _NUMPYS.items()} | {
     "BF16": ("bfloat16", "uint16", from_bfloat16),
     "F8_E4M3": ("float8_e4m3fn", "uint8", from_float8_e4m3fn),
     "F8_E5M2": ("float8_e5m2", "uint8", from_float8_e5m2),
@@ -54,15 +54,13 @@ def read(path: Path) -> Checkpoint:
 
 def _leaf(path: Path, entry: dict[str, Any], start: int) -> Any:
     """A Stored; or the name of a dtype that is read by no one here."""
-    dtype, shape = entry["dtype"], entry["shape"]
-    name, read_as, widened = _WIDENED.get(dtype, (_DTYPES.get(dtype), _DTYPES.get(dtype), None))
-    if name is None or read_as is None:
-        return dtype
-    start += entry["data_offsets"][0]
+    shape, start = entry["shape"], start + entry["data_offsets"][0]
+    if entry["dtype"] not in _DTYPES:
+        return entry["dtype"]
+    name, read_as, made = _DTYPES[entry["dtype"]]
 
     def read() -> np.ndarray:
         little = np.dtype(read_as).newbyteorder("<")
-        found = np.fromfile(path, little, int(np.prod(shape)), offset=start).reshape(shape)
-        return found if widened is None else widened(found)
+        return made(np.fromfile(path, little, int(np.prod(shape)), offset=start).reshape(shape))
 
     return stored(path, KIND, shape, name, read)
