@@ -102,6 +102,36 @@ def update_running(
     return new_mean, new_var
 
 
+def folded(
+    weight: Array,
+    bias: Array | None,
+    channels: tuple[int, ...],
+    *,
+    mean: Array,
+    var: Array,
+    scale: Array | None,
+    shift: Array | None,
+    eps: float,
+) -> tuple[Any, Any]:
+    """Weight and bias of a linear layer, with the normalization of its output put into it.
+
+    ``(x·weight + bias - mean)·s + shift`` is linear in x, with ``s = scale / sqrt(var + eps)``. In
+    the weight, `channels` is the shape of s.
+    """
+    s: Any = (var + eps) ** -0.5
+    if scale is not None:
+        s = s * scale
+    new_bias = -mean * s if bias is None else (bias - mean) * s
+    return weight * s.reshape(channels), new_bias if shift is None else new_bias + shift
+
+
+def refuse_infinite_fold(dtype: Any) -> NoReturn:
+    raise ValueError(
+        f"The folded layer's parameters are not finite in {dtype}: running_var may be 0, or a "
+        "statistic not finite. Fold in a wider dtype, or call the layers one after the other."
+    )
+
+
 def refuse_subclass(name: str, layer: Any, parent: str, ours: str) -> NoReturn:
     """Of a layer that a conversion finds at `name`, and does not know."""
     kind = type(layer)

@@ -26,6 +26,7 @@ except ModuleNotFoundError as error:
     raise missing("batchnorm.mlx", "MLX", "mlx") from error
 
 from ..moments import Statistics
+from .folding import fold
 from .functions import batch_norm, batch_statistics, normalize, update_running
 from .inspection import inspect
 from .layers import BatchNorm
@@ -36,6 +37,7 @@ __all__ = [
     "Statistics",
     "batch_norm",
     "batch_statistics",
+    "fold",
     "inspect",
     "normalize",
     "recalibrate",

@@ -17,6 +17,7 @@ from ..moments import Statistics
 from . import functional
 from ._changes import Change, changes
 from .conversion import convert, revert
+from .folding import fold
 from .functions import batch_norm, batch_statistics, normalize, update_running
 from .fusion import fuse
 from .inspection import inspect
@@ -45,6 +46,7 @@ __all__ = [
     "batch_statistics",
     "changes",
     "convert",
+    "fold",
     "functional",
     "fuse",
     "inspect",

@@ -32,11 +32,16 @@ class UntraceableError(Exception):
     """Why it can't be known what a forward does."""
 
 
-def trace(owner: torch.nn.Module, within: Collection[torch.nn.Module] = ()) -> dict[bool, fx.Graph]:
+def trace(
+    owner: torch.nn.Module,
+    within: Collection[torch.nn.Module] = (),
+    entered: set[torch.nn.Module] | None = None,
+) -> dict[bool, fx.Graph]:
     """What the forward of a module does in training (True) and in evaluation (False).
 
     It is called with tensors for its required arguments. Its children are called as they are, but
-    for those Sequentials that are `within`, of which it is their children that are called.
+    for those Sequentials that are `within`, of which it is their children that are called; they are
+    added to `entered`.
 
     Raises
     ------
@@ -52,7 +57,7 @@ def trace(owner: torch.nn.Module, within: Collection[torch.nn.Module] = ()) -> d
             for each in owner.modules():
                 vars(each)["training"] = training if each is owner else others
             with torch.set_grad_enabled(gradients):
-                graph = _traced(owner, within)
+                graph = _traced(owner, within, entered)
             if before.changed():
                 raise UntraceableError("it changes the module, or draws random numbers of its own")
             if source_of(graph) != source_of(graphs.setdefault(training, graph)):
@@ -78,11 +83,13 @@ def traced_owners(
         try:
             graphs[owner] = trace(owner)
         except UntraceableError as error:
-            where = (
-                f"the forward of {path!r}" if path else f"its forward, of {type(owner).__name__},"
-            )
-            failures[owner] = f"{where} can't be traced: {error}"
+            failures[owner] = why_untraceable(path, owner, error)
     return graphs, failures
+
+
+def why_untraceable(path: str, owner: torch.nn.Module, error: UntraceableError) -> str:
+    where = repr(path) if path else f"the model, a {type(owner).__name__},"
+    return f"the forward of {where} can't be traced: {error}"
 
 
 def why_unseen(layer: torch.nn.Module, failures: dict[torch.nn.Module, str]) -> str:
@@ -93,20 +100,32 @@ def why_unseen(layer: torch.nn.Module, failures: dict[torch.nn.Module, str]) -> 
     return around[-1] if around else "nothing that could be traced calls it"
 
 
+def name_of_function(node: fx.Node) -> str:
+    """Of a call of a function or method."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
 def source_of(graph: fx.Graph) -> str:
     """A graph as a function `forward` of the module and its inputs."""
     source: str = graph.python_code("self").src
     return source
 
 
-def _traced(owner: torch.nn.Module, within: Collection[torch.nn.Module]) -> fx.Graph:
+def _traced(
+    owner: torch.nn.Module,
+    within: Collection[torch.nn.Module],
+    entered: set[torch.nn.Module] | None,
+) -> fx.Graph:
+    tracer = _Tracer(within)
     try:
-        graph = _Tracer(within).trace(owner)
+        graph = tracer.trace(owner)
     except UntraceableError:
         raise
     except Exception as error:
         message = str(error).partition("\n")[0].rstrip(".")
         raise UntraceableError(f"{type(error).__name__}: {message}") from error
+    if entered is not None:
+        entered |= tracer.entered
     graph.output_node().type = None  # an annotation of the user's, which a program has no use for
     return graph
 
@@ -147,6 +166,7 @@ class _Tracer(fx.Tracer):
         # Those of `math`, replaced for a while, would stay so for what is imported meanwhile.
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.within, self.modes = within, _modes()
+        self.entered: set[torch.nn.Module] = set()
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -180,6 +200,7 @@ class _Tracer(fx.Tracer):
         self, m: torch.nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         if any(m is each for each in self.within):
+            self.entered.add(m)
             return type(m).forward(m, *args, **kwargs)
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 

@@ -140,7 +140,7 @@ def convert(
             vars(layer).setdefault("process_group")
         layer.widen_statistics()
         tell_opacus(new)
-    return _replaced(module, replacements)
+    return replaced(module, replacements)
 
 
 def revert(module: torch.nn.Module, *, separate_activations: bool = False) -> torch.nn.Module:
@@ -199,7 +199,7 @@ def revert(module: torch.nn.Module, *, separate_activations: bool = False) -> to
             delattr(layer, name)
         if not issubclass(kind, torch.nn.SyncBatchNorm):
             vars(layer).pop("process_group", None)
-    return _replaced(module, replacements)
+    return replaced(module, replacements)
 
 
 def becomes(path: str, layer: torch.nn.Module) -> type[Layer] | None:
@@ -222,9 +222,10 @@ def _found(
     return [(each, new) for each, new in found if new is not None]
 
 
-def _replaced(
+def replaced(
     module: torch.nn.Module, replacements: Mapping[torch.nn.Module, torch.nn.Module]
 ) -> torch.nn.Module:
+    """The module, with others in the place of some within, wherever they are."""
     for root in (module, *replacements.values()):
         by_path = dict(root.named_modules(remove_duplicate=False))
         for path, child in by_path.items():

@@ -18,7 +18,7 @@ from ._compat import is_as_its_class
 from ._fused import FusedForward, Program, Settings, is_as_sequential, together
 from ._layer import Layer
 from ._libraries import Act, after_normalization, is_normalization
-from ._tracing import UntraceableError, trace, traced_owners, why_unseen
+from ._tracing import UntraceableError, name_of_function, trace, traced_owners, why_unseen
 from .conversion import becomes, convert
 
 _ADDITIONS: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -324,7 +324,7 @@ def _described(node: Node, owner: torch.nn.Module) -> str:
     if node.op == "output":
         return "the end of the forward that calls it"
     if (module := _module(node, owner)) is None:
-        return f"the function {getattr(node.target, '__name__', node.target)}"
+        return f"the function {name_of_function(node)}"
     hooked = "" if is_as_its_class(module) else ", with hooks or a forward of its own"
     return f"the {type(module).__name__} {node.target!r}{hooked}"
 
