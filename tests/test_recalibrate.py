@@ -2,17 +2,29 @@
 
 import copy
 import io
+import os
+import subprocess
 import sys
 
+import flax
+import jax
+import jax.numpy as jnp
+import keras
 import mlx.core as mx
+import mlx.nn
 import numpy as np
 import pytest
 import torch
-from compare import as_numpy, close, same
+from compare import as_numpy, close, near, same
+from flax import nnx
 from models import CHANNELS, ROWS
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import batchnorm.flax.linen
+import batchnorm.flax.nnx
+import batchnorm.keras as bk
+import batchnorm.mlx
 import batchnorm.torch as bt
 from batchnorm.moments import Statistics
 from batchnorm.tools.recalibration import recalibrated
@@ -236,6 +248,98 @@ def test_a_forward_that_comes_to_no_layer(row):
     same(row.layers(model)[1], before)
 
 
+# ---- libraries alone
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="it starts the other one")
+def test_keras_with_the_backend_torch():
+    """What of this file is for Keras and any backend, once more."""
+    chosen = ["-k", "keras and not transformation", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *chosen, __file__],
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_keras_layers_with_renorm_and_frozen_ones():
+    frozen = keras.layers.BatchNormalization(trainable=False)
+    theirs, ours = (
+        kind(renorm=True, epsilon=0.25)
+        for kind in (keras.layers.BatchNormalization, bk.BatchNormalization)
+    )
+    model = keras.Sequential([keras.Input((CHANNELS,)), frozen, theirs, ours])
+    with pytest.warns(UserWarning, match=r"since they are frozen: \S*batch_normalization"):
+        bk.recalibrate(model, BATCHES, normalize_by="running")
+    wide = EVERYTHING / np.sqrt(1 + 1e-3)
+    for layer in (theirs, ours):
+        mean, var = wide.mean(0), wide.var(0)
+        kept = (layer.moving_mean, layer.moving_variance, layer.renorm_mean)
+        near([as_numpy(each.value) for each in kept], [mean, var, mean])
+        for each in (layer.moving_stddev, layer.renorm_stddev):
+            near(as_numpy(each.value), np.sqrt(var + 0.25))
+        wide = normalized(wide, mean, var, 0.25)
+    assert as_numpy(frozen.moving_mean.value).tolist() == [0] * CHANNELS
+
+
+def test_a_keras_model_that_is_not_built():
+    model = keras.Sequential([keras.layers.BatchNormalization()])
+    with pytest.raises(ValueError, match=r"model must be built, but batch_normalization\S* is not"):
+        bk.recalibrate(model, BATCHES)
+
+
+def compiled_mlx():
+    layer = mlx.nn.BatchNorm(CHANNELS)
+    return batchnorm.mlx, layer, mx.array, {"forward": lambda model, x: mx.compile(model)(x)}
+
+
+def compiled_nnx():
+    layer = nnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0))
+    forward = nnx.jit(lambda model, x: model(x))
+    return batchnorm.flax.nnx, layer, jnp.asarray, {"forward": forward}
+
+
+def compiled_keras():
+    model = keras.Sequential([keras.Input((CHANNELS,)), keras.layers.BatchNormalization()])
+    return bk, model, np.asarray, {"forward": lambda model, x: jax.jit(model)(x)}
+
+
+@pytest.mark.parametrize("make", [compiled_mlx, compiled_nnx, compiled_keras])
+def test_what_is_called_within_a_transformation_cannot_be_seen(make):
+    tools, model, array, forward = make()
+    with pytest.raises(TypeError, match=r"is called within a transformation"):
+        tools.recalibrate(model, [array(BATCHES[0])], **forward)
+
+
+def test_statistics_over_devices_are_those_of_one():
+    """Without the axis that the layers were made for."""
+    layer = batchnorm.flax.nnx.BatchNorm(CHANNELS, axis_name="devices", rngs=nnx.Rngs(0))
+    batchnorm.flax.nnx.recalibrate(layer, [jnp.asarray(BATCHES[0])])
+    near(layer.mean[...], BATCHES[0].astype(np.float64).mean(0))
+    assert layer.axis_name == "devices"
+
+
+def test_variables_of_linen_are_not_changed_and_of_the_same_kind():
+    model = flax.linen.BatchNorm(use_running_average=True, axis=(1, 2), dtype=jnp.bfloat16)
+    x = jnp.asarray(RANDOM.normal(size=(8, 2, 3)).astype(np.float32))
+    for freeze in (dict, flax.core.freeze):
+        variables = freeze(model.init(jax.random.key(0), x))
+        before = jax.tree.map(np.array, variables)
+        new = batchnorm.flax.linen.recalibrate(model.apply, variables, [x[:5], x[5:]])
+        same(jax.tree.leaves(jax.tree.map(np.array, variables)), jax.tree.leaves(before))
+        assert jax.tree.structure(new) == jax.tree.structure(variables)
+        near(new["batch_stats"]["var"], np.asarray(x, np.float64).var(0))
+
+
+@pytest.mark.parametrize("variables", [{}, {"params": {}, "batch_stats": {}}])
+def test_variables_of_linen_without_averages(variables):
+    with pytest.raises(ValueError, match='recalibrate looks for "batch_stats" of BatchNorm'):
+        batchnorm.flax.linen.recalibrate(lambda variables, x: x, variables, [jnp.zeros(2)])
+
+
 # ---- PyTorch alone
 
 
@@ -284,6 +388,7 @@ def test_layers_of_every_kind():
         nn.BatchNorm1d(3, track_running_stats=False),
         bt.BatchNorm1d(3).freeze(),
         bt.BatchNorm1d(3).freeze(normalize_by="batch", update_running=None),
+        bt.BatchNorm1d(3).freeze(normalize_by=None, update_running=True),
     )
     batches = [torch.tensor(each) for each in BATCHES]
     with pytest.warns(UserWarning, match=r"since they are frozen: 6\.$"):
@@ -294,7 +399,7 @@ def test_layers_of_every_kind():
     close(model[2].running_var, torch.full((3,), 4 * 519 / 518), rtol=1e-4)
     assert shared.num_batches_tracked == 2 * len(batches)
     assert model[6].num_batches_tracked == 0
-    assert model[7].num_batches_tracked == len(batches)
+    assert model[7].num_batches_tracked == model[8].num_batches_tracked == len(batches)
     assert model[6].update_running is False
     frozen = sequential(FrozenBatchNorm2d(3))
     with pytest.warns(UserWarning, match="frozen: 0"):

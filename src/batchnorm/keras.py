@@ -458,7 +458,7 @@ def _keep(layer: Any) -> Callable[[], None]:
 
 def _commit(layer: Any, statistics: Statistics, _: int) -> None:
     old = (layer.moving_mean, layer.moving_variance)
-    old_mean, old_var = (ops.convert_to_numpy(_tensor(each)).astype("float64") for each in old)
+    old_mean, old_var = (_numpy(_tensor(each)).astype("float64") for each in old)
     mean, var = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
     layer.moving_mean.assign(mean)
     layer.moving_variance.assign(var)
@@ -546,6 +546,12 @@ def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> 
         yield
 
 
+def _numpy(tensor: Any) -> Any:
+    if hasattr(tensor, "detach"):  # PyTorch's, for which Keras' own function warns
+        return tensor.detach().cpu().numpy()
+    return ops.convert_to_numpy(tensor)
+
+
 def _observed(
     path: str, layer: Any, call: Callable[..., Any], see: See, normalize_by: NormalizeBy
 ) -> Callable[..., Any]:
@@ -559,13 +565,13 @@ def _observed(
         mask = None if mask is None else ops.expand_dims(mask, -1)
         settings = layers.Settings(door, _CONVENTION, layer.epsilon, layer.momentum, layer.axis)
         statistics = layers.batch_statistics(settings, inputs, mask)
-        statistics = plain(path, statistics, ops.convert_to_numpy)
+        statistics = plain(path, statistics, _numpy)
         named["training"] = normalize_by == "batch"
         y = call(*bound.args, **bound.kwargs)
         positive = None
         if getattr(layer, "activation", None) == "relu":
             features = checks.feature_axes(layer.axis, y.shape)
-            positive = ops.convert_to_numpy(is_positive(y, features, mask))
+            positive = _numpy(is_positive(y, features, mask))
         see(path, statistics, positive)
         return y
 
