@@ -432,6 +432,26 @@ def test_what_skips_nonfinite_batches_skips_them():
     relative(as_numpy(layer.running_mean), BATCHES[0].astype(np.float64).mean(0), 1)
 
 
+class Activated(nn.BatchNorm1d):
+    """As timm's: what it does after normalization is a module."""
+
+    def __init__(self, num_features, act):
+        super().__init__(num_features)
+        self.act = act
+
+    def forward(self, x):
+        return self.act(super().forward(x))
+
+
+def test_a_relu_of_timm_is_seen():
+    model, seen = sequential(Activated(3, nn.ReLU()), Activated(3, nn.Tanh())), []
+    model[0].running_mean += 1e3
+    (torch_row,) = (row for row in ROWS if row.name == "torch")
+    with torch_row.observed(model, lambda path, statistics, positive: seen.append(positive)):
+        model(torch.tensor(BATCHES[0]))
+    assert [None if each is None else each.tolist() for each in seen] == [[False] * 3, None]
+
+
 def test_gradients_modes_and_hooks_are_as_before():
     model = sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.BatchNorm1d(3))
     model[1].eval()
@@ -456,6 +476,20 @@ def test_gradients_modes_and_hooks_are_as_before():
 def test_models_without_what_is_looked_for(model, message):
     with pytest.raises(ValueError, match=message):
         bt.recalibrate(model, [torch.tensor(BATCHES[0])])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"forward": 3}, "forward must be None or a function of the model and a batch, but got 3"),
+        ({"progress": 3}, "progress must be True or False, but got 3"),
+        ({"sync": 3}, "sync must be True, False, None or a torch.distributed.ProcessGroup"),
+        ({"model": 3}, "model must be an instance of torch.nn.modules.module.Module, but got int"),
+    ],
+)
+def test_arguments_of_a_wrong_type(keywords, message):
+    with pytest.raises(TypeError, match=message):
+        bt.recalibrate(**{"model": nn.BatchNorm1d(3), "batches": [], **keywords})
 
 
 def test_a_model_that_keeps_no_statistics_needs_nothing():

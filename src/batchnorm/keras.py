@@ -561,7 +561,8 @@ def _observed(
     def observed_call(*arguments: Any, **keywords: Any) -> Any:
         bound = parameters.bind(*arguments, **keywords)
         named = bound.arguments
-        inputs, mask = arguments[0], named.get("mask", named.get("inputs_mask"))
+        inputs = next(iter(named.values()))
+        mask = named.get("mask", named.get("inputs_mask"))
         mask = None if mask is None else ops.expand_dims(mask, -1)
         settings = layers.Settings(door, _CONVENTION, layer.epsilon, layer.momentum, layer.axis)
         statistics = layers.batch_statistics(settings, inputs, mask)

@@ -285,6 +285,7 @@ def recalibrate(
     >>> print(variables["batch_stats"]["mean"], variables["batch_stats"]["var"])
     [3.] [2.]
     """
+    checks.instance("variables", variables, Mapping)
     if not callable(apply):
         raise TypeError(f"apply must be a function of variables and an input, but got {apply!r}.")
     kept = dict(_DICTS.flatten_dict(variables.get("batch_stats", {})))
@@ -298,7 +299,8 @@ def recalibrate(
         mean, var = (np.asarray(each, np.float64) for each in old)
         values = recalibration.recalibrated(mean, var, statistics, _CONVENTION.correction)
         for name, value, before in zip(("mean", "var"), values, old, strict=True):
-            new[*path, name] = jnp.asarray(value, before.dtype, device=before.sharding)
+            device = getattr(before, "sharding", None)  # of what was loaded, none perhaps
+            new[*path, name] = jnp.asarray(value, before.dtype, device=device)
 
     known = recalibration.Model(
         found={"/".join(path): path for *path, name in map(tuple, kept) if name == "mean"},

@@ -458,8 +458,12 @@ def _commit(layer: Any, statistics: Statistics, _: int) -> None:
         statistics,
         _CONVENTION.correction,
     )
-    layer.mean[...] = jax.device_put(mean.astype(old_mean.dtype), old_mean.sharding)
-    layer.var[...] = jax.device_put(var.astype(old_var.dtype), old_var.sharding)
+    layer.mean[...] = _like(old_mean, mean)
+    layer.var[...] = _like(old_var, var)
+
+
+def _like(old: Any, new: Any) -> Any:
+    return jnp.asarray(new, old.dtype, device=getattr(old, "sharding", None))
 
 
 @contextmanager

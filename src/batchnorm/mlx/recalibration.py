@@ -91,7 +91,9 @@ def _keep(layer: Any) -> Callable[[], None]:
 
 
 def _commit(layer: Any, statistics: Statistics, _: int) -> None:
-    old_mean, old_var = (np.array(layer[name], np.float64) for name in _STATISTICS)
+    old_mean, old_var = (
+        np.array(layer[name].astype(mx.float32), np.float64) for name in _STATISTICS
+    )
     new = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
     for name, value in zip(_STATISTICS, new, strict=True):
         layer[name] = mx.array(value.astype(np.float32)).astype(layer[name].dtype)

@@ -37,7 +37,8 @@ def observed(
     """The context of tools/observation.py; a wrapper for several devices only hands calls on."""
     modules = [*model.modules()]
     tensors = [*model.parameters(), *model.buffers()]
-    gpus = {each.device for each in tensors if each.device.type not in ("cpu", "meta")}
+    devices = {each.device for each in tensors}
+    gpus = [each for each in devices if each.type in ("cuda", "xpu")]  # of one kind
     with ExitStack() as undo:
         # Code that torch.compile has made would pass over what is put into the layers.
         if "torch._dynamo" in sys.modules:

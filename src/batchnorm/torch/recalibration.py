@@ -114,10 +114,10 @@ def _keep(layer: Any) -> Callable[[], None]:
 
 def _commit(layer: Any, statistics: Statistics, batches: int) -> None:
     mean, var, number = (getattr(layer, name) for name in _TENSORS)
-    old_mean, old_var = (each.double().cpu().numpy() for each in (mean, var))
+    old_mean, old_var = (each.cpu().double().numpy() for each in (mean, var))
     new = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
     for each, value in zip((mean, var), new, strict=True):
-        each.copy_(torch.from_numpy(value))
+        each.copy_(torch.from_numpy(value).to(each.dtype))
     if number is not None:
         number.fill_(batches)
 
