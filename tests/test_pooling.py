@@ -39,3 +39,21 @@ def test_a_channel_in_which_nothing_counts_adds_nothing():
     assert pooled.statistics.count.tolist() == [4, 0]
     assert pooled.batch_means.count.tolist() == [1, 0]
     assert pooled.batch_means.mean.tolist() == [1, 0]
+
+
+def test_what_has_come_elsewhere_is_joined() -> None:
+    random = np.random.default_rng(1)
+    batches = [random.normal(each, 2, (3 + each, 2)) for each in range(5)]
+    parts = Pooled(2), Pooled(2), Pooled(2)
+    for part, own in zip(parts, (batches[:3], [], batches[3:]), strict=True):
+        for batch in own:
+            part.add(statistics_of(batch))
+    joined = Pooled(2)
+    for part in parts:
+        joined.join(part)
+    everything, means = np.concatenate(batches), np.stack([each.mean(axis=0) for each in batches])
+    assert joined.batches == 5
+    for found, expected in ((joined.statistics, everything), (joined.batch_means, means)):
+        assert (found.count == len(expected)).all()
+        np.testing.assert_allclose(found.mean, expected.mean(axis=0), rtol=1e-12)
+        np.testing.assert_allclose(found.var, expected.var(axis=0), rtol=1e-12)
