@@ -24,6 +24,9 @@ import batchnorm.flax.nnx
 import batchnorm.keras
 import batchnorm.mlx
 import batchnorm.torch
+from batchnorm.flax.linen._observation import observed as observed_linen
+from batchnorm.flax.nnx._observation import observed as observed_nnx
+from batchnorm.keras._observation import observed as observed_keras
 from batchnorm.mlx._observation import observed as observed_mlx
 from batchnorm.torch._observation import observed as observed_torch
 
@@ -206,7 +209,7 @@ class _NnxRow(Row):
         return f"{arrays}, {[(id(type(each)), vars(each)) for each in modules]}"
 
     def observed(self, model, see, **keywords):
-        return batchnorm.flax.nnx.observed(model, see, **keywords)
+        return observed_nnx(model, see, **keywords)
 
 
 # ---- Linen
@@ -255,7 +258,7 @@ class _LinenRow(Row):
         return str(jax.tree.map(lambda each: each.tolist(), model.variables))
 
     def observed(self, model, see, **keywords):
-        return batchnorm.flax.linen.observed(see, **keywords)
+        return observed_linen(see, **keywords)
 
     def recalibrate(self, model, batches, forward=None, **keywords):
         def apply(variables, batch):
@@ -313,7 +316,7 @@ class _KerasRow(Row):
         return f"{arrays}, {flags}"
 
     def observed(self, model, see, **keywords):
-        return batchnorm.keras.observed(model, see, **keywords)
+        return observed_keras(model, see, **keywords)
 
 
 ROWS = [

@@ -470,7 +470,7 @@ def test_gradients_modes_and_hooks_are_as_before():
     ("model", "message"),
     [
         (nn.Linear(3, 3), "recalibrate looks for batch normalizations of torch.nn and batchnorm"),
-        (nn.LazyBatchNorm1d(), "the model is lazy. Call the model once before"),
+        (nn.LazyBatchNorm1d(), "model must know its channels, but it is lazy"),
     ],
 )
 def test_models_without_what_is_looked_for(model, message):

@@ -176,6 +176,48 @@ ValueError
     If the model has no batch normalization that keeps running statistics, or batches are given,
     but there is none.
 """,
+    "recalibrate": """
+Make the running statistics of a model exactly those of some batches.
+
+Those of training are an average in which the last batches weigh most, of a model that was another
+one then [1]_. These are of the model as it is, and each element weighs the same, however large its
+batch; with a mask, as much as it counts. The variance is divided by the {divisor}.
+It is for use before an evaluation, after averaging weights, or for data of another kind.
+
+Parameters
+----------
+model : {model}
+    Changed in place, after the last batch; after an error or an interrupt, all is as it was.
+batches : iterable
+    Of the inputs of the model, or of tuples or lists whose first element is the input.
+normalize_by : "batch" or "running"
+    What layers normalize by meanwhile. By "batch", as in training, one pass over the batches serves
+    all. By "running", one layer after the other, in the order of their calls, has a pass of its
+    own, in which those before it are done: in evaluation, what comes to each then has exactly its
+    statistics.
+forward : function of the model and a batch, optional
+    What to do with a batch, instead of calling the model with its input.
+progress : bool
+    Whether to show a bar, on a terminal and where `rich` is installed.
+
+Raises
+------
+TypeError
+    If an argument is of a wrong type, or a layer is called where what comes to it can't be seen.
+ValueError
+    If the model holds no batch normalization, or none that is called; if there are no batches, or
+    none in a later pass; if what comes to a layer is not finite; or if an argument is out of range.
+
+Notes
+-----
+The layers are those of {layers}, and of subclasses. {others}
+Parameters, modes and random state are as before. What comes to a layer in several calls is pooled.
+One that is left as it is, because it is frozen or no batch comes to it, is named in a warning.
+
+References
+----------
+.. [1] Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
+""",
 }
 
 
@@ -183,7 +225,7 @@ def documented(
     array: str = "array",
     wide: str = "float32, for float64 in float64",
     like: str = "shape and dtype",
-    model: str = "",
+    **words: str,
 ) -> Callable[[Function], Function]:
     """Complete the docstring of a function from what the doors have in common.
 
@@ -199,10 +241,10 @@ def documented(
         The dtype of its statistics.
     like
         What y has in common with x.
-    model
-        The class of the framework's models.
+    **words
+        What else a common text has in braces.
     """
-    words = {"array": array, "wide": wide, "like": like, "model": model, "activations": CHOICES}
+    words |= {"array": array, "wide": wide, "like": like, "activations": CHOICES}
 
     def with_docstring(function: Function) -> Function:
         function.__doc__ = completed(function, COMMON[function.__name__].format(**words))

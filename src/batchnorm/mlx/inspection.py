@@ -9,7 +9,7 @@ from .. import checks
 from ..documentation import documented
 from ..tools import Report
 from ..tools.inspection import inspect_model
-from ..tools.observation import first_of
+from ..tools.observation import call_of
 from ..tools.states import state
 from ._observation import normalizations, observed
 from .layers import BatchNorm
@@ -36,9 +36,6 @@ def inspect(
     """
     checks.instance("model", model, Module)
 
-    def call(batch: Any) -> object:
-        return model(first_of(batch)) if forward is None else forward(model, batch)
-
     states = [
         state(
             path,
@@ -52,4 +49,4 @@ def inspect(
         for path, layer in normalizations(model).items()
         if layer.get("running_mean") is not None and layer.get("running_var") is not None
     ]
-    return inspect_model(states, batches, lambda see: observed(model, see), call)
+    return inspect_model(states, batches, lambda see: observed(model, see), call_of(model, forward))

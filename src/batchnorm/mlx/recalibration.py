@@ -11,8 +11,10 @@ import numpy as np
 
 from .. import checks
 from ..conventions import CONVENTIONS
+from ..documentation import documented
 from ..moments import Statistics
 from ..tools import recalibration
+from ..tools.observation import call_of
 from ._arguments import group_of_several
 from ._observation import normalizations, observed
 
@@ -20,11 +22,11 @@ _CONVENTION = CONVENTIONS["mlx"]
 _STATISTICS = (_CONVENTION.mean, _CONVENTION.var)
 
 
-@recalibration.documented(
-    "mlx.nn.Module",
-    "mlx.nn and batchnorm.mlx",
-    _CONVENTION.correction,
-    "The others run as in eval().\nNone may be within mx.compile or the like.",
+@documented(
+    model="mlx.nn.Module",
+    layers="mlx.nn and batchnorm.mlx",
+    divisor="count - 1",
+    others="The others run as in eval().\nNone may be within mx.compile or the like.",
 )
 def recalibrate(
     model: Any,
@@ -64,7 +66,7 @@ def recalibrate(
     known = recalibration.Model(
         found=normalizations(model),
         kinds="BatchNorm of mlx.nn and batchnorm.mlx",
-        forward=recalibration.call_of(model, forward),
+        forward=call_of(model, forward),
         observed=lambda see, by: observed(model, see, normalize_by=by),
         keep=_keep,
         commit=_commit,

@@ -11,7 +11,7 @@ import numpy as np
 from ..moments import Statistics
 from . import checkpoints
 from .checkpoints import CheckpointError
-from .observation import See, run
+from .observation import See, check_batches, check_seen
 from .pooling import Pooled
 from .report import Report
 from .states import LOOKED_FOR, Place, Seen, State, Track, places_in, read
@@ -105,6 +105,10 @@ def inspect_model(
             here.is_positive = before | is_positive
 
     if batches is not None:
+        check_batches(batches)
+        number = 0
         with observed(see):
-            run(batches, call)
+            for number, batch in enumerate(batches, 1):  # noqa: B007
+                call(batch)
+        check_seen(number, len(states), len(seen))
     return Report([replace(each, seen=seen.get(each.name)) for each in states])

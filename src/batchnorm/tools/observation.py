@@ -15,7 +15,7 @@ no gradient is kept, and all other layers are in evaluation mode. Behind the con
 was: modes, flags, hooks, classes, statistics and random state.
 """
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -50,21 +50,40 @@ def is_positive(y: Array, features: Axes, mask: Array | None) -> Array:
     return xp.any(found, axis=reduced_axes(features, y.ndim))
 
 
-def run(batches: Iterable[Any], call: Callable[[Any], object]) -> int:
-    """Call with each batch, and say how many there were."""
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be an iterable of them, but got {type(batches).__name__}.")
-    number = 0
-    for number, batch in enumerate(batches, 1):  # noqa: B007
-        call(batch)
-    if not number:
-        raise ValueError("batches must hold at least one batch, but is empty, or used up.")
-    return number
+def check_batches(batches: Any) -> None:
+    if not hasattr(batches, "__iter__") or hasattr(batches, "shape"):
+        raise TypeError(
+            "batches must be an iterable over batches, a DataLoader or a list say, but got "
+            f"{type(batches).__name__}. [batch] is one of a single batch."
+        )
 
 
-def first_of(batch: Any) -> Any:
-    """The inputs, of a batch of inputs and what else there is."""
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+def call_of(model: Callable[..., Any], forward: Any, **options: Any) -> Callable[[Any], Any]:
+    """What is done with a batch: `forward(model, batch)`, or the model is called with its inputs.
+
+    These are the first element of a batch that is a tuple or list.
+    """
+    if forward is None:
+        return lambda batch: model(
+            batch[0] if isinstance(batch, (tuple, list)) else batch, **options
+        )
+    if not callable(forward):
+        raise TypeError(
+            f"forward must be None or a function of the model and a batch, but got {forward!r}."
+        )
+    return lambda batch: forward(model, batch)
+
+
+def check_seen(batches: int, layers: int, called: int) -> None:
+    """That there were batches, and that a layer was called with them."""
+    if not batches:
+        raise ValueError("batches must hold at least one batch, but there are none.")
+    if not called:
+        raise ValueError(
+            f"None of the {layers} normalizations of the model was called: the forward does not "
+            "come to them, or calls a function that was compiled or traced before. Call the model "
+            "itself, by forward=... say."
+        )
 
 
 def put(undo: ExitStack, mapping: MutableMapping[str, Any], **values: Any) -> None:

@@ -5,82 +5,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from .. import checks, definition
-from ..documentation import completed
 from ..moments import Statistics
-from .observation import NormalizeBy, See
+from .observation import NormalizeBy, See, check_batches, check_seen
 from .pooling import Pooled
 from .progress import Walk, shown
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-_COMMON = """
-Make the running statistics of a model exactly those of some batches.
-
-Those of training are an average in which the last batches weigh most, of a model that was another
-one then [1]_. These are of the model as it is, and each element weighs the same, however large its
-batch; with a mask, as much as it counts. {variance}
-It is for use before an evaluation, after averaging weights, or for data of another kind.
-
-Parameters
-----------
-model : {model}
-    Changed in place, after the last batch; after an error or an interrupt, all is as it was.
-batches : iterable
-    Of the inputs of the model, or of tuples or lists whose first element is the input.
-normalize_by : "batch" or "running"
-    What layers normalize by meanwhile. By "batch", as in training, one pass over the batches serves
-    all. By "running", one layer after the other, in the order of their calls, has a pass of its
-    own, in which those before it are done: in evaluation, what comes to each then has exactly its
-    statistics.
-forward : function of the model and a batch, optional
-    What to do with a batch, instead of calling the model with its input.
-progress : bool
-    Whether to show a bar, on a terminal and where `rich` is installed.
-
-Raises
-------
-TypeError
-    If an argument is of a wrong type, or a layer is called where what comes to it can't be seen.
-ValueError
-    If the model holds no batch normalization, or none that is called; if there are no batches, or
-    none in a later pass; if what comes to a layer is not finite; or if an argument is out of range.
-
-Notes
------
-The layers are those of {layers}, and of subclasses. {others}
-Parameters, modes and random state are as before. What comes to a layer in several calls is pooled.
-One that is left as it is, because it is frozen or no batch comes to it, is named in a warning.
-
-References
-----------
-.. [1] Wu & Johnson, "Rethinking 'Batch' in BatchNorm", 2021, https://arxiv.org/abs/2105.07576.
-"""
-
-
-def documented(
-    model: str,
-    layers: str,
-    correction: int,
-    others: str = "The others run in evaluation mode, without gradients.",
-) -> Callable[[Function], Function]:
-    """Complete the docstring of a door's `recalibrate` from what they have in common.
-
-    With `correction`, its variance is divided by the count - 1.
-    """
-    variance = f"The variance is divided by the count{' - 1' if correction else ''}."
-    words = {"model": model, "layers": layers, "variance": variance, "others": others}
-
-    def with_docstring(function: Function) -> Function:
-        function.__doc__ = completed(function, _COMMON.format(**words))
-        return function
-
-    return with_docstring
-
 
 _ANEW = "Give a list of batches, or what makes them anew, as a DataLoader does."
 
@@ -168,20 +101,6 @@ def recalibrate(
     _warn("had no batch come to them", [path for path in layers if path not in done])
 
 
-def call_of(model: Callable[..., Any], forward: Any, **options: Any) -> Callable[[Any], Any]:
-    """What is done with a batch: `forward(model, batch)`, or the model is called with its inputs.
-
-    These are the first element of a batch that is a tuple or list.
-    """
-    if forward is None:
-        return lambda batch: model(_inputs(batch), **options)
-    if not callable(forward):
-        raise TypeError(
-            f"forward must be None or a function of the model and a batch, but got {forward!r}."
-        )
-    return lambda batch: forward(model, batch)
-
-
 def recalibrated(
     mean: np.ndarray, var: np.ndarray, statistics: Statistics, correction: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -217,15 +136,7 @@ def _check_arguments(batches: Any, normalize_by: Any, progress: Any) -> None:
     if normalize_by not in ("batch", "running"):
         raise ValueError(f"normalize_by must be 'batch' or 'running', but got {normalize_by!r}.")
     checks.boolean("progress", progress)
-    if not hasattr(batches, "__iter__") or hasattr(batches, "shape"):
-        raise TypeError(
-            "batches must be an iterable over batches, a DataLoader or a list say, but got "
-            f"{type(batches).__name__}. [batch] is one of a single batch."
-        )
-
-
-def _inputs(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, (tuple, list)) else batch
+    check_batches(batches)
 
 
 def _one_pass(
@@ -284,15 +195,8 @@ def _joined(heard: list[_Said], layers: int) -> _Said:
                 f"failed in process {process}: {each.failure}"
             )
     joined = _Said(batches=sum(each.batches for each in heard))
-    if not joined.batches:
-        raise ValueError("batches must hold at least one batch, but there are none.")
     joined.called = [*dict.fromkeys(path for each in heard for path in each.called)]
-    if not joined.called:
-        raise ValueError(
-            f"None of the {layers} normalizations of the model was called: the forward does not "
-            "come to them, or calls a function that was compiled or traced before. Call the model "
-            "itself, by forward=... say."
-        )
+    check_seen(joined.batches, layers, len(joined.called))
     for each in heard:
         for path, pooled in each.pooled.items():
             channels = len(pooled.statistics.mean)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..moments import Statistics
@@ -23,11 +24,26 @@ from ._running import rounded
 
 def normalizations(model: torch.nn.Module) -> dict[str, Any]:
     """By their paths: those of torch.nn and ours, and those of libraries that `convert` knows."""
-    return {
-        path.replace("_orig_mod.", ""): each  # where torch.compile keeps a model
-        for path, each in model.named_modules()
-        if isinstance(each, BatchNormBase) or class_for(type(each)) is not None
-    }
+    found: dict[str, Any] = {}
+    for path, each in model.named_modules():
+        if not isinstance(each, BatchNormBase) and class_for(type(each)) is None:
+            continue
+        path = path.replace("_orig_mod.", "")  # where torch.compile keeps a model
+        lazy: Any = isinstance(each, LazyModuleMixin) and each
+        if lazy and lazy.has_uninitialized_params():
+            raise ValueError(
+                f"{path or 'model'} must know its channels, but it is lazy. Call the model once "
+                "before."
+            )
+        found[path] = each
+    return found
+
+
+def is_frozen(layer: torch.nn.Module) -> bool:
+    """Whether no batch moves its statistics: by `freeze`, or in a class of a library."""
+    if isinstance(layer, Layer):
+        return layer.update_running is False
+    return not isinstance(layer, BatchNormBase)
 
 
 @contextmanager

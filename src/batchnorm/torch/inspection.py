@@ -10,11 +10,10 @@ from .. import checks
 from ..documentation import documented
 from ..tools import Report
 from ..tools.inspection import inspect_model
-from ..tools.observation import first_of
+from ..tools.observation import call_of
 from ..tools.states import state
-from ._compat import BatchNormBase
 from ._layer import Layer
-from ._observation import normalizations, observed
+from ._observation import is_frozen, normalizations, observed
 
 
 @documented(model="torch.nn.Module")
@@ -45,9 +44,6 @@ last batches alone.
     """
     checks.instance("model", model, torch.nn.Module)
 
-    def call(batch: Any) -> object:
-        return model(first_of(batch)) if forward is None else forward(model, batch)
-
     states = [
         state(
             path,
@@ -56,20 +52,14 @@ last batches alone.
             eps=vars(layer)["eps"],
             momentum=getattr(layer, "momentum", None),
             is_exact=isinstance(layer, Layer),
-            is_frozen=_is_frozen(layer),
+            is_frozen=is_frozen(layer),
             is_of_model=True,
         )
         for path, layer in normalizations(model).items()
         if layer.running_mean is not None and layer.running_var is not None
     ]
-    return inspect_model(states, batches, lambda see: observed(model, see), call)
+    return inspect_model(states, batches, lambda see: observed(model, see), call_of(model, forward))
 
 
 def _array(layer: torch.nn.Module, name: str) -> Any:
     return getattr(layer, name, None)
-
-
-def _is_frozen(layer: torch.nn.Module) -> bool:
-    if isinstance(layer, Layer):
-        return layer.update_running is False
-    return not isinstance(layer, BatchNormBase)  # a class that is frozen

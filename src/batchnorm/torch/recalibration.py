@@ -6,25 +6,25 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from .. import checks
 from ..conventions import CONVENTIONS
+from ..documentation import documented
 from ..moments import Statistics
 from ..tools import recalibration
-from ._compat import BatchNormBase
-from ._layer import Layer
-from ._observation import normalizations, observed
+from ..tools.observation import call_of
+from ._observation import is_frozen, normalizations, observed
 from ._sync import Group, group_of
 
 _CONVENTION = CONVENTIONS["torch"]
 _TENSORS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@recalibration.documented(
-    "torch.nn.Module",
-    "torch.nn and batchnorm.torch",
-    _CONVENTION.correction,
+@documented(
+    model="torch.nn.Module",
+    layers="torch.nn and batchnorm.torch",
+    divisor="count - 1",
+    others="The others run in evaluation mode, without gradients.",
 )
 def recalibrate(
     model: torch.nn.Module,
@@ -66,23 +66,15 @@ def recalibrate(
     """
     checks.instance("model", model, torch.nn.Module)
     group = group_of(sync)
-    found = normalizations(model)
-    for path, each in found.items():
-        lazy: Any = isinstance(each, LazyModuleMixin) and each
-        if lazy and lazy.has_uninitialized_params():
-            raise ValueError(
-                f"recalibrate needs layers that know their channels, but {path or 'the model'} is "
-                "lazy. Call the model once before."
-            )
     known = recalibration.Model(
-        found=found,
+        found=normalizations(model),
         kinds="batch normalizations of torch.nn and batchnorm.torch",
-        forward=recalibration.call_of(model, forward),
+        forward=call_of(model, forward),
         observed=lambda see, by: observed(model, see, normalize_by=by),
         keep=_keep,
         commit=_commit,
         is_tracked=lambda layer: layer.running_mean is not None,
-        is_frozen=_is_frozen,
+        is_frozen=is_frozen,
         skips_nonfinite=lambda layer: getattr(layer, "skip_nonfinite", False),
         gather=partial(_gather, group),
     )
@@ -93,12 +85,6 @@ def recalibrate(
         normalize_by=normalize_by,
         progress=checks.boolean("progress", progress) and is_first,
     )
-
-
-def _is_frozen(layer: Any) -> bool:
-    if isinstance(layer, Layer):
-        return layer.update_running is False
-    return not isinstance(layer, BatchNormBase)  # of a library, with buffers alone
 
 
 def _keep(layer: Any) -> Callable[[], None]:
