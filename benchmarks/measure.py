@@ -182,10 +182,17 @@ def measure(calls: Calls, seconds: float) -> dict[str, list[float]]:
 
 
 def results(
-    framework: str, each: Work, layout: str, call: str, calls: Calls, *, quick: bool
+    framework: str,
+    each: Work,
+    layout: str,
+    call: str,
+    calls: Calls,
+    *,
+    quick: bool,
+    seconds: float = 0.5,
 ) -> list[Result]:
     """The results of one shape; the first call is ours, and those of `copies_of` the unit."""
-    times = measure(calls, 0.2 if quick else 0.5)
+    times = measure(calls, 0.2 if quick else seconds)
     ours = next(iter(times.values()))
     copy = min((times.pop(COPY), times.pop(COPY_PAST_CACHE)), key=statistics.median)
     times["copy"] = copy

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
-from itertools import compress, groupby, product
+from itertools import groupby, product
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -22,7 +22,9 @@ from measure import INSTRUCTION_SETS, THREADS, Result
 from tabulate import tabulate
 
 HERE = Path(__file__).parent
-PROGRAMS = ("kernels", "torch_layers", "jax_layers", "library_layers", "mlx_layers")
+PROGRAMS = (
+    *("kernels", "torch_layers", "whole_models", "jax_layers", "library_layers", "mlx_layers"),
+)
 # Okabe & Ito's, https://jfly.uni-koeln.de/color/: one for each side of a picture.
 COLORS = (
     *("#0072b2", "#e69f00", "#d55e00", "#009e73"),
@@ -137,12 +139,13 @@ def slower(results: list[Result]) -> str:
     return "A peer is faster here:\n\n" + "\n".join(f"- {line}" for line in found)
 
 
+def is_drawn(each: Result) -> bool:
+    return math.prod(each.shape) > 2**16 and not each.call.startswith("step")
+
+
 def draw(results: list[Result], path: Path) -> None:
     """Ratios to a copy of every shape, ours beside the peers'."""
-    is_drawn = [
-        math.prod(each.shape) > 2**16 and not each.call.startswith("step") for each in results
-    ]
-    panels = by(list(compress(results, is_drawn)), "call", "layout")
+    panels = by(filter(is_drawn, results), "call", "layout")
     figure = Figure(figsize=(11, 3.2 * len(panels)), dpi=110, layout="constrained")
     for axes, ((call, layout), group) in zip(
         figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True
@@ -181,11 +184,12 @@ def main() -> None:
         for (name,), found in by(results, "framework"):
             file = re.sub("[, ]+", "-", name.lower())
             picture = f"benchmarks/{file}.png"
-            draw(found, docs / picture)
             parts += [f"## {name}\n", f"{title}\n"]
             if any(each.times for each in found):
                 parts += [summary(found) + "\n", slower(found) + "\n"]
-            parts += [f"![{name}: time of every shape in copies]({picture})\n"]
+            if any(map(is_drawn, found)):
+                draw(found, docs / picture)
+                parts += [f"![{name}: time of every shape in copies]({picture})\n"]
             for (call,), group in by(found, "call"):
                 parts += [f"### {name}, {call}\n", shapes(group) + "\n"]
     (docs / "benchmarks.md").write_text("\n".join(parts))

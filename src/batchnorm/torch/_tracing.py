@@ -74,17 +74,19 @@ def traced_owners(
     graphs: dict[torch.nn.Module, dict[bool, fx.Graph]] = {}
     failures: dict[torch.nn.Module, str] = {}
     for path, owner in model.named_modules():
-        if (
-            type(owner).forward is torch.nn.Module.forward  # a ModuleList, say
-            or is_normalization(owner)
-            or not any(map(is_normalization, owner.modules()))
-        ):
+        is_around = any(map(is_normalization, owner.modules())) and not is_normalization(owner)
+        if not (is_around and has_forward(owner)):
             continue
         try:
             graphs[owner] = trace(owner)
         except UntraceableError as error:
             failures[owner] = why_untraceable(path, owner, error)
     return graphs, failures
+
+
+def has_forward(module: torch.nn.Module) -> bool:
+    """Whether it has one in Python; a ModuleList has none, nor has a program of torch.jit."""
+    return getattr(type(module), "forward", None) not in (None, torch.nn.Module.forward)
 
 
 def why_untraceable(path: str, owner: torch.nn.Module, error: UntraceableError) -> str:

@@ -17,7 +17,14 @@ from ._compat import is_as_its_class
 from ._fused import is_as_sequential, restore
 from ._layer import Layer
 from ._libraries import after_normalization, is_normalization
-from ._tracing import UntraceableError, name_of_function, trace, why_unseen, why_untraceable
+from ._tracing import (
+    UntraceableError,
+    has_forward,
+    name_of_function,
+    trace,
+    why_unseen,
+    why_untraceable,
+)
 from .conversion import becomes, replaced
 from .layers import BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
@@ -226,7 +233,7 @@ def _calls_others(module: torch.nn.Module) -> bool:
     return (
         type(module) not in _KINDS
         and not is_normalization(module)
-        and type(module).forward is not torch.nn.Module.forward
+        and has_forward(module)
         and any(type(each) in _KINDS or is_normalization(each) for each in module.modules())
     )
 
