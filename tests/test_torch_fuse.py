@@ -428,6 +428,21 @@ def keeps(net, x):
     return net.kept.pop(0) if len(net.kept) > 1 else net.kept[0]
 
 
+def remembers(net, x):
+    net.calls = net.relu(normalized(net, x))
+    return net.calls
+
+
+def notes(net, x):
+    net.kept.append("called")
+    return net.relu(normalized(net, x))
+
+
+def draws_without_use(net, x):
+    random.random()
+    return net.relu(normalized(net, x))
+
+
 def moves_a_buffer(net, x):
     net.moved += 1
     return net.relu(normalized(net, x)) * net.moved
@@ -446,14 +461,38 @@ def asks_for_types(net, x):
     return y * 2 if isinstance(y, torch.Tensor) else y
 
 
+def asks_for_the_type_of_its_input(net, x):
+    return net.relu(normalized(net, x if isinstance(x, torch.Tensor) else torch.cat(x, 1)))
+
+
 def checkpointed(net, x):
     return checkpoint(lambda x: net.relu(normalized(net, x)), x, use_reentrant=False)
 
 
-UNTRACEABLE = (
+def checkpointed_as_of_old(net, x):
+    return checkpoint(lambda x: net.relu(normalized(net, x)), x, use_reentrant=True)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy):
+        return 2 * dy
+
+
+def with_a_function_of_autograd(net, x):
+    return net.relu(normalized(net, Doubled.apply(x)))
+
+
+UNTRACEABLE = [
     *(decides_by_values, decides_by_a_mode_of_a_child, without_gradients, counts, keeps),
-    *(moves_a_buffer, draws, draws_by_python, asks_for_types, checkpointed),
-)
+    *(remembers, notes, moves_a_buffer, draws, draws_by_python, draws_without_use),
+    *(asks_for_types, asks_for_the_type_of_its_input, with_a_function_of_autograd),
+    *(checkpointed, checkpointed_as_of_old),
+]
 
 
 @pytest.mark.parametrize("after", UNTRACEABLE, ids=lambda each: each.__name__)
@@ -472,7 +511,7 @@ def test_a_forward_that_would_be_recorded_wrongly_stays(after):
     same(torch.get_rng_state(), random_before[1])
     assert [each.what for each in bt.changes(ours)] == ["left"]
     assert "can't be traced" in bt.changes(ours)[0].why
-    x = tensor(4, 3, 5, 5).double()
+    x = tensor(4, 3, 5, 5).double().requires_grad_()
     random.seed(1), torch.manual_seed(1)
     y = ours(x)
     random.seed(1), torch.manual_seed(1)
@@ -570,6 +609,24 @@ def test_a_forward_that_reads_its_mode_is_traced_in_both():
     alike(ours(x), model(x), 1e-12)
     with pytest.raises(TypeError, match=r"Dropping\.forward\(\) missing 1 required positional"):
         ours()
+
+
+class Joining(Net):
+    def forward(self, x, y):
+        x = self.conv(torch.cat([*x] if type(x) is list else [x], 1))
+        return self.relu(self.norm(x) if y is None else self.norm(x) + y)
+
+
+def test_arguments_that_are_no_tensors_are_for_the_forward_itself():
+    torch.manual_seed(0)
+    model = Joining(None)
+    ours = bt.fuse(copy.deepcopy(model))
+    assert fused(ours) == ["norm"]
+    x, y = tensor(4, 3, 5, 5), tensor(4, 3, 5, 5, seed=1)
+    for arguments in ((x, y), (x, None), ([x[:, :1], x[:, 1:]], y), ([x], None)):
+        alike(ours(*arguments), model(*arguments), 1e-5)
+    assert calls_of_norm(ours, x, y) == [(True, "relu")]
+    assert calls_of_norm(ours, [x], y) == [(False, None)]
 
 
 class Block(nn.Module):

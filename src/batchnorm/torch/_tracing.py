@@ -138,9 +138,9 @@ class _Value(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """What isinstance asks, where the class itself does not tell."""
-        if self.node.op == "placeholder":
-            return torch.Tensor
-        raise UntraceableError(f"it asks for the type of {self.node.name}")
+        is_given = self.node.op == "placeholder"
+        what = f"its argument {self.node.target}" if is_given else self.node.name
+        raise UntraceableError(f"it asks for the type of {what}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -191,11 +191,6 @@ class _Tracer(fx.Tracer):
     def create_node(self, *arguments: Any, **keywords: Any) -> fx.Node:
         if _modes() != self.modes:
             raise UntraceableError("it changes the mode of autograd or autocast within")
-        frame = inspect.currentframe()
-        while frame is not None and frame.f_code is not fx.Tracer.trace.__code__:
-            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-                raise UntraceableError("it uses torch.utils.checkpoint")
-            frame = frame.f_back
         return super().create_node(*arguments, **keywords)
 
     def call_module(

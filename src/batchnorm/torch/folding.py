@@ -176,9 +176,9 @@ class _Calls:
             except UntraceableError as error:
                 self.failures[owner] = why_untraceable(path, owner, error)
         for owner, graph in graphs.items():
-            # What is known of a Sequential by itself is less than what is known of its callers.
-            around = (each for each in self.failures if any(owner is one for one in each.modules()))
-            if owner not in entered or any(around):
+            # Its callers say more of a Sequential than itself, where all of them are known.
+            has_unknown = any(owner is one for each in self.failures for one in each.modules())
+            if owner not in entered or has_unknown:
                 self._read(owner, graph)
 
     def _read(self, owner: torch.nn.Module, graph: fx.Graph) -> None:
