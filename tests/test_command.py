@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from batchnorm.tools import command
 from batchnorm.tools.command import main
 
 
@@ -100,7 +101,8 @@ def test_no_normalization(tmp_path, capsys):
 
 @pytest.mark.parametrize("library", ["rich", "matplotlib"])
 def test_without_the_extra(library, sick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, library, None)
+    there = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == library else there(name))
     assert main(["inspect", sick, "--picture", str(tmp_path / "x.png")]) == 2
     assert 'pip install ".[tools]"' in capsys.readouterr().err
     assert main(["inspect", "--json", sick]) == 0

@@ -1,13 +1,15 @@
 """Every finding, in a model made sick for it, and not in healthy ones."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from batchnorm.moments import Statistics
-from batchnorm.tools.findings import THRESHOLDS, Finding, findings_of
+from batchnorm.tools.findings import KINDS, Finding, findings_of
 from batchnorm.tools.pooling import Pooled
 from batchnorm.tools.states import ONE_PASS, Seen, State
 
@@ -68,7 +70,7 @@ def seen(
         x = random.standard_normal((rows, CHANNELS)) * factor + shift + between
         x = state.mean + std * x
         pooled.add(Statistics(np.full(CHANNELS, rows), x.mean(axis=0), x.var(axis=0)))
-    return replace(state, seen=Seen(pooled=pooled, **more))
+    return replace(state, seen=Seen(pooled, pooled, **more))
 
 
 BN = healthy()
@@ -171,6 +173,14 @@ SICK: dict[str, tuple[list[State], list[tuple[str, str, str, tuple[int, ...]]]]]
         [replace(BN, dtype="float16", eps=1e-6, var=but(BN.var, c1=5e-5))],
         [("bn", "half_precision_statistics", "warning", (1,))],
     ),
+    "float16 in all layers": (
+        [healthy(each, dtype="float16") for each in ("a", "bb", "ccc")],
+        [("a", "half_precision_statistics", "info", ())],
+    ),
+    "constant since the beginning": (
+        [replace(BN, batches=400, var=but(BN.var, c3=0.9**400))],
+        [("bn", "variance_below_eps", "info", (3,))],  # and not_converged says nothing
+    ),
     "bfloat16, a large mean": (
         [replace(BN, dtype="bfloat16", mean=but(BN.mean, c1=100.0))],
         [("bn", "half_precision_statistics", "warning", (1,))],
@@ -183,9 +193,17 @@ SICK: dict[str, tuple[list[State], list[tuple[str, str, str, tuple[int, ...]]]]]
         [seen(replace(BN, is_frozen=True), shift=4)],
         [("bn", "drift", "info", ALL)],
     ),
+    "NaN in the data": (
+        [seen(healthy("later"), order=1, shift=np.nan), seen(BN, order=0, shift=np.nan)],
+        [("bn", "not_finite", "severe", ALL)],
+    ),
+    "as DCGAN begins": (
+        [initial("a", scale=1 + 0.02 * RANDOM.standard_normal(CHANNELS))],
+        [("a", "never_updated", "info", ())],
+    ),
     "single examples": (
         [seen(BN, batches=100, rows=2, spread=0.8)],
-        [("bn", "noisy_batches", "warning", ALL)],
+        [("bn", "noisy_batches", "warning", ())],
     ),
 }
 
@@ -197,7 +215,7 @@ def test_a_sick_model(case):
 
 
 def test_every_kind_has_a_case():
-    assert {kind for _, expected in SICK.values() for _, kind, _, _ in expected} == {*THRESHOLDS}
+    assert {kind for _, expected in SICK.values() for _, kind, _, _ in expected} == {*KINDS}
 
 
 HEALTHY = {
@@ -223,6 +241,68 @@ HEALTHY = {
 @pytest.mark.parametrize("case", HEALTHY)
 def test_a_healthy_model(case):
     assert kinds(*HEALTHY[case]) == []
+
+
+DISTRIBUTIONS = {
+    "normal": lambda random, shape: random.standard_normal(shape),
+    "sparse": lambda random, shape: np.maximum(random.standard_normal(shape) - 1, 0),
+    "heavy": lambda random, shape: random.lognormal(0, 1, shape),
+}
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize(("batches", "rows"), [(2, 8), (4, 8), (8, 8), (16, 8), (2, 128), (20, 64)])
+def test_few_batches_of_a_healthy_layer_are_no_finding(distribution, batches, rows):
+    """In none of 256 channels, of which the worst one would be a finding."""
+    draw, channels = DISTRIBUTIONS[distribution], 256
+    truth = draw(np.random.default_rng(0), (1_000_000, 1))
+    ones = np.ones(channels)
+    state = healthy(mean=truth.mean() * ones, var=truth.var() * ones, scale=None, bias=None)
+    for seed in range(5):
+        random, pooled = np.random.default_rng(seed), Pooled(channels)
+        for _ in range(batches):
+            x = draw(random, (rows, channels))
+            pooled.add(Statistics(np.full(channels, rows), x.mean(axis=0), x.var(axis=0)))
+        assert kinds(replace(state, seen=Seen(pooled, pooled))) == []
+
+
+def test_one_shifted_channel_of_many_is_found():
+    channels, random, pooled = 256, np.random.default_rng(0), Pooled(256)
+    ones = np.ones(channels)
+    state = healthy(mean=0 * ones, var=1.01 * ones, scale=None, bias=None)
+    for _ in range(4):
+        x = random.standard_normal((64, channels)) + (np.arange(channels) == 7)
+        pooled.add(Statistics(np.full(channels, 64), x.mean(axis=0), x.var(axis=0)))
+    found = kinds(replace(state, seen=Seen(pooled, pooled)))
+    assert found == [("bn", "drift", "warning", (7,))]
+
+
+def test_calls_of_unlike_sizes_may_fit_call_by_call():
+    """A layer that is called with a large map and a small one, of which averages know no size."""
+    batches, calls, ones = Pooled(CHANNELS), Pooled(CHANNELS), np.ones(CHANNELS)
+    for _ in range(10):
+        now = Pooled(CHANNELS)
+        for count, mean in ((4096, -2.0), (64, 2.0)):
+            statistics = Statistics(count * ones, mean * ones, ones)
+            calls.add(statistics)
+            now.add(statistics)
+        batches.add(now.statistics)
+    by_call = healthy(mean=0 * ones, var=1.01 * ones, seen=Seen(batches, calls))
+    assert kinds(by_call) == []
+    assert [kind for _, kind, _, _ in kinds(replace(by_call, mean=9 * ones))] == ["drift"]
+
+
+def test_a_frozen_layer_is_no_cause():
+    frozen = seen(healthy("a", is_frozen=True), shift=4)
+    (severe,) = (
+        x for x in findings_of([frozen, seen(healthy("z"), shift=4, order=1)]) if x.layer == "z"
+    )
+    assert severe.advice.startswith("Recalibrate")
+
+
+def test_the_page_has_a_row_for_each_kind():
+    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [*KINDS]
 
 
 def test_models_are_judged_apart():

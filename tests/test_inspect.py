@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchnorm.tools import inspect
-from batchnorm.tools.states import places_in
+from batchnorm.tools.states import found_in
 
 A, COUNTER = np.full(3, 0.5, np.float32), np.array(7)
 TORCH = {
@@ -110,14 +110,47 @@ CHECKPOINTS: dict[str, tuple[Mapping[Any, Any], list[tuple[str, str, str]]]] = {
     "of different shapes": ({"bn.running_mean": A, "bn.running_var": A[:2]}, []),
     "numbers": ({"bn.running_mean": 0.5, "bn.running_var": 0.5}, []),
     "nothing": ({}, []),
+    "a loss with a network of its own": (
+        under("model.bn.") | under("loss.vgg.bn."),
+        [("", "bn", "torch"), ("", "loss.vgg.bn", "torch")],
+    ),
+    "names that wrappers alone tell apart": (
+        under("model.bn.") | under("bn."),
+        [("model", "bn", "torch"), ("", "bn", "torch")],
+    ),
+    "wrapped within models": (
+        {"model": under("model.0.bn."), "ema": under("model.0.bn.")},
+        [("model", "0.bn", "torch"), ("ema", "0.bn", "torch")],
+    ),
+    "attention that is called ema": (
+        under("ema_attention.bn."),
+        [("", "ema_attention.bn", "torch")],
+    ),
+    "sharded modules": (
+        under("_fsdp_wrapped_module.a._checkpoint_wrapped_module.bn."),
+        [("", "a.bn", "torch")],
+    ),
+    "no optimizer": (
+        {"optimal": under("optimus.bn.")} | under("optim_head.bn."),
+        [("optimal", "optimus.bn", "torch"), ("", "optim_head.bn", "torch")],
+    ),
+    "keys of Flax's flat states": (
+        {("bn", name): array for name, array in (STATS | PARAMETERS).items()},
+        [("", "bn", "flax")],
+    ),
+    "without channels": ({"bn.running_mean": A[:0], "bn.running_var": A[:0]}, []),
+    "without values": (
+        {f"bn.{name}": torch.ones(3, device="meta") for name in ("running_mean", "running_var")},
+        [],
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_finds(case):
     tree, expected = CHECKPOINTS[case]
-    found = places_in(tree)
-    named = [(each.group, ".".join(each.name), each.framework) for each in found]
+    found = found_in(tree)
+    named = [(each.group, each.name, each.framework) for each in found]
     assert named == expected
 
 
@@ -169,6 +202,27 @@ def test_arrays_of_mlx_and_jax():
             ).layers
             assert found.var.tolist() == [0.5, 0.5, 0.5]
             assert found.dtype in ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "attribute"),
+    [
+        ("num_batches_tracked", np.zeros(0), "batches"),
+        ("num_batches_tracked", np.full((), np.inf, np.float16), "batches"),
+        ("weight", np.zeros((3, 3, 1, 1)), "scale"),  # of a convolution that has statistics
+    ],
+)
+def test_what_is_no_parameter_is_left(name, value, attribute):
+    (layer,) = inspect(TORCH | {name: value}).layers
+    assert getattr(layer, attribute) is None
+
+
+def test_names_of_keras_serve_where_they_tell_layers_apart():
+    tree = {"a": {"bn": KERAS}, "b": {"bn_1": KERAS}}
+    places = {("a", "bn"): {"name": "first"}, ("b", "bn_1"): {"name": "second"}}
+    assert [each.name for each in found_in(tree, places)] == ["first", "second"]
+    same = {place: {"name": "norm"} for place in places}
+    assert [each.name for each in found_in(tree, same)] == ["a.bn", "b.bn_1"]
 
 
 def test_refuses_what_is_no_mapping_or_has_no_layer():

@@ -347,7 +347,7 @@ def test_a_trained_network_is_healthy(network):
         assert not layer.is_frozen
     report = door.inspect(model, batches())
     assert report.findings == []
-    assert all(each.seen.pooled.batches == 8 for each in report.layers)
+    assert all(each.seen.batches.batches == 8 for each in report.layers)
 
 
 def test_data_that_are_shifted(network):
@@ -409,3 +409,93 @@ def test_a_large_mean_is_named_where_the_layer_has_one_pass(name, said, is_ours)
     is_told = said is not None and (name == "linen" or not is_ours)  # of variables alone
     assert len(found) == is_told
     assert all(said in each for each in found)
+
+
+def test_linen_modules_that_are_called_as_wrappers_are():
+    import flax.linen as nn
+    import jax
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return nn.BatchNorm(use_running_average=True)(x)
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = Inner(name="model")(x)
+            return nn.BatchNorm(use_running_average=True, name="ema_norm")(x)
+
+    x = np.random.default_rng(0).normal(20, 1, (64, 3)).astype(np.float32)
+    network = Network()
+    variables = network.init(jax.random.key(0), x)
+    report = batchnorm.flax.linen.inspect(variables, [x[:32], x[32:]], apply=network.apply)
+    assert sorted(each.path for each in report.layers) == ["ema_norm", "model/BatchNorm_0"]
+    assert {each.path for each in report.findings if each.kind == "drift"} == {
+        each.path for each in report.layers
+    }
+
+
+def test_a_layer_of_torch_that_is_called_several_times_with_a_batch():
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> None:
+            for part in x.split(8):
+                self.norm(part)
+
+    torch.manual_seed(0)
+    network = Network()
+    for _ in range(100):
+        network(torch.randn(64, 4))
+    (layer,) = batchnorm.torch.inspect(network, [torch.randn(64, 4) for _ in range(3)]).layers
+    assert (layer.seen.batches.batches, layer.seen.calls.batches) == (3, 24)
+
+
+def test_a_layer_of_torch_whose_parameters_alone_are_not_trained_is_frozen():
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    assert not batchnorm.torch.inspect(model).layers[0].is_frozen
+    model[1].requires_grad_(False)
+    assert batchnorm.torch.inspect(model).layers[0].is_frozen
+    model.requires_grad_(False)  # a model that is only evaluated
+    assert not batchnorm.torch.inspect(model).layers[0].is_frozen
+
+
+def test_what_was_not_seen_is_said():
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.BatchNorm1d(4))
+    report = batchnorm.torch.inspect(model, [torch.randn(8, 4)])
+    assert report.summary.endswith("To 2 came fewer than 2 batches, too few to see drift.")
+    report = batchnorm.torch.inspect(
+        model, [torch.randn(8, 4)] * 2, forward=lambda model, x: model[0](x)
+    )
+    assert report.summary.endswith("To 1 came fewer than 2 batches, too few to see drift.")
+    with pytest.raises(ValueError, match="None of the 2 normalizations of the model was called"):
+        batchnorm.torch.inspect(model, [torch.randn(8, 4)], forward=lambda model, x: x)
+    with pytest.raises(TypeError, match=r"\[batch\] is one of a single batch"):
+        batchnorm.torch.inspect(model, torch.randn(8, 4))
+
+
+def test_a_forward_that_fails_changes_nothing():
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout())
+    before = copy.deepcopy(model.state_dict())
+
+    def fail(model: Any, x: Any) -> None:
+        model(x)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        batchnorm.torch.inspect(model, [torch.randn(8, 4)], forward=fail)
+    assert model.training
+    assert model[0].training
+    assert "forward" not in vars(model[0])
+    assert all(torch.equal(model.state_dict()[name], each) for name, each in before.items())

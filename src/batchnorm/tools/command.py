@@ -1,11 +1,12 @@
 """The command `batchnorm`."""
 
 import argparse
+import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from ..installation import missing
 from . import doctor
@@ -48,10 +49,13 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status comes back."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal that has no arrow, say
     given = _parser().parse_args(arguments)
     try:
         status: int = given.run(given)
-    except (CheckpointError, ImportError) as error:
+    except (CheckpointError, ImportError, OSError) as error:
         print(f"batchnorm {given.command}: {error}", file=sys.stderr)
         return 2
     return status
@@ -65,10 +69,10 @@ def _doctor(given: argparse.Namespace) -> int:
 
 def _inspect(given: argparse.Namespace) -> int:
     if not given.json:
-        _need("rich")
+        _need("rich", "A table")
     if given.picture is not None:
-        _need("matplotlib")
-    report = inspect_files(given.files, _track if sys.stderr.isatty() else list)
+        _need("matplotlib", "A picture")
+    report = inspect_files(given.files, progress=True)
     if given.json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
@@ -78,25 +82,16 @@ def _inspect(given: argparse.Namespace) -> int:
     return 1 if given.strict and report.is_severe else 0
 
 
-def _need(library: str) -> None:
+def _need(library: str, what: str) -> None:
     """Before the work, of which nothing would be seen."""
-    try:
-        __import__(library)
-    except ModuleNotFoundError as error:
-        raise missing("batchnorm inspect without --json", library, "tools") from error
+    if find_spec(library) is None:
+        raise missing(what, library, "tools")
 
 
 def _print(report: Report) -> None:
     from rich.console import Console
 
     Console().print(report)
-
-
-def _track(layers: list[Any]) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(layers, "Reading", console=Console(stderr=True), transient=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 def _picture(text: str) -> Path:
     """Where a picture can be written, as far as can be told beforehand."""
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, but got {text!r}")
     try:
         is_new = not path.exists()

@@ -6,19 +6,19 @@ wrong, a "warning" where it may be, or training will suffer, and else "info".
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..moments import Statistics
 from .states import State, path_of
 
 SEVERITIES = ("severe", "warning", "info")
 
-# What each kind compares with; docs/tools.md says how these were chosen.
+# What the kinds compare with; docs/tools.md says how these were chosen.
 THRESHOLDS: dict[str, dict[str, float]] = {
-    "not_finite": {},
-    "negative_variance": {},
-    "never_updated": {},
+    "never_updated": {"untrained_scale": 0.15},
     "not_converged": {"share_of_initial": 0.05},
     "variance_below_eps": {"share_of_channels": 0.5},
     "dead_channels": {"share_of_largest": 1e-6, "share_of_channels": 0.5},
@@ -37,16 +37,16 @@ THRESHOLDS: dict[str, dict[str, float]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """One thing about one layer; or about several, of which it names the first.
 
     Attributes
     ----------
     layer, group : which layer of which model
-    kind : a key of THRESHOLDS
+    kind : a row of the table in docs/tools.md
     severity : "severe", "warning" or "info"
-    channels : which, counted from 0; () for all
+    channels : which, counted from 0; () where the layer as a whole is meant
     sentence : what was found, with figures
     advice : what to do
     """
@@ -65,6 +65,7 @@ class Finding:
 
 
 Model = Sequence[State]  # the layers of one model, among which one is
+Rule = Callable[[Model], Iterator[Finding]]
 
 
 def findings_of(states: Sequence[State]) -> list[Finding]:
@@ -72,20 +73,37 @@ def findings_of(states: Sequence[State]) -> list[Finding]:
     models: dict[str, list[State]] = {}
     for state in states:
         models.setdefault(state.group, []).append(state)
-    found = [each for model in models.values() for rule in _RULES for each in rule(model)]
+    found = [
+        replace(each, kind=kind)
+        for model in models.values()
+        for kind, rule in _RULES.items()
+        for each in rule(model)
+    ]
     return sorted(found, key=lambda each: SEVERITIES.index(each.severity))
 
 
 def _of(
-    state: State,
-    kind: str,
-    severity: str,
-    sentence: str,
-    advice: str,
-    which: np.ndarray | None = None,
+    state: State, severity: str, sentence: str, advice: str, which: np.ndarray | None = None
 ) -> Finding:
     channels = () if which is None else tuple(np.flatnonzero(which).tolist())
-    return Finding(state.name, kind, severity, channels, sentence, advice, state.group)
+    return Finding(
+        layer=state.name,
+        group=state.group,
+        kind="",
+        severity=severity,
+        channels=channels,
+        sentence=sentence[0].upper() + sentence[1:],
+        advice=advice,
+    )
+
+
+def _of_all(states: Sequence[State], severity: str, sentence: str, advice: str) -> Finding:
+    """What is said once of all of them: "{layers} {are} new"."""
+    first, *rest = states
+    layers, are = (f"{len(states)} layers", "are") if rest else ("the layer", "is")
+    names = ", ".join(path_of("", each.name) for each in states[:4])
+    more = f" ({names}{' and others' if len(states) > 4 else ''})" if rest else ""
+    return _of(first, severity, sentence.format(layers=layers, are=are) + more + ".", advice)
 
 
 def _listed(which: np.ndarray) -> str:
@@ -114,13 +132,24 @@ def _not_finite(model: Model) -> Iterator[Finding]:
             which = np.logical_or.reduce([*bad.values()])
             yield _of(
                 state,
-                "not_finite",
                 "severe",
-                f"{' and '.join(bad)} hold NaN or infinity in {_listed(which)}.",
+                f"there is NaN or infinity in the {' and '.join(bad)}, in {_listed(which)}.",
                 "Recalibrate, if it is the statistics alone; else go back to an earlier "
                 "checkpoint. In training, skip_nonfinite=True keeps such batches out.",
                 which,
             )
+    for state in _in_order(model):
+        data = state.seen.batches.statistics
+        which = ~np.isfinite(data.mean + data.var)
+        if which.any():
+            yield _of(
+                state,
+                "severe",
+                f"NaN or infinity comes to it, in {_listed(which)}.",
+                "Look at the data, and at what comes before this layer, which is the first so.",
+                which,
+            )
+            break
 
 
 def _negative_variance(model: Model) -> Iterator[Finding]:
@@ -129,10 +158,9 @@ def _negative_variance(model: Model) -> Iterator[Finding]:
         if which.any():
             yield _of(
                 state,
-                "negative_variance",
                 "severe",
                 f"The running variance is negative in {_listed(which)}, down to "
-                f"{_figure(np.nanmin(state.var))}.",
+                f"{figure(np.nanmin(state.var))}.",
                 "No batch has such a variance: a conversion or an average of checkpoints has made "
                 "it, or sums that cancel. Recalibrate.",
                 which,
@@ -143,59 +171,51 @@ def _never_updated(model: Model) -> Iterator[Finding]:
     untouched = [each for each in model if (each.mean == 0).all() and (each.var == 1).all()]
     others_count = any(each.batches for each in model)
     initial = []
+    what = "the running mean is 0 and the running variance 1 in every channel"
     for state in untouched:
         is_left_out = state.batches == 0 and others_count
-        if _is_initial(state) and not (is_left_out and state.scale is state.bias is None):
+        has_parameters = state.scale is not None or state.bias is not None
+        if _is_initial(state) and (has_parameters or not is_left_out):
             initial.append(state)
-            continue
-        what = "The running mean is 0 and the running variance 1 in every channel"
-        if _is_initial(state):
-            severity, more = "warning", "the layer has counted no batch, others of the model have"
         elif state.is_frozen or (state.framework == "torch" and state.batches is None):
             yield _of(
                 state,
-                "never_updated",
                 "info",
                 f"{what}, while scale and bias are not initial: as in a frozen layer, "
                 "whose statistics were absorbed into them.",
                 "Nothing, if so. If it was trained, its statistics were lost.",
             )
-            continue
-        elif is_left_out:
-            severity = "severe"
-            more = "scale and bias are trained, and it has counted no batch, as others have"
         else:
-            severity, more = "warning", "scale and bias are trained"
-        yield _of(
-            state,
-            "never_updated",
-            severity,
-            f"{what}, as in a new layer, but {more}.",
-            "Recalibrate on training data; then see why training never moved them: a layer in "
-            "evaluation mode, or an updated state that was not kept.",
-        )
+            counted = "it has counted no batch, as others have" if is_left_out else ""
+            trained = "scale and bias are trained" if has_parameters else ""
+            yield _of(
+                state,
+                "severe" if is_left_out and has_parameters else "warning",
+                f"{what}, as in a new layer, but {' and '.join(filter(None, (trained, counted)))}.",
+                "Recalibrate on training data; then see why training never moved them: a layer in "
+                "evaluation mode, or an updated state that was not kept.",
+            )
     if initial:
-        first, *rest = initial
-        several = f"{len(initial)} layers" if rest else "This layer"
-        more = f": {', '.join(each.name for each in initial[:4])}" if rest else ""
-        more += " and others" if len(initial) > 4 else ""
-        yield _of(
-            first,
-            "never_updated",
+        yield _of_all(
+            initial,
             "info",
-            f"{several} {'are' if rest else 'is'} as initialized, statistics, scale and "
-            f"bias{more}.",
+            "{layers} {are} as in a new network: statistics, scale and bias",
             "Nothing, if this is an untrained network, or a new head.",
         )
 
 
 def _is_initial(state: State) -> bool:
-    """Scale and bias, which in training never stay the same in all channels."""
+    """As scale and bias begin: constant, or, as in DCGAN, the scale scattered about 1 by 0.02.
+
+    In training they do not stay the same in all channels.
+    """
+    limit = THRESHOLDS["never_updated"]["untrained_scale"]
     scale, bias = state.scale, state.bias
-    is_scale = scale is None or bool((scale == scale[0]).all() and len(scale) > 1)
-    if scale is not None and len(scale) == 1:
-        is_scale = scale[0] in (0, 1)
-    return is_scale and (bias is None or not bias.any())
+    if bias is not None and bias.any():
+        return False
+    if scale is None or len(scale) == 1:
+        return scale is None or scale[0] in (0, 1)
+    return bool((scale == scale[0]).all() or (np.abs(scale - 1) <= limit).all())
 
 
 def _not_converged(model: Model) -> Iterator[Finding]:
@@ -206,13 +226,12 @@ def _not_converged(model: Model) -> Iterator[Finding]:
         rate = state.convention.rate(state.momentum)
         initial = (1 - rate) ** state.batches  # what is left of the 1 that a variance starts from
         with np.errstate(all="ignore"):
-            share = initial / state.var
+            share = initial / (state.var + state.eps)
         which = share > limit
         # Statistics that did not start from 1, pretrained ones for instance, may be below.
-        if which.any() and not (share > 1.001).any():
+        if which.any() and not (state.var < initial * 0.999).any():
             yield _of(
                 state,
-                "not_converged",
                 "warning",
                 f"After {state.batches:,} batches, the initial value 1 still makes up to "
                 f"{share[which].max():.0%} of the running variance, in {_listed(which)}.",
@@ -227,10 +246,9 @@ def _variance_below_eps(model: Model) -> Iterator[Finding]:
         if which.any():
             yield _of(
                 state,
-                "variance_below_eps",
                 "warning" if _is_most(which, "variance_below_eps") else "info",
                 f"The running variance is below eps = {state.eps:g} in {_listed(which)}, down to "
-                f"{_figure(state.var[which].min())}: eps, not the data, decides how they are "
+                f"{figure(state.var[which].min())}: eps, not the data, decides how they are "
                 "scaled.",
                 "Channels that are constant can be pruned; if all are this small, scale what "
                 "comes before, or take a smaller eps in training.",
@@ -254,15 +272,13 @@ def _dead_channels(model: Model) -> Iterator[Finding]:
                 which |= of_data
                 reasons.append(
                     f"its relu lets no value through in {_listed(of_data)} over "
-                    f"{state.seen.pooled.batches} batches"
+                    f"{state.seen.batches.batches} batches"
                 )
         if reasons:
-            said = ", and ".join(reasons)
             yield _of(
                 state,
-                "dead_channels",
                 "warning" if _is_most(which, "dead_channels") else "info",
-                f"{said[0].upper()}{said[1:]}.",
+                f"{', and '.join(reasons)}.",
                 "They can be pruned. If they are many, the learning rate or the weight decay of "
                 "the scale was high.",
                 which,
@@ -283,7 +299,6 @@ def _momentum_convention(model: Model) -> Iterator[Finding]:
         if is_odd:
             yield _of(
                 state,
-                "momentum_convention",
                 "warning",
                 f"momentum is {state.momentum:g}, and is {means} here: the statistics are those "
                 "of the last batches alone.",
@@ -302,9 +317,8 @@ def _float32_cancellation(model: Model) -> Iterator[Finding]:
             digits = max(0, math.floor(-math.log10(error[which].max())))
             yield _of(
                 state,
-                "float32_cancellation",
                 "info",
-                f"The mean is up to {_figure(state.shifts[which].max())} standard deviations "
+                f"The mean is up to {figure(state.shifts[which].max())} standard deviations "
                 f"from 0, in {_listed(which)}. In float32, {state.one_pass} subtracts squares "
                 f"that are nearly equal: {digits or 'none'} of a batch variance's 7 digits "
                 f"{'is' if digits == 1 else 'are'} left in training.",
@@ -315,45 +329,63 @@ def _float32_cancellation(model: Model) -> Iterator[Finding]:
 
 def _half_precision_statistics(model: Model) -> Iterator[Finding]:
     limits = THRESHOLDS["half_precision_statistics"]
+    harmless: dict[str, list[State]] = {}
     for state in model:
-        if state.dtype not in ("float16", "bfloat16"):
-            continue
         if state.dtype == "float16":
             which = np.isinf(state.var) | (state.var < limits["smallest_float16"])
             why = "the variance has left the range of float16"
-        else:
+        elif state.dtype == "bfloat16":
             which = np.isinf(state.var) | (state.shifts > limits["stds_bfloat16"])
             why = "the rounded mean is off by a good part of a standard deviation"
-        is_bad = bool(which.any())
-        more = f", and in {_listed(which)} {why}" if is_bad else ""
+        else:
+            continue
+        if not which.any():
+            harmless.setdefault(state.dtype, []).append(state)
+            continue
         yield _of(
             state,
-            "half_precision_statistics",
-            "warning" if is_bad else "info",
-            f"The running statistics are {state.dtype}{more}.",
+            "warning",
+            f"the running statistics are {state.dtype}, and in {_listed(which)} {why}.",
             "Keep running statistics in float32, in which small steps of training are not rounded "
-            "away; recalibrate those that were lost."
-            if is_bad
-            else "Nothing for evaluation; for training keep them in float32.",
-            which if is_bad else None,
+            "away; recalibrate those that were lost.",
+            which,
+        )
+    for dtype, states in harmless.items():
+        yield _of_all(
+            states,
+            "info",
+            f"the running statistics of {{layers}} are {dtype}",
+            "Nothing for evaluation; for training keep them in float32.",
         )
 
 
 def _drift(model: Model) -> Iterator[Finding]:
     limits = THRESHOLDS["drift"]
-    seen = [each for each in model if each.seen is not None]
     cause: str | None = None
-    for state in sorted(seen, key=lambda each: each.seen.order if each.seen else 0):
-        assert state.seen is not None
-        pooled = state.seen.pooled
-        if pooled.batches < limits["batches"]:
+    for state in _in_order(model):
+        batches = state.seen.batches.batches
+        if batches < limits["batches"]:
             continue
-        stds, ratio, which = drift_of(state)
+        drift = Drift.of(state)
+        which = drift.is_far | drift.is_other
         if not which.any():
             continue
-        stds, ratio = stds[which], ratio[which]
-        worst = max(ratio.max(), 1 / ratio.min())
-        is_severe = stds.max() >= limits["severe_stds"] or worst >= limits["severe_ratio"]
+        parts, is_severe = [], False
+        if drift.is_far.any():
+            stds = drift.stds[drift.is_far].max()
+            is_severe |= stds >= limits["severe_stds"]
+            parts.append(
+                f"the mean of the data is up to {figure(stds)} standard deviations from the "
+                "running mean"
+            )
+        if drift.is_other.any():
+            ratio = drift.ratio[drift.is_other]
+            low, high = ratio.min(), ratio.max()
+            is_severe |= max(high, 1 / low) >= limits["severe_ratio"]
+            span = (
+                figure(low) if figure(low) == figure(high) else f"{figure(low)} to {figure(high)}"
+            )
+            parts.append(f"the variance of the data is {span} times the running one")
         if state.is_frozen:
             severity, advice = "info", "Nothing, if it is frozen for that: it is meant to be."
         else:
@@ -362,81 +394,129 @@ def _drift(model: Model) -> Iterator[Finding]:
                 f"Look first at {cause}, where this begins."
                 if cause
                 else "Recalibrate on data of this kind; but see first whether the batches are "
-                "prepared as those of training were."
+                "prepared as those of training were, and whether dropout comes right before it."
             )
+            cause = cause or path_of("", state.name)
         yield _of(
             state,
-            "drift",
             severity,
-            f"In {_listed(which)}, the mean of the data is up to {_figure(stds.max())} standard "
-            f"deviations from the running mean, and their variance {_figure(ratio.min())} to "
-            f"{_figure(ratio.max())} times the running one ({pooled.batches} batches).",
+            f"in {_listed(which)}, {', and '.join(parts)} ({batches} batches).",
             advice,
             which,
         )
-        cause = cause or state.name
 
 
-def drift_of(state: State) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How far the data's mean is from the running one, in the data's standard deviations; their
-    variance over the running one, eps added to both; and where one of the two is too far."""
-    assert state.seen is not None
-    limits, pooled = THRESHOLDS["drift"], state.seen.pooled
-    data = pooled.statistics
-    with np.errstate(all="ignore"):
-        std = np.sqrt(data.var + state.eps)
-        stds = np.abs(state.mean - data.mean) / std
-        ratio = (data.var + state.eps) / (state.var + state.eps)
-        errors = limits["standard_errors"] * np.sqrt(
-            [each.var / (each.count - 1) for each in (pooled.batch_means, pooled.batch_vars)]
+def _in_order(model: Model) -> list[Any]:
+    """Those to which data came, in the order in which they came."""
+    return sorted((each for each in model if each.seen), key=lambda each: each.seen.order)
+
+
+class Drift(NamedTuple):
+    """How data differ from running statistics, in each channel.
+
+    Attributes
+    ----------
+    stds : how far the data's mean is from the running one, in the data's standard deviations
+    ratio : the data's variance over the running one, eps added to both
+    is_far, is_other : where the first, and the second, is more than chance and more than harmless
+    """
+
+    stds: np.ndarray
+    ratio: np.ndarray
+    is_far: np.ndarray
+    is_other: np.ndarray
+
+    @classmethod
+    def of(cls, state: Any) -> "Drift":
+        """It is enough if the data fit call by call, whatever the sizes of the calls.
+
+        So running statistics average a layer that is called several times with a batch.
+        """
+        limits, batches = THRESHOLDS["drift"], state.seen.batches
+        calls = state.seen.calls
+        with np.errstate(all="ignore"):
+            unit = np.maximum(batches.statistics.var, state.var) + state.eps
+            is_usual = batches.statistics.var > state.eps
+            errors = [
+                limits["standard_errors"] * _standard_error(scatter, power, is_usual)
+                for scatter, power in ((batches.batch_means, unit), (batches.batch_vars, unit**2))
+            ]
+            sides = []
+            for mean, var in (
+                (batches.statistics.mean, batches.statistics.var),
+                (calls.batch_means.mean, calls.batch_vars.mean),
+            ):
+                std = np.sqrt(var + state.eps)
+                stds = np.abs(state.mean - mean) / std
+                ratio = (var + state.eps) / (state.var + state.eps)
+                is_far = stds > np.maximum(limits["stds"], errors[0] / std)
+                is_other = np.maximum(ratio, 1 / ratio) > limits["ratio"]
+                is_other &= np.abs(state.var - var) > errors[1]
+                sides.append(cls(stds, ratio, is_far, is_other))
+        joined, apart = sides
+        known = (batches.statistics.count > 0) & np.isfinite(joined.stds + joined.ratio)
+        return joined._replace(
+            is_far=known & joined.is_far & apart.is_far,
+            is_other=known & joined.is_other & apart.is_other,
         )
-        is_far = stds > np.maximum(limits["stds"], errors[0] / std)
-        is_other = np.maximum(ratio, 1 / ratio) > limits["ratio"]
-        is_other &= np.abs(state.var - data.var) > errors[1]
-    return stds, ratio, (data.count > 0) & np.isfinite(stds + ratio) & (is_far | is_other)
+
+
+def _standard_error(scatter: Statistics, unit: np.ndarray, is_usual: np.ndarray) -> np.ndarray:
+    """Of the mean of what the batches have, each its own, and that scatters like this.
+
+    That of a few batches is itself uncertain, and the worst of many channels decides: so no
+    channel's is taken to be less than that of the layer's usual ones, in their units; and with n
+    batches it is widened by 1 + 2/n.
+    """
+    relative = scatter.var / (scatter.count - 1) / unit
+    usual = relative[np.isfinite(relative) & is_usual]
+    if len(usual):
+        relative = np.maximum(relative, usual.mean())
+    widened: np.ndarray = (1 + 2 / scatter.count) * np.sqrt(relative * unit)
+    return widened
 
 
 def _noisy_batches(model: Model) -> Iterator[Finding]:
     limits = THRESHOLDS["noisy_batches"]
-    for state in model:
-        if state.seen is None or state.is_frozen:
+    for state in _in_order(model):
+        batches = state.seen.batches
+        if state.is_frozen or batches.batches < limits["batches"]:
             continue
-        pooled = state.seen.pooled
-        if pooled.batches < limits["batches"]:
-            continue
-        means = pooled.batch_means
+        means = batches.batch_means
         with np.errstate(all="ignore"):
-            spread = np.sqrt(means.var * means.count / (means.count - 1))
-            spread = spread / np.sqrt(pooled.statistics.var + state.eps)
-        which = spread > limits["stds"]
-        if which.any():
-            elements = pooled.statistics.count.max() / pooled.batches
+            scatter = means.var * means.count / (means.count - 1)
+            relative = scatter / (batches.statistics.var + state.eps)
+        relative = relative[np.isfinite(relative)]
+        spread = math.sqrt(relative.mean()) if len(relative) else 0.0
+        if spread > limits["stds"]:
+            values = batches.statistics.count.max() / batches.batches
             yield _of(
                 state,
-                "noisy_batches",
                 "warning",
-                f"The means of {pooled.batches} batches, of {elements:,.0f} values each, lie up to "
-                f"{_figure(spread[which].max())} standard deviations apart, in {_listed(which)}.",
-                "Training normalizes by such means: take larger batches, mix the examples, share "
-                "the batch among processes (sync), or freeze the layer.",
-                which,
+                f"the means of {batches.batches} batches, of {values:,.0f} value"
+                f"{'s' * (round(values) != 1)} a channel each, scatter by {figure(spread)} "
+                "standard deviations.",
+                "If training's batches are made like these, it normalizes by such means: take "
+                "larger batches, mix the examples, share the batch among processes (sync), or "
+                "freeze the layer.",
             )
 
 
-def _figure(value: float) -> str:
-    return f"{value:.3g}"
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
-_RULES: tuple[Callable[[Model], Iterator[Finding]], ...] = (
-    _not_finite,
-    _negative_variance,
-    _never_updated,
-    _not_converged,
-    _variance_below_eps,
-    _dead_channels,
-    _momentum_convention,
-    _float32_cancellation,
-    _half_precision_statistics,
-    _drift,
-    _noisy_batches,
-)
+_RULES: dict[str, Rule] = {
+    "not_finite": _not_finite,
+    "negative_variance": _negative_variance,
+    "never_updated": _never_updated,
+    "not_converged": _not_converged,
+    "variance_below_eps": _variance_below_eps,
+    "dead_channels": _dead_channels,
+    "momentum_convention": _momentum_convention,
+    "float32_cancellation": _float32_cancellation,
+    "half_precision_statistics": _half_precision_statistics,
+    "drift": _drift,
+    "noisy_batches": _noisy_batches,
+}
+KINDS = (*_RULES,)

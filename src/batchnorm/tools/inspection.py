@@ -13,8 +13,9 @@ from . import checkpoints
 from .checkpoints import CheckpointError
 from .observation import See, check_batches, check_seen
 from .pooling import Pooled
+from .progress import shown
 from .report import Report
-from .states import LOOKED_FOR, Place, Seen, State, Track, places_in, read
+from .states import LOOKED_FOR, Found, Seen, State, found_in
 
 
 def inspect(mapping: Mapping[Any, Any]) -> Report:
@@ -33,6 +34,7 @@ def inspect(mapping: Mapping[Any, Any]) -> Report:
     Returns
     -------
     Report
+        Channels are counted through all axes of a layer's statistics, where they have several.
 
     Raises
     ------
@@ -59,56 +61,63 @@ def inspect(mapping: Mapping[Any, Any]) -> Report:
             "mapping must be a mapping from names to arrays, as a state_dict is, "
             f"but got {type(mapping).__name__}."
         )
-    places = places_in(mapping)
-    if not places:
+    found = found_in(mapping)
+    if not found:
         raise ValueError(f"mapping holds no batch normalization. Looked for {LOOKED_FOR}.")
-    return Report(read(places))
+    return Report([each.read() for each in found])
 
 
-def inspect_files(files: Sequence[Path], track: Track[Place] = list) -> Report:
-    """As `inspect`, of checkpoint files, each of which is a group; `track` shows how far it is."""
-    places = []
+def inspect_files(files: Sequence[Path], *, progress: bool) -> Report:
+    """As `inspect`, of checkpoint files, each of which is a group of its own."""
+    found: list[Found] = []
+    files = [*dict.fromkeys(files)]
     for path in files:
         checkpoint = checkpoints.read(path)
-        found = places_in(checkpoint.tree, checkpoint.settings)
-        if not found:
+        here = found_in(checkpoint.tree, checkpoint.settings)
+        if not here:
             raise CheckpointError(f"{path} holds no batch normalization. Looked for {LOOKED_FOR}.")
-        for each in found if len(files) > 1 else []:
+        for each in here if len(files) > 1 else []:
             each.group = f"{path}, {each.group}" if each.group else str(path)
-        places += found
-    return Report(read(places, track))
+        found += here
+    with shown("Reading", found, 1, progress=progress) as walk:
+        return Report([each.read() for each in walk()])
 
 
 def inspect_model(
     states: Sequence[State],
     batches: Iterable[Any] | None,
     observed: Callable[[See], AbstractContextManager[None]],
-    call: Callable[[Any], object],
+    call: Callable[[Any], Any],
 ) -> Report:
-    """A report of a model's layers, each of which may be without running statistics.
+    """A report of the layers of a model that keep running statistics.
 
     `call` calls the model with a batch, within what a door's `observed` makes of a `see`.
     """
     if not states:
         raise ValueError(
-            "model must have a batch normalization that keeps running statistics, but has none."
+            "There must be a batch normalization that keeps running statistics, but there is none."
         )
+    if batches is None:
+        return Report(states)
+    check_batches(batches)
     seen: dict[str, Seen] = {}
+    now: dict[str, Pooled] = {}  # what has come to each in the calls with one batch
 
     def see(name: str, statistics: Statistics, is_positive: np.ndarray | None) -> None:
-        if name not in seen:
-            seen[name] = Seen(pooled=Pooled(len(statistics.mean)), order=len(seen))
-        here = seen[name]
-        here.pooled.add(statistics)
+        channels = len(statistics.mean)
+        here = seen.setdefault(name, Seen(Pooled(channels), Pooled(channels), len(seen)))
+        here.calls.add(statistics)
+        now.setdefault(name, Pooled(channels)).add(statistics)
         if is_positive is not None:
             before = False if here.is_positive is None else here.is_positive
             here.is_positive = before | is_positive
 
-    if batches is not None:
-        check_batches(batches)
-        number = 0
-        with observed(see):
-            for number, batch in enumerate(batches, 1):  # noqa: B007
-                call(batch)
-        check_seen(number, len(states), len(seen))
+    number = 0
+    with observed(see):
+        for number, batch in enumerate(batches, 1):  # noqa: B007
+            call(batch)
+            for name, pooled in now.items():
+                seen[name].batches.add(pooled.statistics)
+            now.clear()
+    check_seen(number, len(states), len(seen))
     return Report([replace(each, seen=seen.get(each.name)) for each in states])

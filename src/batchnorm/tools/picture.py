@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..installation import missing
-from .findings import drift_of
+from .findings import Drift
 from .states import State
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ def draw(report: "Report") -> "Figure":
     step = -(-count // _MOST_NAMES)
     named = [row for row in range(count) if row % step == 0 or worst[row] in ("severe", "warning")]
     axes[0].set_yticks(named, [_short(states[row].path) for row in named], fontsize=8)
+    for label, row in zip(axes[0].get_yticklabels(), named, strict=True):
+        label.set_parse_math(False)  # a name may have what looks like a formula
+        label.set_color(colors[row] if worst[row] in ("severe", "warning") else "black")
     axes[0].set_ylim(count - 0.5, -0.5)
     there = [each for each in _COLORS if each in worst]
     handles = [axes[0].plot([], [], color=_COLORS[each], linewidth=4)[0] for each in there]
@@ -73,7 +76,7 @@ def _positive(values: np.ndarray) -> np.ndarray:
 
 
 def _off(state: State) -> np.ndarray:
-    return np.full(1, np.nan) if state.seen is None else drift_of(state)[0]
+    return np.full(1, np.nan) if state.seen is None else Drift.of(state).stds
 
 
 def _span(values: np.ndarray) -> tuple[float, float, float]:
@@ -84,4 +87,7 @@ def _span(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _short(name: str, longest: int = 40) -> str:
-    return name if len(name) <= longest else f"…{name[1 - longest :]}"
+    """Without its middle: layers differ at the end, and models at the beginning."""
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest // 3]}…{name[1 - longest + longest // 3 :]}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..installation import missing
-from .findings import SEVERITIES, Finding, drift_of, findings_of
+from .findings import SEVERITIES, THRESHOLDS, Drift, Finding, figure, findings_of
 from .states import State
 
 if TYPE_CHECKING:
@@ -48,7 +48,11 @@ class Report:
         worst = [self.worst(each) for each in self.layers]
         said = [f"{each} in {worst.count(each)}" for each in SEVERITIES if each in worst]
         what = f"{len(worst)} normalization{'s' * (len(worst) != 1)}"
-        return f"{what}: {', '.join(said) if said else 'nothing odd'}."
+        batches = [0 if each.seen is None else each.seen.batches.batches for each in self.layers]
+        least = THRESHOLDS["drift"]["batches"]
+        few = sum(each < least for each in batches) if any(each.seen for each in self.layers) else 0
+        unseen = f" To {few} came fewer than {least} batches, too few to see drift." if few else ""
+        return f"{what}: {', '.join(said) if said else 'nothing odd'}.{unseen}"
 
     def worst(self, state: State) -> str:
         """The worst severity of what was found about a layer; "" for nothing."""
@@ -108,12 +112,10 @@ class Report:
             cells = [str(row["channels"])]
             if is_counted:
                 cells.append("" if state.batches is None else f"{state.batches:,}")
-            cells.append(_figure(row["largest_shift"]))
-            cells.append(
-                f"{_figure(row['smallest_variance'])} … {_figure(row['largest_variance'])}"
-            )
+            cells.append(figure(row["largest_shift"]))
+            cells.append(f"{figure(row['smallest_variance'])} … {figure(row['largest_variance'])}")
             if is_seen:
-                cells.append(_figure(row["drift"]["mean_off_by_stds"]) if row["drift"] else "")
+                cells.append(figure(row["drift"]["mean_off_by_stds"]) if row["drift"] else "")
             found = Text(", ").join(
                 Text(each.kind, _COLORS[each.severity]) for each in self._about(state)
             )
@@ -142,13 +144,12 @@ def _row(state: State) -> dict[str, Any]:
     """One layer in figures; None where a number is not finite, which JSON can't hold."""
     drift = None
     if state.seen is not None:
-        stds, ratio, _ = drift_of(state)
-        pooled = state.seen.pooled
+        found = Drift.of(state)
         drift = {
-            "batches": pooled.batches,
-            "mean_off_by_stds": _largest(stds),
-            "smallest_variance_ratio": _smallest(ratio),
-            "largest_variance_ratio": _largest(ratio),
+            "batches": state.seen.batches.batches,
+            "mean_off_by_stds": _largest(found.stds),
+            "smallest_variance_ratio": _smallest(found.ratio),
+            "largest_variance_ratio": _largest(found.ratio),
         }
     return {
         "name": state.name,
@@ -175,7 +176,3 @@ def _largest(values: np.ndarray) -> float | None:
 def _smallest(values: np.ndarray) -> float | None:
     largest = _largest(-values)
     return None if largest is None else -largest
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"

@@ -5,9 +5,9 @@ that a program has wrapped, or put in a mapping beside others.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,17 +23,20 @@ ONE_PASS = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Seen:
     """What came to a layer in the batches that were looked at.
 
     Attributes
     ----------
+    batches : all calls with a batch as one
+    calls : each of its own, which is the same but for a layer that a model calls several times
     order : its number in the order in which layers were called first
     is_positive : whether a channel's output was, anywhere; None where it need not be
     """
 
-    pooled: Pooled
+    batches: Pooled
+    calls: Pooled
     order: int = 0
     is_positive: np.ndarray | None = None
 
@@ -93,11 +96,11 @@ def path_of(group: str, name: str) -> str:
 
 
 @dataclass(kw_only=True)
-class Place:
-    """Where a layer's arrays are, unread."""
+class Found:
+    """A layer whose arrays are yet to be read."""
 
     group: str
-    name: tuple[str, ...]
+    name: str
     is_under_batch_stats: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
@@ -110,15 +113,15 @@ class Place:
             if all(each in self.arrays for each in (names.mean, names.var)):
                 is_plain = framework == "flax"  # mean and var may be anything's
                 known = self.is_under_batch_stats or {names.scale, names.bias} & set(self.arrays)
-                shapes = {tuple(self.arrays[each].shape) for each in (names.mean, names.var)}
-                if len(shapes) == 1 and () not in shapes and (known or not is_plain):
+                mean, var = (tuple(self.arrays[each].shape) for each in (names.mean, names.var))
+                if mean == var and mean and 0 not in mean and (known or not is_plain):
                     return framework
         return None
 
     def read(self) -> State:
         assert self.framework is not None
         return state(
-            self.settings.get("name") or ".".join(self.name),
+            self.name,
             self.framework,
             self.arrays.get,
             group=self.group,
@@ -146,21 +149,34 @@ def state(
     mean, var, scale, bias = (
         get(each) for each in (names.mean, names.var, names.scale, names.bias)
     )
-    batches = get(_COUNTER)
+    kept = values(mean)
+    batches = _finite(values(get(_COUNTER)))
     return State(
         name=name,
         framework=framework,
-        mean=values(mean),
+        mean=kept,
         var=values(var),
-        scale=None if scale is None else values(scale),
-        bias=None if bias is None else values(bias),
+        scale=_if_of(kept, values(scale)),
+        bias=_if_of(kept, values(bias)),
         dtype=name_of(var.dtype),
-        batches=None if batches is None else int(values(batches)[0]),
+        batches=batches,
         eps=names.eps if eps is None else float(eps),
         momentum=None if momentum is None else float(momentum),
         one_pass=None if is_exact else ONE_PASS[framework],
         **more,
     )
+
+
+def _finite(counter: np.ndarray | None) -> int | None:
+    """A counter that was cast with all else may have become infinite."""
+    if counter is None or len(counter) != 1 or not np.isfinite(counter[0]):
+        return None
+    return int(counter[0])
+
+
+def _if_of(mean: np.ndarray, parameter: np.ndarray | None) -> np.ndarray | None:
+    """What has another name in another layer: the weight of a convolution, beside statistics."""
+    return parameter if parameter is None or parameter.shape == mean.shape else None
 
 
 _BY_NAMES = ("torch", "keras", "flax")
@@ -178,21 +194,24 @@ LOOKED_FOR = "; ".join(
         ("Flax, where batch_stats is above them, or scale or bias beside", CONVENTIONS["flax"]),
     )
 )
-# Keys and attributes that stand for a whole model, of trainers and wrappers.
-_WRAPPERS = {"state_dict", "model_state_dict", "model_state", "model", "module", "_orig_mod"}
+# Keys that stand for a whole model, of trainers; and attributes of wrappers, wherever they are.
+_WRAPPERS = {"state_dict", "model_state_dict", "model_state", "model", "module"}
+_WITHIN = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _COLLECTIONS = {"params", "batch_stats", "variables"}  # of Flax, of which each holds a part
 _KEPT_BY_FLAX = {"value", "raw_value"}  # below the name of a Variable, as some checkpoints have it
-# Further models within one, by the names that averages and teachers have: an underscore may be what
-# separates the name from the rest.
+_OPTIMIZERS = {
+    *("optim", "optimizer", "optimizers", "opt_state", "optimizer_state", "optimizer_states"),
+    *("optim_state", "optimizer_state_dict", "optim_state_dict", "optimizer_states_dict"),
+}
+# Further models within one, by the names that averages and teachers have.
 _OTHER_MODEL = re.compile(r"((?:\w+_)?(?:ema|teacher|student)(?:_(?:model|net|network|encoder))?)$")
-_OTHER_MODEL_FLAT = re.compile(r"(ema|teacher|student)_(?=\w+_)")
-
-Item = TypeVar("Item")
-Track = Callable[[list[Item]], Iterable[Item]]
+_AVERAGE = "ema_"  # before a whole name in which the dots have become underscores, too
 
 
-def values(array: Any) -> np.ndarray:
-    """Any framework's, or one that is still in a file, as float64 of one axis."""
+def values(array: Any) -> Any:
+    """Any framework's, or one that is still in a file, as float64 of one axis; None of none."""
+    if array is None:
+        return None
     kept = array.read() if hasattr(array, "read") else array.tolist()
     return np.asarray(kept, np.float64).ravel()
 
@@ -202,37 +221,71 @@ def name_of(dtype: Any) -> str:
     return str(getattr(dtype, "name", None) or dtype).rpartition(".")[2]
 
 
-def places_in(
+def found_in(
     tree: Mapping[Any, Any], settings: Mapping[tuple[str, ...], Mapping[str, Any]] | None = None
-) -> list[Place]:
+) -> list[Found]:
     """The layers among the arrays of a mapping, which may be of mappings, in its order."""
-    places: dict[tuple[str, tuple[str, ...]], Place] = {}
+    places: dict[_Place, Found] = {}
     for keys, leaf in _leaves(tree):
-        parts = [part for key in keys for part in re.split(r"[./]", key) if part]
+        parts = [part for key in keys for part in _parts(key)]
         while len(parts) > 1 and parts[-1] in _KEPT_BY_FLAX:
             parts.pop()
         prefix, role = _split(parts)
         if role is None:
             continue
-        is_flat = len(re.split(r"[./]", keys[-1])) > 1  # keys[:-1] lead to a whole state_dict
-        name = tuple(part for part in prefix if part not in _COLLECTIONS)
-        group, name = _apart(name, _length(keys[:-1]) if is_flat else 0)
-        place = places.setdefault((group, name), Place(group=group, name=name))
+        is_flat = len(_parts(keys[-1])) > 1  # what is above leads to a whole state_dict
+        above = sum(len(_parts(key)) for key in keys[:-1]) if is_flat else 0
+        place = places.setdefault(_Place.of(prefix, above), Found(group="", name=""))
         place.is_under_batch_stats |= "batch_stats" in prefix
         place.settings = (settings or {}).get(keys[:-1], place.settings)
         place.arrays[role] = leaf
-    found = [each for each in places.values() if each.framework is not None]
-    shown = {each.group: _without_wrappers(each.group) for each in found}
-    if len(shown) == 1:  # which needs no name then
-        shown = dict.fromkeys(shown, "")
-    if len({*shown.values()}) == len(shown):
-        for each in found:
-            each.group = shown[each.group]
-    return found
+    found = {place: each for place, each in places.items() if each.framework is not None}
+    _give_names(found)
+    return [*found.values()]
 
 
-def read(places: list[Place], track: Track[Place] = list) -> list[State]:
-    return [each.read() for each in track(places)]
+class _Place(NamedTuple):
+    """The keys above a whole model, what wraps it or tells it from others, and the layer in it."""
+
+    above: tuple[str, ...]
+    leading: tuple[str, ...]
+    name: tuple[str, ...]
+
+    @classmethod
+    def of(cls, parts: list[str], above: int) -> "_Place":
+        kept = [part for part in parts[above:] if part not in _COLLECTIONS | _WITHIN]
+        end = 0
+        while end < len(kept) - 1 and (kept[end] in _WRAPPERS or _OTHER_MODEL.match(kept[end])):
+            end += 1
+        return cls(tuple(parts[:above]), tuple(kept[:end]), tuple(kept[end:]))
+
+    def shown(self, others: set[str]) -> tuple[str, str]:
+        """Without wrappers. `others` are all names of layers, with underscores."""
+        above = [part for part in self.above if part == "model" or part not in _WRAPPERS]
+        leading = [part for part in self.leading if part not in _WRAPPERS]
+        name = ".".join(self.name)
+        if name.startswith(_AVERAGE) and name.removeprefix(_AVERAGE) in others:
+            leading, name = [*leading, _AVERAGE.rstrip("_")], name.removeprefix(_AVERAGE)
+        return ".".join(above + leading), name
+
+
+def _give_names(found: Mapping[_Place, Found]) -> None:
+    """Names without wrappers, and those that Keras gives, as far as they tell layers apart."""
+    others = {"_".join(place.name) for place in found}
+    short = [place.shown(others) for place in found]
+    given = [
+        (group, each.settings.get("name") or name)
+        for (group, name), each in zip(short, found.values(), strict=True)
+    ]
+    full = [(".".join(place.above + place.leading), ".".join(place.name)) for place in found]
+    names = next(each for each in (given, short, full) if len({*each}) == len(each) or each is full)
+    is_one = len({group for group, _ in names}) == 1  # which needs no name then
+    for each, (group, name) in zip(found.values(), names, strict=True):
+        each.group, each.name = "" if is_one else group, name
+
+
+def _parts(key: str) -> list[str]:
+    return [part for part in re.split(r"[./]", key) if part]
 
 
 def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -240,13 +293,19 @@ def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
     if isinstance(tree, Mapping):
         if "param_groups" not in tree:
             for key, value in tree.items():
-                if not str(key).lower().startswith(("optim", "opt_state")):
-                    yield from _leaves(value, (*keys, str(key)))
+                path = tuple(map(str, key)) if isinstance(key, tuple) else (str(key),)
+                if not _OPTIMIZERS.intersection(path):
+                    yield from _leaves(value, (*keys, *path))
     elif isinstance(tree, (list, tuple)) and not hasattr(tree, "shape"):
         for index, value in enumerate(tree):
             yield from _leaves(value, (*keys, str(index)))
-    elif keys and hasattr(tree, "shape") and hasattr(tree, "dtype"):
+    elif keys and _is_array(tree):
         yield keys, tree
+
+
+def _is_array(value: Any) -> bool:
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return is_array and not getattr(value, "is_meta", False)  # of PyTorch, without values
 
 
 def _split(parts: list[str]) -> tuple[list[str], str | None]:
@@ -262,24 +321,3 @@ def _split(parts: list[str]) -> tuple[list[str], str | None]:
         if last.endswith(f"_{name}"):
             return [*prefix, last.removesuffix(f"_{name}")], name
     return prefix, None
-
-
-def _length(keys: tuple[str, ...]) -> int:
-    return sum(len([part for part in re.split(r"[./]", key) if part]) for key in keys)
-
-
-def _without_wrappers(group: str) -> str:
-    parts = group.split(".")
-    return ".".join(part for part in parts if part == "model" or part not in _WRAPPERS)
-
-
-def _apart(name: tuple[str, ...], leading: int) -> tuple[str, tuple[str, ...]]:
-    """The model's name, of which the first `leading` parts are in any case, and the layer's."""
-    end = min(leading, len(name))
-    while end < len(name) - 1 and (name[end] in _WRAPPERS or _OTHER_MODEL.match(name[end])):
-        end += 1
-    group, rest = [*name[:end]], [*name[end:]]
-    if rest and (found := _OTHER_MODEL_FLAT.match(rest[0])):
-        group.append(found[1])
-        rest[0] = rest[0].removeprefix(found[0])
-    return ".".join(group), tuple(rest)

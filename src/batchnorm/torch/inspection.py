@@ -52,13 +52,19 @@ last batches alone.
             eps=vars(layer)["eps"],
             momentum=getattr(layer, "momentum", None),
             is_exact=isinstance(layer, Layer),
-            is_frozen=is_frozen(layer),
+            is_frozen=is_frozen(layer) or (_is_fixed(layer) and not _is_fixed(model)),
             is_of_model=True,
         )
         for path, layer in normalizations(model).items()
         if layer.running_mean is not None and layer.running_var is not None
     ]
     return inspect_model(states, batches, lambda see: observed(model, see), call_of(model, forward))
+
+
+def _is_fixed(module: torch.nn.Module) -> bool:
+    """Whether none of its parameters is trained: of a layer alone, it is frozen in this way."""
+    parameters = [*module.parameters()]
+    return bool(parameters) and not any(each.requires_grad for each in parameters)
 
 
 def _array(layer: torch.nn.Module, name: str) -> Any:

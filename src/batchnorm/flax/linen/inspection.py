@@ -1,15 +1,19 @@
 """What is sick in a model's variables."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
+
+from flax import traverse_util
 
 from ... import checks
 from ...tools import Report
 from ...tools.inspection import inspect_model
-from ...tools.observation import See
-from ...tools.states import places_in
+from ...tools.observation import call_of
+from ...tools.states import state
 from ._observation import observed
+
+_DICTS: Any = traverse_util
 
 
 def inspect(
@@ -28,7 +32,7 @@ def inspect(
     variables : mapping
         With the collections "params" and "batch_stats", as `init` returns them.
     batches : iterable, optional
-        What `apply` is called with, once each.
+        What `apply` is called with, once each; of a tuple or list, its first element.
     apply : callable, optional
         Of the variables and a batch, to call the model in evaluation:
         ``lambda variables, images: model.apply(variables, images, train=False)``, say; and not
@@ -65,15 +69,18 @@ def inspect(
         given, absent = ("batches", "apply") if apply is None else ("apply", "batches")
         raise TypeError(f"{given} needs {absent}: apply(variables, batch) calls the model.")
 
-    @contextmanager
-    def with_names_of_files(see: See) -> Iterator[None]:
-        with observed(lambda path, *seen: see(path.replace("/", "."), *seen)):
-            yield
+    collections = (variables.get(name, {}) for name in ("params", "batch_stats"))
+    arrays: dict[Any, Any] = {}
+    for each in collections:
+        arrays |= _DICTS.flatten_dict(each)
+    states = [
+        state("/".join(path), "flax", partial(_array, arrays, path), is_of_model=True)
+        for *path, name in arrays
+        if name == "var" and (*path, "mean") in arrays
+    ]
+    call = call_of(lambda x: apply(variables, x) if apply else None, None)
+    return inspect_model(states, batches, observed, call)
 
-    states = [each.read() for each in places_in(variables)]
 
-    def call(batch: Any) -> object:
-        assert apply is not None
-        return apply(variables, batch)
-
-    return inspect_model(states, batches, with_names_of_files, call)
+def _array(arrays: Mapping[tuple[str, ...], Any], path: list[str], name: str) -> Any:
+    return arrays.get((*path, name))
