@@ -98,6 +98,9 @@ class FusedForward:
             each.default is each.empty and each.kind < each.VAR_POSITIONAL for each in parameters
         )
 
+    def __reduce__(self) -> Any:
+        return FusedForward, (self.owner, self.programs, self.settings)
+
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         owner = self.owner
         if not self._serves(arguments, keywords):
