@@ -213,6 +213,7 @@ def test_models(model):
     assert [path for path, _ in folded.named_children()] == [p for p, _ in model.named_children()]
     alike_in_evaluation(folded, model, x)
     alike_in_evaluation(pickle.loads(pickle.dumps(folded)), model, x)
+    assert not any("forward" in vars(each) for each in folded.modules())
     traced = torch.fx.symbolic_trace(folded)
     alike_in_evaluation(traced, model, x)
     if isinstance(folded, nn.Sequential):
@@ -248,6 +249,36 @@ def test_a_pair_in_two_modules():
     folded = bt.fold(model)
     assert outcome(folded) == {"1": ("folded", "into the Conv2d '0.1'")}
     alike_in_evaluation(folded, model, tensor(2, 3, 6, 6))
+
+
+class Head(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.norm = body, nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.body(x))
+
+
+class Around(nn.Module):
+    """Which calls the body a second time, and can't be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3))
+        self.head = Head(self.body)
+
+    def forward(self, x):
+        return self.body(x) + self.head(x) if x.sum() < 1e9 else x
+
+
+def test_a_sequential_that_something_unknown_may_call_too():
+    model = filled(Around())
+    x = tensor(2, 3, 6, 6)
+    folded = bt.fold(model, x)
+    assert outcome(folded)["head.norm"][0] == "left"
+    assert outcome(bt.fold(model.head))["norm"] == ("folded", "into the Conv2d 'body.0'")
+    alike_in_evaluation(folded, model, x)
 
 
 # ---- what must not be folded, or is folded although it looks as if it must not
