@@ -5,6 +5,7 @@ by in a copy of the model that has none.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 
 import measure
@@ -122,6 +123,18 @@ def calls(model: nn.Module, shape: tuple[int, ...], layout: str) -> measure.Call
     }
 
 
+def parts(found: list[measure.Result]) -> str:
+    """What part of a step is normalization, by what it is shorter by without."""
+    shares = defaultdict(list)
+    for each, without in zip(found, found[1:], strict=False):
+        if without.side == "no normalization":
+            shares[each.call].append(1 - without.ratio / each.ratio)
+    return ", ".join(
+        f"{' or '.join(f'{share:.0%}' for share in of_layouts)} of a {call}"
+        for call, of_layouts in shares.items()
+    )
+
+
 def main() -> None:
     arguments = measure.options(__doc__)
     torch.set_num_threads(measure.THREADS)
@@ -140,9 +153,8 @@ def main() -> None:
     title = (
         f"PyTorch {torch.__version__}, float32: forward and backward. In ResNet-18, fuse makes 17 "
         "of 20 normalizations one with a relu, 8 of these with an addition; in MobileNetV2 none, "
-        "for relu6 is no activation of ours. Convolutions are the most of a step: what "
-        "normalization takes in torch.nn's is the difference of the last two columns, and the "
-        f"last tells what is left without. {batchnorm.native_status()}"
+        "since relu6 is no activation of ours. The rest is convolutions for the most part: with "
+        f"torch.nn's layers, normalization takes {parts(found)}. {batchnorm.native_status()}"
     )
     measure.show(found, title, arguments.json)
 
