@@ -7,6 +7,7 @@ by in a copy of the model that has none.
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import pairwise
 
 import measure
 import numpy as np
@@ -126,7 +127,7 @@ def calls(model: nn.Module, shape: tuple[int, ...], layout: str) -> measure.Call
 def parts(found: list[measure.Result]) -> str:
     """What part of a step is normalization, by what it is shorter by without."""
     shares = defaultdict(list)
-    for each, without in zip(found, found[1:], strict=False):
+    for each, without in pairwise(found):
         if without.side == "no normalization":
             shares[each.call].append(1 - without.ratio / each.ratio)
     return ", ".join(
