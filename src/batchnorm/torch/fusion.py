@@ -86,8 +86,8 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
     -----
     What a forward does beside computing, printing say, it does while it is traced, and no longer in
     a call. One that sets attributes, draws random numbers by itself, decides by values or types of
-    tensors or changes autograd's mode is left as it is. torch.nn.DataParallel, which copies modules in a
-    way of its own, does not go with what is fused; DistributedDataParallel does.
+    tensors or changes autograd's mode is left as it is. torch.nn.DataParallel, which copies modules
+    in a way of its own, does not go with what is fused; DistributedDataParallel does.
 
     Examples
     --------
