@@ -32,12 +32,12 @@ def inspect(
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8, momentum=0.9))
     >>> print(batchnorm.torch.inspect(model))
     warning: momentum_convention
-      1: momentum is 0.9, and is the weight of the new value here: the statistics are those of the \
+      1: Momentum is 0.9, and is the weight of the new value here: the statistics are those of the \
 last batches alone.
       → If it was meant as the weight of the old value, as other frameworks have it, give 0.1.
     <BLANKLINE>
     info: never_updated
-      1: This layer is as initialized, statistics, scale and bias.
+      1: The layer is as in a new network: statistics, scale and bias.
       → Nothing, if this is an untrained network, or a new head.
     <BLANKLINE>
     1 normalization: warning in 1.
