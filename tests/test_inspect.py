@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from batchnorm.tools import inspect
-from batchnorm.tools.states import found_in
+from batchnorm.tools.search import found_in
 
 A, COUNTER = np.full(3, 0.5, np.float32), np.array(7)
 TORCH = {

@@ -15,7 +15,8 @@ from .observation import See, check_batches, check_seen
 from .pooling import Pooled
 from .progress import shown
 from .report import Report
-from .states import LOOKED_FOR, Found, Seen, State, found_in
+from .search import LOOKED_FOR, Found, found_in
+from .states import Seen, State
 
 
 def inspect(mapping: Mapping[Any, Any]) -> Report:
