@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import mlx.core as mx
+import mlx.nn
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch.masked import masked_tensor
 
 import batchnorm.numpy
 import batchnorm.torch
+from batchnorm.documentation import COMMON
 from batchnorm.numpy import Statistics
 
 # PyTorch says so of nested and of masked tensors whenever one is made, and they are made here to be
@@ -29,6 +31,7 @@ from batchnorm.numpy import Statistics
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of .* is in prototype stage")
 
 SHAPE, FEATURES = (6, 4), (4,)
+TOOLS = ("inspect", "recalibrate")  # whose arguments are models
 OPTIONAL = ("scale", "bias", "mask", "residual", "out")
 
 
@@ -304,8 +307,7 @@ FUNCTIONS = {
     (door, name): inspect.signature(getattr(door.functions, name)).parameters
     for door in (NUMPY, MLX, JAX, TORCH)
     for name in door.functions.__all__
-    if inspect.isfunction(getattr(door.functions, name))
-    and name not in ("convert", "in_plain_jax", "revert")
+    if inspect.isfunction(getattr(door.functions, name)) and name in COMMON and name not in TOOLS
 }
 ARGUMENTS = [(*key, argument) for key, names in FUNCTIONS.items() for argument in names]
 
@@ -435,6 +437,75 @@ def test_each_argument_of_functional(argument: str, training: bool):
     assert not refusals(call, (each for each in wrong if each.name != "of rank 0"), argument)
     assert torch.equal(mean, torch.zeros(FEATURES))
     assert torch.equal(var, torch.ones(FEATURES))
+
+
+# ---- functions of models
+
+
+def models(_: Door) -> Iterator[Wrong]:
+    yield from (Wrong(repr(each), each) for each in (None, 3, "abc", {}, torch.ones(3), abs))
+
+
+def batches(door: Door) -> Iterator[Wrong]:
+    yield from (Wrong(repr(each), each) for each in (3, abs, [], iter(())))
+    yield Wrong("an array", door.array(values(SHAPE)))
+
+
+def functions(_: Door) -> Iterator[Wrong]:
+    yield from (Wrong(repr(each), each) for each in (3, "abc", []))
+
+
+def normalize_by(_: Door) -> Iterator[Wrong]:
+    yield from (Wrong(repr(each), each) for each in (None, 3, "both", True, ["batch"]))
+
+
+OF_TOOLS = {
+    "model": models,
+    "batches": batches,
+    "forward": functions,
+    "normalize_by": normalize_by,
+    "progress": boolean,
+    "sync": sync,
+    "group": group,
+    "layer": models,
+    "normalization": models,
+}
+# What fold's example may be is for the model to say.
+TOOLS_ARGUMENTS = [
+    (door, name, argument)
+    for door in (MLX, TORCH)
+    for name in ("changes", "fold", "fuse", "inspect", "recalibrate")
+    if hasattr(door.functions, name)
+    for argument in inspect.signature(getattr(door.functions, name)).parameters
+    if argument != "example"
+]
+
+
+@pytest.mark.parametrize(
+    ("door", "function", "argument"),
+    [pytest.param(*each, id=f"{each[0].name}-{each[1]}-{each[2]}") for each in TOOLS_ARGUMENTS],
+)
+def test_each_argument_of_tools(door: Door, function: str, argument: str):
+    layer, norm = (torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    model = torch.nn.Sequential(layer, norm)
+    if door is MLX:
+        layer, norm = mlx.nn.Linear(4, 4), mlx.nn.BatchNorm(4)
+        model = mlx.nn.Sequential(layer, norm)
+    right = {"layer": layer, "normalization": norm, "model": model}
+    right["batches"] = [door.array(values(SHAPE))] * 2
+    called = getattr(door.functions, function)
+    right = {
+        key: each for key, each in right.items() if key in inspect.signature(called).parameters
+    }
+    if function == "changes":
+        batchnorm.torch.fuse(model)
+    if function == "fold" and door is MLX:
+        norm.eval()
+    called(**right)
+    wrong = OF_TOOLS[argument](door)
+    if (function, argument) == ("inspect", "batches"):
+        wrong = (each for each in wrong if each.value is not None)
+    assert not refusals(lambda value: called(**{**right, argument: value}), wrong, argument)
 
 
 # ---- Statistics.merge

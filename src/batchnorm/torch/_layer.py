@@ -186,7 +186,6 @@ class Layer(_compat.BatchNormBase):
         input: Tensor,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
-        *,
         activation: str | None = None,
     ) -> Tensor:
         """Normalize the input: in training by the batch, else by the running statistics.
