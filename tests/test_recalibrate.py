@@ -291,6 +291,19 @@ def test_a_keras_model_that_is_not_built():
         bk.recalibrate(model, BATCHES)
 
 
+class OverTime(mlx.nn.BatchNorm):
+    """Of arrays whose channels are in another place."""
+
+    def __call__(self, x):
+        return super().__call__(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def test_what_a_layer_of_mlx_normalizes_may_be_no_input_of_it():
+    model = mlx.nn.Sequential(OverTime(CHANNELS))
+    with pytest.raises(ValueError, match=r"comes to layers\.0 has 5 channels, .* statistics of 3"):
+        batchnorm.mlx.recalibrate(model, [mx.zeros((2, CHANNELS, 5))])
+
+
 def compiled_mlx():
     layer = mlx.nn.BatchNorm(CHANNELS)
     return batchnorm.mlx, layer, mx.array, {"forward": lambda model, x: mx.compile(model)(x)}
@@ -363,6 +376,19 @@ class Doubling(nn.BatchNorm1d):
         return 2 * super().forward(x)
 
 
+def test_a_model_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.BatchNorm1d(CHANNELS)
+    bt.recalibrate(model, [torch.tensor(BATCHES[0])])
+    relative(as_numpy(model.running_mean), BATCHES[0].astype(np.float64).mean(0), 1)
+    other, weights = nn.BatchNorm1d(CHANNELS), torch.ones(CHANNELS, requires_grad=True)
+    y = (weights * other.running_mean).sum()
+    bt.recalibrate(other, [torch.tensor(BATCHES[0])])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()  # autograd knows
+    assert not other.running_mean.is_inference()
+
+
 class FrozenBatchNorm2d(nn.Module):
     """As torchvision's, which is known by its name."""
 
@@ -409,9 +435,27 @@ def test_layers_of_every_kind():
 
 def test_a_layer_that_is_not_called_is_left_and_named():
     model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)})
-    with pytest.warns(UserWarning, match=r"since they had no batch come to them: unused\.$"):
+    with pytest.warns(
+        UserWarning, match=r"since they had too few elements come to them: unused\.$"
+    ):
         bt.recalibrate(model, BATCHES, forward=lambda model, x: model["used"](torch.tensor(x)))
     assert model["unused"].num_batches_tracked == 0
+
+
+def test_a_single_element_has_no_variance():
+    model = nn.BatchNorm1d(3)
+    with pytest.warns(UserWarning, match=r"had too few elements come to them: the model\.$"):
+        bt.recalibrate(model, [torch.ones(1, 3)], normalize_by="running")
+    assert model.num_batches_tracked == 0
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    """As in these tests, where every warning is one."""
+    model = nn.ModuleDict({"used": nn.BatchNorm1d(3), "unused": nn.BatchNorm1d(3)})
+    with pytest.raises(UserWarning, match="unused"):
+        bt.recalibrate(model, BATCHES, forward=lambda model, x: model["used"](torch.tensor(x)))
+    assert model["used"].num_batches_tracked == 0
+    assert model["used"].running_mean.tolist() == [0] * 3
 
 
 def test_a_compiled_model_and_one_for_several_devices():

@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops
 
 from .. import checks
 from ..conventions import CONVENTIONS
 from ..documentation import documented
-from ..moments import Statistics
 from ..tools import recalibration
 from ..tools.observation import call_of
 from ._observation import as_numpy, normalizations, observed
@@ -54,7 +54,9 @@ def recalibrate(
         kinds="BatchNormalization of keras.layers and batchnorm.keras",
         forward=call_of(model, forward, training=False),
         observed=lambda see, by: observed(model, see, normalize_by=by),
+        correction=_CONVENTION.correction,
         keep=_keep,
+        running=_running,
         commit=_commit,
         is_frozen=lambda layer: not layer.trainable,
     )
@@ -71,10 +73,13 @@ def _keep(layer: Any) -> Callable[[], None]:
     return restore
 
 
-def _commit(layer: Any, statistics: Statistics, _: int) -> None:
-    old = (layer.moving_mean, layer.moving_variance)
-    old_mean, old_var = (as_numpy(tensor(each)).astype("float64") for each in old)
-    mean, var = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
+def _running(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    variables = (layer.moving_mean, layer.moving_variance)
+    mean, var = (as_numpy(tensor(each)).astype(np.float64) for each in variables)
+    return mean, var
+
+
+def _commit(layer: Any, mean: np.ndarray, var: np.ndarray, _: int) -> None:
     layer.moving_mean.assign(mean)
     layer.moving_variance.assign(var)
     if layer.renorm:

@@ -12,7 +12,6 @@ import numpy as np
 from .. import checks
 from ..conventions import CONVENTIONS
 from ..documentation import documented
-from ..moments import Statistics
 from ..tools import recalibration
 from ..tools.observation import call_of
 from ._arguments import group_of_several
@@ -68,7 +67,9 @@ def recalibrate(
         kinds="BatchNorm of mlx.nn and batchnorm.mlx",
         forward=call_of(model, forward),
         observed=lambda see, by: observed(model, see, normalize_by=by),
+        correction=_CONVENTION.correction,
         keep=_keep,
+        running=_running,
         commit=_commit,
         is_tracked=lambda layer: layer.track_running_stats,
         gather=partial(_gather, group),
@@ -92,12 +93,13 @@ def _keep(layer: Any) -> Callable[[], None]:
     return restore
 
 
-def _commit(layer: Any, statistics: Statistics, _: int) -> None:
-    old_mean, old_var = (
-        np.array(layer[name].astype(mx.float32), np.float64) for name in _STATISTICS
-    )
-    new = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
-    for name, value in zip(_STATISTICS, new, strict=True):
+def _running(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    mean, var = (np.array(layer[name].astype(mx.float32), np.float64) for name in _STATISTICS)
+    return mean, var
+
+
+def _commit(layer: Any, mean: np.ndarray, var: np.ndarray, _: int) -> None:
+    for name, value in zip(_STATISTICS, (mean, var), strict=True):
         layer[name] = mx.array(value.astype(np.float32)).astype(layer[name].dtype)
 
 

@@ -28,8 +28,10 @@ class Model:
     kinds : what it was that was looked for
     forward : calls the model with a batch
     observed : (see, normalize_by) -> the context of observation.py
+    correction : of the running variance
     keep : layer -> a function that gives it back the statistics that it has now
-    commit : (layer, statistics, batches), makes them the layer's
+    running : layer -> the mean and the variance that it has now, of float64
+    commit : (layer, mean, var, batches), makes these the layer's
     is_tracked, is_frozen, skips_nonfinite : of a layer
     gather : what this process says -> what each says, in the same order in all
     """
@@ -38,8 +40,10 @@ class Model:
     kinds: str
     forward: Callable[[Any], Any]
     observed: Callable[[See, NormalizeBy], AbstractContextManager[None]]
+    correction: int
     keep: Callable[[Any], Callable[[], object]]
-    commit: Callable[[Any, Statistics, int], None]
+    running: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    commit: Callable[[Any, np.ndarray, np.ndarray, int], None]
     is_tracked: Callable[[Any], bool] = lambda layer: True
     is_frozen: Callable[[Any], bool] = lambda layer: False
     skips_nonfinite: Callable[[Any], bool] = lambda layer: False
@@ -94,11 +98,11 @@ def recalibrate(
                     _commit(model, layers, found, done)
                 found = one_pass(_Said(), only=path, is_again=own.batches > 0)
             _commit(model, layers, found, done)
+        _warn("had too few elements come to them", [path for path in layers if path not in done])
     except BaseException:
         for restore in kept:
             restore()
         raise
-    _warn("had no batch come to them", [path for path in layers if path not in done])
 
 
 def recalibrated(
@@ -206,8 +210,17 @@ def _joined(heard: list[_Said], layers: int) -> _Said:
 
 def _commit(model: Model, layers: dict[str, Any], said: _Said, done: set[str]) -> None:
     for path, pooled in said.pooled.items():
-        if pooled.batches:
-            model.commit(layers[path], pooled.statistics, pooled.batches)
+        layer, statistics = layers[path], pooled.statistics
+        mean, var = model.running(layer)
+        if len(statistics.mean) != mean.size:
+            raise ValueError(
+                f"What comes to {path or 'the model'} has {len(statistics.mean)} channels, but it "
+                f"keeps statistics of {mean.size}: its class normalizes something else than its "
+                "input, which can't be seen."
+            )
+        if (statistics.count > model.correction).any():
+            new = recalibrated(mean, var, statistics, model.correction)
+            model.commit(layer, *new, pooled.batches)
             done.add(path)
 
 

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from .. import checks
 from ..conventions import CONVENTIONS
 from ..documentation import documented
-from ..moments import Statistics
 from ..tools import recalibration
 from ..tools.observation import call_of
 from ._observation import is_frozen, normalizations, observed
@@ -71,7 +71,9 @@ def recalibrate(
         kinds="batch normalizations of torch.nn and batchnorm.torch",
         forward=call_of(model, forward),
         observed=lambda see, by: observed(model, see, normalize_by=by),
+        correction=_CONVENTION.correction,
         keep=_keep,
+        running=_running,
         commit=_commit,
         is_tracked=lambda layer: layer.running_mean is not None,
         is_frozen=is_frozen,
@@ -91,6 +93,7 @@ def _keep(layer: Any) -> Callable[[], None]:
     tensors = [each for name in _TENSORS if (each := getattr(layer, name)) is not None]
     values = [each.clone() for each in tensors]
 
+    @torch.inference_mode()  # in which tensors can be changed that were made in it, too
     def restore() -> None:
         for each, value in zip(tensors, values, strict=True):
             each.copy_(value)
@@ -98,14 +101,17 @@ def _keep(layer: Any) -> Callable[[], None]:
     return restore
 
 
-def _commit(layer: Any, statistics: Statistics, batches: int) -> None:
-    mean, var, number = (getattr(layer, name) for name in _TENSORS)
-    old_mean, old_var = (each.cpu().double().numpy() for each in (mean, var))
-    new = recalibration.recalibrated(old_mean, old_var, statistics, _CONVENTION.correction)
-    for each, value in zip((mean, var), new, strict=True):
-        each.copy_(torch.from_numpy(value).to(each.dtype))
-    if number is not None:
-        number.fill_(batches)
+def _running(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    mean, var = (each.cpu().double().numpy() for each in (layer.running_mean, layer.running_var))
+    return mean, var
+
+
+@torch.inference_mode()
+def _commit(layer: Any, mean: np.ndarray, var: np.ndarray, batches: int) -> None:
+    layer.running_mean.copy_(torch.from_numpy(mean))
+    layer.running_var.copy_(torch.from_numpy(var))
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.fill_(batches)
 
 
 def _gather(group: Group | None, said: Any) -> list[Any]:

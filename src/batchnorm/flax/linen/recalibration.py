@@ -11,7 +11,6 @@ from flax.core import copy
 from ... import checks
 from ...conventions import CONVENTIONS
 from ...documentation import documented
-from ...moments import Statistics
 from ...tools import recalibration
 from ...tools.observation import call_of
 from ._observation import observed
@@ -67,11 +66,13 @@ def recalibrate(
     def now() -> Any:
         return copy(variables, {"batch_stats": _DICTS.unflatten_dict(new)})
 
-    def commit(path: tuple[str, ...], statistics: Statistics, _: int) -> None:
-        old = [new[*path, name] for name in ("mean", "var")]
-        mean, var = (np.asarray(each, np.float64) for each in old)
-        values = recalibration.recalibrated(mean, var, statistics, _CONVENTION.correction)
-        for name, value, before in zip(("mean", "var"), values, old, strict=True):
+    def running(path: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        mean, var = (np.asarray(new[*path, name], np.float64) for name in ("mean", "var"))
+        return mean, var
+
+    def commit(path: tuple[str, ...], mean: np.ndarray, var: np.ndarray, _: int) -> None:
+        for name, value in (("mean", mean), ("var", var)):
+            before = new[*path, name]
             device = getattr(before, "sharding", None)  # of what was loaded, none perhaps
             new[*path, name] = jnp.asarray(value, before.dtype, device=device)
 
@@ -80,7 +81,9 @@ def recalibrate(
         kinds='"batch_stats" of BatchNorm of flax.linen and batchnorm.flax.linen in variables',
         forward=call_of(lambda x: apply(now(), x), None),
         observed=lambda see, by: observed(see, normalize_by=by),
+        correction=_CONVENTION.correction,
         keep=lambda path: lambda: None,  # what failed returns nothing
+        running=running,
         commit=commit,
     )
     recalibration.recalibrate(known, batches, normalize_by=normalize_by, progress=progress)

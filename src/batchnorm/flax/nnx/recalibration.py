@@ -8,7 +8,6 @@ import numpy as np
 
 from ...conventions import CONVENTIONS
 from ...documentation import documented
-from ...moments import Statistics
 from ...tools import recalibration
 from ...tools.observation import call_of
 from ._observation import normalizations, observed
@@ -49,7 +48,9 @@ def recalibrate(
         kinds="BatchNorm of flax.nnx and batchnorm.flax.nnx",
         forward=call_of(model, forward),
         observed=lambda see, by: observed(model, see, normalize_by=by),
+        correction=_CONVENTION.correction,
         keep=_keep,
+        running=_running,
         commit=_commit,
     )
     recalibration.recalibrate(known, batches, normalize_by=normalize_by, progress=progress)
@@ -64,16 +65,13 @@ def _keep(layer: Any) -> Callable[[], None]:
     return restore
 
 
-def _commit(layer: Any, statistics: Statistics, _: int) -> None:
-    old_mean, old_var = layer.mean[...], layer.var[...]
-    mean, var = recalibration.recalibrated(
-        np.asarray(old_mean, np.float64),
-        np.asarray(old_var, np.float64),
-        statistics,
-        _CONVENTION.correction,
-    )
-    layer.mean[...] = _like(old_mean, mean)
-    layer.var[...] = _like(old_var, var)
+def _running(layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(layer.mean[...], np.float64), np.asarray(layer.var[...], np.float64)
+
+
+def _commit(layer: Any, mean: np.ndarray, var: np.ndarray, _: int) -> None:
+    layer.mean[...] = _like(layer.mean[...], mean)
+    layer.var[...] = _like(layer.var[...], var)
 
 
 def _like(old: Any, new: Any) -> Any:
