@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import random
 import subprocess
 import sys
 
@@ -176,16 +177,22 @@ def test_what_fails_in_the_middle_changes_nothing(row, normalize_by, kind):
 def test_random_numbers_are_drawn_as_if_nothing_had_been(row):
     model = row.make()
 
+    def draw():
+        return row.random(), random.random(), np.random.random()
+
     def forward(call, batch):
-        row.random()
+        draw()
         return call(batch)
 
-    seed = {"torch": torch.manual_seed, "mlx": mx.random.seed}
-    seed.get(row.name, lambda _: None)(0)
-    first = row.random()
-    seed.get(row.name, lambda _: None)(0)
-    row.recalibrate(model, BATCHES, forward=forward)
-    assert row.random() == first
+    seeds = {"torch": [torch.manual_seed], "mlx": [mx.random.seed]}.get(row.name, [])
+    drawn = []
+    for recalibrates in (False, True):
+        for seed in (*seeds, random.seed, np.random.seed):
+            seed(0)
+        if recalibrates:
+            row.recalibrate(model, BATCHES, forward=forward)
+        drawn.append(draw())
+    assert drawn[0] == drawn[1]
 
 
 BAD = {
@@ -291,6 +298,35 @@ def test_a_keras_model_that_is_not_built():
         bk.recalibrate(model, BATCHES)
 
 
+def test_keras_statistics_in_bfloat16():
+    layer = keras.layers.BatchNormalization(dtype="bfloat16")
+    model = keras.Sequential([keras.Input((CHANNELS,)), layer])
+    bk.recalibrate(model, BATCHES)
+    close(as_numpy(layer.moving_mean.value).astype(float), EVERYTHING.mean(0), rtol=1 / 128)
+
+
+class InTraining(mlx.nn.Module):
+    """A model that sets its mode by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = mlx.nn.BatchNorm(CHANNELS)
+
+    def __call__(self, x):
+        self.train()
+        return self.norm(x)
+
+
+def test_the_mode_that_a_model_of_mlx_sets_itself():
+    model = InTraining().eval()
+    (row,) = (each for each in ROWS if each.name == "mlx")
+    with row.observed(model, lambda *_: None):
+        y = model(mx.array(BATCHES[0]))
+    assert model.norm.running_mean.tolist() == [0] * CHANNELS
+    near(y, BATCHES[0] / np.sqrt(1 + 1e-5))
+    assert not model.norm.training
+
+
 class OverTime(mlx.nn.BatchNorm):
     """Of arrays whose channels are in another place."""
 
@@ -302,6 +338,22 @@ def test_what_a_layer_of_mlx_normalizes_may_be_no_input_of_it():
     model = mlx.nn.Sequential(OverTime(CHANNELS))
     with pytest.raises(ValueError, match=r"comes to layers\.0 has 5 channels, .* statistics of 3"):
         batchnorm.mlx.recalibrate(model, [mx.zeros((2, CHANNELS, 5))])
+
+
+class Brief(nnx.BatchNorm):
+    """Of a call that takes nothing else."""
+
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+@both
+def test_a_layer_of_nnx_with_a_call_of_its_own(normalize_by):
+    layer = Brief(CHANNELS, rngs=nnx.Rngs(0))
+    batches = [jnp.asarray(each) for each in BATCHES]
+    batchnorm.flax.nnx.recalibrate(layer, batches, normalize_by=normalize_by)
+    relative(as_numpy(layer.var[...]), EVERYTHING.var(0), 0)
+    assert layer.use_running_average is False
 
 
 def compiled_mlx():
@@ -320,7 +372,12 @@ def compiled_keras():
     return bk, model, np.asarray, {"forward": lambda model, x: jax.jit(model)(x)}
 
 
-@pytest.mark.parametrize("make", [compiled_mlx, compiled_nnx, compiled_keras])
+def mapped_torch():
+    forward = {"forward": lambda model, x: torch.func.vmap(model)(x[None])}
+    return bt, nn.BatchNorm1d(CHANNELS), torch.tensor, forward
+
+
+@pytest.mark.parametrize("make", [compiled_mlx, compiled_nnx, compiled_keras, mapped_torch])
 def test_what_is_called_within_a_transformation_cannot_be_seen(make):
     tools, model, array, forward = make()
     with pytest.raises(TypeError, match=r"is called within a transformation"):
@@ -376,6 +433,78 @@ class Doubling(nn.BatchNorm1d):
         return 2 * super().forward(x)
 
 
+class ByFunction(nn.BatchNorm1d):
+    """As some do: in evaluation by the running statistics, whatever they are."""
+
+    def forward(self, x):
+        statistics = {"running_mean": self.running_mean, "running_var": self.running_var}
+        return torch.nn.functional.batch_norm(x, **statistics, training=self.training)
+
+
+class ByHand(nn.BatchNorm1d):
+    def forward(self, x):
+        return (x - self.running_mean) / (self.running_var + self.eps).sqrt()
+
+
+@both
+@pytest.mark.parametrize("kind", [ByFunction, ByHand])
+def test_a_forward_of_its_own(kind, normalize_by):
+    """In which what is normalized is seen, and by what."""
+    (row,) = (each for each in ROWS if each.name == "torch")
+    model = sequential(kind(CHANNELS), nn.BatchNorm1d(CHANNELS))
+    bt.recalibrate(model, [torch.tensor(each) for each in BATCHES], normalize_by=normalize_by)
+    pairs, _ = expected(row, normalize_by)
+    for layer, (mean, var) in zip(model, pairs, strict=True):
+        relative(as_numpy(layer.running_mean), mean, np.sqrt(var).max())
+        relative(as_numpy(layer.running_var), var, 0)
+        assert layer.num_batches_tracked == len(BATCHES)
+
+
+class LastAxis(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+@both
+def test_what_a_layer_normalizes_may_be_no_input_of_it(normalize_by):
+    model = sequential(LastAxis(CHANNELS), LastAxis(CHANNELS))
+    x = RANDOM.normal(0, 1, (8, CHANNELS, CHANNELS)) + 10 * np.arange(CHANNELS)
+    bt.recalibrate(model, [torch.tensor(x).float()], normalize_by=normalize_by)
+    close(model[0].running_mean, x.mean((0, 1)), rtol=1e-5, atol=1e-5)
+    close(model[1].running_mean, np.zeros(CHANNELS), rtol=0, atol=1e-5)
+
+
+class ByItself(nn.Module):
+    """It sets its mode, takes gradients, and gives arguments by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.theirs, self.ours = nn.BatchNorm1d(CHANNELS), bt.BatchNorm1d(CHANNELS)
+
+    def forward(self, x):
+        self.train()
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = self.ours(mask=torch.ones(len(x), 1), input=self.theirs(x))
+            return torch.autograd.grad(y.square().sum(), x)[0]
+
+
+@both
+def test_a_model_that_does_much_by_itself(normalize_by):
+    (row,) = (each for each in ROWS if each.name == "torch")
+    model = ByItself().eval()
+    batches = [torch.tensor(each) for each in BATCHES]
+    before = row.everything(model)
+    with row.observed(model, lambda *_: None, normalize_by=normalize_by):
+        model(batches[0])
+    assert row.everything(model) == before
+    bt.recalibrate(model, batches, normalize_by=normalize_by)
+    pairs, _ = expected(row, normalize_by)
+    for layer, (mean, var) in zip((model.theirs, model.ours), pairs, strict=True):
+        relative(as_numpy(layer.running_mean), mean, np.sqrt(var).max())
+        relative(as_numpy(layer.running_var), var, 0)
+
+
 def test_a_model_made_in_inference_mode():
     with torch.inference_mode():
         model = nn.BatchNorm1d(CHANNELS)
@@ -387,6 +516,16 @@ def test_a_model_made_in_inference_mode():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()  # autograd knows
     assert not other.running_mean.is_inference()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # what is tested
+def test_a_scripted_module_is_in_evaluation_mode_too():
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(CHANNELS)))
+    model = sequential(scripted, nn.BatchNorm1d(CHANNELS))
+    bt.recalibrate(model, [torch.tensor(each) for each in BATCHES])
+    assert scripted.training
+    assert scripted.state_dict()["0.num_batches_tracked"] == 0
+    relative(as_numpy(model[1].running_mean), EVERYTHING.mean(0) / np.sqrt(1 + 1e-5), 5)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -494,6 +633,15 @@ def test_a_relu_of_timm_is_seen():
     with torch_row.observed(model, lambda path, statistics, positive: seen.append(positive)):
         model(torch.tensor(BATCHES[0]))
     assert [None if each is None else each.tolist() for each in seen] == [[False] * 3, None]
+
+
+def test_a_relu_of_one_call_is_seen():
+    model, seen = bt.BatchNorm1d(3), []
+    model.running_mean += 1e3
+    (torch_row,) = (row for row in ROWS if row.name == "torch")
+    with torch_row.observed(model, lambda path, statistics, positive: seen.append(positive)):
+        model(torch.tensor(BATCHES[0]), activation="relu")
+    assert [each.tolist() for each in seen] == [[False] * 3]
 
 
 def test_gradients_modes_and_hooks_are_as_before():

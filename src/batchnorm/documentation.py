@@ -211,8 +211,10 @@ ValueError
 Notes
 -----
 The layers are those of {layers}, and of subclasses. {others}
-Parameters, modes and random state are as before. What comes to a layer in several calls is pooled.
-One that is left as it is, because it is frozen or no batch comes to it, is named in a warning.
+Parameters, modes and random state are as before. What comes to a layer in several calls is pooled;
+where one call is on what came of another, what comes to it then is of the statistics before, and
+"running" is not exact. A layer that is left as it is, because it is frozen or too few elements come
+to it, is named in a warning.
 
 References
 ----------

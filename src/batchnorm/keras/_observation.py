@@ -11,7 +11,7 @@ from keras import ops
 
 from .. import checks, layers
 from ..conventions import CONVENTIONS
-from ..tools.observation import NormalizeBy, See, is_positive, plain, put
+from ..tools.observation import NormalizeBy, See, is_positive, plain, put, random_numbers_kept
 from .layers import DOORS, door_of
 
 _CONVENTION = CONVENTIONS["keras"]
@@ -60,6 +60,7 @@ def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> 
             f"BatchNormalization, but it is {backend!r}."
         )
     with ExitStack() as undo:
+        undo.enter_context(random_numbers_kept())
         undo.enter_context(keras.StatelessScope())
         if backend == "torch":
             undo.enter_context(importlib.import_module("torch").no_grad())
@@ -71,7 +72,8 @@ def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> 
 
 def as_numpy(tensor: Any) -> Any:
     if hasattr(tensor, "detach"):  # PyTorch's, for which Keras' own function warns
-        return tensor.detach().cpu().numpy()
+        tensor = tensor.detach().cpu()
+        return (tensor if tensor.dtype.itemsize > 2 else tensor.float()).numpy()
     return ops.convert_to_numpy(tensor)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..tools.observation import NormalizeBy, See, is_positive, plain, put
+from ..tools.observation import NormalizeBy, See, is_positive, plain, put, random_numbers_kept
 from ._compat import TheirLayer, random_state_kept
 from .functions import batch_statistics
 from .layers import BatchNorm
@@ -25,6 +25,7 @@ def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> 
     """The context of tools/observation.py. A function that mx.compile has made passes it over."""
     with ExitStack() as undo:
         undo.enter_context(random_state_kept())
+        undo.enter_context(random_numbers_kept())
         for _, each in reversed(_modules(model)):  # a model's mode is set before those within it
             undo.callback(each.train, each.training)
         model.train(False)
@@ -54,6 +55,7 @@ def _observed(path: str, kind: Any, see: See) -> type:
             mask = others[1] if len(others) > 1 else keywords.get("mask")
             activation = layer.activation
         statistics = plain(path, batch_statistics(x, mask=mask))
+        layer.train(False)  # whatever the model has set meanwhile
         y: mx.array = kind.__call__(layer, x, *others, **keywords)
         positive = None
         if activation == "relu":

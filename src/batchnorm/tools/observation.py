@@ -15,8 +15,9 @@ no gradient is kept, and all other layers are in evaluation mode. Behind the con
 was: modes, flags, hooks, classes, statistics and random state.
 """
 
-from collections.abc import Callable, MutableMapping
-from contextlib import ExitStack
+import random
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -84,6 +85,17 @@ def check_seen(batches: int, layers: int, called: int) -> None:
             "come to them, or calls a function that was compiled or traced before. Call the model "
             "itself, by forward=... say."
         )
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Leave the random numbers of Python and NumPy as if none had been drawn."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
 
 
 def put(undo: ExitStack, mapping: MutableMapping[str, Any], **values: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from ... import checks, layers
 from ... import jax as door
 from ...conventions import CONVENTIONS
-from ...tools.observation import NormalizeBy, See, is_positive, plain
+from ...tools.observation import NormalizeBy, See, is_positive, plain, random_numbers_kept
 
 _CONVENTION = CONVENTIONS["flax"]
 
@@ -50,5 +50,5 @@ def observed(see: See, *, normalize_by: NormalizeBy = "running") -> Iterator[Non
         see(path, statistics, positive)
         return y
 
-    with nn.intercept_methods(interceptor):
+    with random_numbers_kept(), nn.intercept_methods(interceptor):
         yield

@@ -11,7 +11,7 @@ from flax import nnx
 from ... import checks, layers
 from ... import jax as door
 from ...conventions import CONVENTIONS
-from ...tools.observation import NormalizeBy, See, is_positive, plain, put
+from ...tools.observation import NormalizeBy, See, is_positive, plain, put, random_numbers_kept
 
 _CONVENTION = CONVENTIONS["flax"]
 
@@ -29,6 +29,7 @@ def observed(model: Any, see: See, *, normalize_by: NormalizeBy = "running") -> 
     """The context of tools/observation.py, outside of JAX's and nnx's transformations."""
     nodes = [node for _, node in nnx.iter_graph(model)]
     with ExitStack() as undo:
+        undo.enter_context(random_numbers_kept())
         for each in nodes:
             if isinstance(each, nnx.RngState):
                 undo.callback(each.__setitem__, ..., each[...])
@@ -48,7 +49,7 @@ def become(layer: Any, kind: type) -> None:
 def _observed(path: str, kind: Any, see: See, by_running: bool) -> type:
     """Such a layer, whose calls are seen."""
 
-    def call(layer: Any, x: Any, _: bool | None = None, **keywords: Any) -> Any:
+    def call(layer: Any, x: Any, *given: Any, **keywords: Any) -> Any:
         x = jnp.asarray(x)
         features = checks.feature_axes(layer.axis, x.shape)
         mask = keywords.get("mask")
@@ -56,8 +57,10 @@ def _observed(path: str, kind: Any, see: See, by_running: bool) -> type:
             door, _CONVENTION, layer.epsilon, layer.momentum, features, layer.dtype
         )
         statistics = plain(path, layers.batch_statistics(settings, x, mask))
-        keywords["use_running_average"] = by_running
+        if given or "use_running_average" in keywords:  # which some subclasses do not take
+            keywords["use_running_average"] = by_running
         with ExitStack() as undo:
+            put(undo, vars(layer), use_running_average=by_running)
             if not by_running:  # into Variables that are thrown away
                 put(undo, vars(layer), mean=layer.mean.copy(), var=layer.var.copy())
             y = kind.__call__(layer, x, **keywords)
