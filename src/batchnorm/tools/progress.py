@@ -28,7 +28,7 @@ def shown(title: str, batches: Iterable[Any], passes: int, *, progress: bool) ->
             said = f"{title}: {passes} passes over the batches, one for each layer"
             bar.console.print(said, highlight=False)
         task = bar.add_task(title, total=None)
-        with suppress(TypeError):  # of what can't say it before the first pass
+        with suppress(TypeError, NotImplementedError):  # of what can't say it before the first pass
             bar.update(task, total=passes * len(batches))  # type: ignore[arg-type]
 
         def walk() -> Iterator[Any]:

@@ -78,6 +78,8 @@ def observed(
                 if layer.normalize_by is not None or layer.update_running is False:
                     by_batch = layer.normalize_by == "batch"
                 put(undo, vars(layer), normalize_by=None, update_running=None)
+            buffers = vars(layer)["_buffers"]
+            put(undo, buffers, **buffers)  # to be put back, whatever a call makes of them
             put(undo, vars(layer), forward=_observed(path, layer, see, by_batch))
         yield
 
