@@ -67,7 +67,7 @@ def observed(
         undo.enter_context(torch.random.fork_rng(gpus, device_type=kind))
         undo.enter_context(random_numbers_kept())
         undo.enter_context(torch.no_grad())
-        for each in [*model.modules()]:
+        for each in model.modules():
             undo.callback(setattr, each, "training", each.training)
             each.training = False
             if isinstance(each, DistributedDataParallel | DataParallel):
