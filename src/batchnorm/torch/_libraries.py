@@ -45,7 +45,6 @@ class Act(_OfLibrary):
         x: Tensor,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
-        *,
         activation: str | None = None,
     ) -> Tensor:
         y = super().forward(x, residual, mask, activation=activation)
@@ -76,7 +75,6 @@ class Frozen(_OfLibrary, BatchNorm2d):
         x: Tensor,
         residual: Tensor | None = None,
         mask: Tensor | None = None,
-        *,
         activation: str | None = None,
     ) -> Tensor:
         return super().forward(x, residual, mask, activation=activation)
