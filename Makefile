@@ -41,11 +41,11 @@ demo: $(VENV)/demo ## Train a network on handwritten digits in MLX and in JAX; w
 OF_JAX := tests/test_doors.py tests/test_jax.py tests/test_jax_compat.py tests/test_jax_devices.py \
   tests/test_jax_programs.py tests/flax_nn
 OF_LIBRARIES := tests/test_layers.py tests/test_linen.py tests/test_nnx.py tests/test_equinox.py
-BESIDE := $(OF_LIBRARIES) tests/test_jax.py tests/test_jax_programs.py tests/test_keras.py tests/test_doctor.py
+BESIDE := $(OF_LIBRARIES) tests/test_jax.py tests/test_jax_devices.py tests/test_jax_programs.py tests/test_keras.py
 define RUN_BESIDE
 export JAX_DISABLE_MOST_OPTIMIZATIONS=1; \
 $(OLDEST)/bin/python -m pytest -p no:cacheprovider \
-  -k "jax or flax_nn or layers or linen or nnx or equinox" $(OF_JAX) $(OF_LIBRARIES); oldest=$$?; \
+  -k "(jax or flax_nn or layers or linen or nnx or equinox) and not without-native" $(OF_JAX) $(OF_LIBRARIES); oldest=$$?; \
 $(IN_VENV)python -m pytest -p no:cacheprovider $(BESIDE); test $$? -eq 0 -a $$oldest -eq 0
 endef
 
