@@ -345,6 +345,18 @@ def test_what_is_left(forward, why):
     alike_in_evaluation(folded, model, x)
 
 
+def test_asking_for_a_dtype_or_a_device_reads_nothing():
+    def forward(net, x):
+        x = x.to(next(net.parameters()).device, net.conv.weight.dtype)
+        return net.norm(net.conv(x))
+
+    model = filled(Net(forward))
+    x = tensor(2, 3, 6, 6)
+    folded = bt.fold(model, x)
+    assert outcome(folded)["norm"][0] == "folded"
+    alike_in_evaluation(folded, model, x)
+
+
 def test_a_pair_that_is_called_twice():
     model = filled(Net(lambda net, x: net.norm(net.conv(x)) + net.norm(net.conv(x + 1))))
     x = tensor(2, 3, 6, 6)

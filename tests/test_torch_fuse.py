@@ -1,9 +1,14 @@
 """`fuse`: normalizations, additions and activations in one call, and nothing else changed."""
 
 import copy
+import logging
+import operator
 import pickle
 import random
+from collections import OrderedDict, defaultdict
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -448,12 +453,64 @@ def moves_a_buffer(net, x):
     return net.relu(normalized(net, x)) * net.moved
 
 
+def moves_a_tensor(net, x):
+    net.steps += 1
+    return net.relu(normalized(net, x)) * net.steps
+
+
+def keeps_deeper(net, x):
+    net.seen["outputs"].append(net.relu(normalized(net, x)).sum())
+    return sum(net.seen["outputs"])
+
+
+def lets_a_child_change_a_list(net, x):
+    found = [net.relu(normalized(net, x))]
+    net.appending(found)
+    return found[-1]
+
+
+def asks_for_what_no_tensor_has(net, x):
+    x = x.tensors if hasattr(x, "tensors") else x
+    return net.relu(normalized(net, x))
+
+
+def asks_for_the_type_of_an_attribute(net, x):
+    y = net.relu(normalized(net, x))
+    return y * 2 if isinstance(y.data, torch.Tensor) else y
+
+
+def without_autocast(net, x):
+    with torch.autocast("cpu", enabled=False):
+        return net.relu(normalized(net, x))
+
+
+def asks_for_autocast(net, x):
+    return net.relu(normalized(net, x)) * (2 if torch.is_autocast_enabled("cpu") else 1)
+
+
 def draws(net, x):
     return net.relu(normalized(net, x)) * torch.rand(1)
 
 
 def draws_by_python(net, x):
     return net.relu(normalized(net, x)) * (1 if random.random() < 0.5 else 2)
+
+
+def draws_by_a_generator_of_python(net, x):
+    return net.relu(normalized(net, x)) * (1 if net.generators[0].random() < 2 else 2)
+
+
+def draws_by_a_generator_of_numpy(net, x):
+    return net.relu(normalized(net, x)) * (1 if net.generators[1].random() < 2 else 2)
+
+
+def draws_by_a_generator_of_torch(net, x):
+    is_small = torch.rand((), generator=net.generators[2]).item() < 2
+    return net.relu(normalized(net, x)) * (1 if is_small else 2)
+
+
+def draws_by_an_old_generator_of_numpy(net, x):
+    return net.relu(normalized(net, x)) * (1 if net.generators[3].rand() < 2 else 2)
 
 
 def asks_for_types(net, x):
@@ -491,8 +548,27 @@ UNTRACEABLE = [
     *(decides_by_values, decides_by_a_mode_of_a_child, without_gradients, counts, keeps),
     *(remembers, notes, moves_a_buffer, draws, draws_by_python, draws_without_use),
     *(asks_for_types, asks_for_the_type_of_its_input, with_a_function_of_autograd),
-    *(checkpointed, checkpointed_as_of_old),
+    *(checkpointed, checkpointed_as_of_old, without_autocast, asks_for_autocast),
+    *(moves_a_tensor, keeps_deeper, lets_a_child_change_a_list),
+    *(
+        asks_for_what_no_tensor_has,
+        asks_for_the_type_of_an_attribute,
+        draws_by_a_generator_of_python,
+    ),
+    *(draws_by_a_generator_of_numpy, draws_by_an_old_generator_of_numpy),
+    draws_by_a_generator_of_torch,
 ]
+
+
+class Appending(nn.Module):
+    def forward(self, values):
+        values.append(values[-1] * 2)
+
+
+def states(generators):
+    of_python, of_numpy, of_torch, old = generators
+    states = of_python.getstate(), of_numpy.bit_generator.state, of_torch.get_state().tolist()
+    return repr((*states, old.get_state()))
 
 
 @pytest.mark.parametrize("after", UNTRACEABLE, ids=lambda each: each.__name__)
@@ -500,13 +576,19 @@ def test_a_forward_that_would_be_recorded_wrongly_stays(after):
     torch.manual_seed(0)
     random.seed(0)
     model = Net(after).double()
-    model.calls, model.kept = 0, []
+    model.calls, model.kept, model.seen, model.steps = 0, [], {"outputs": []}, torch.zeros(())
+    model.appending = Appending()
+    model.generators = [
+        *(random.Random(0), np.random.default_rng(0), torch.Generator()),
+        np.random.RandomState(0),
+    ]
     model.register_buffer("moved", torch.zeros(()))
     ours = copy.deepcopy(model)
     random_before = random.getstate(), torch.get_rng_state()
     before = copy.deepcopy({name: repr(each) for name, each in vars(ours).items()})
     bt.fuse(ours)
     assert {name: repr(each) for name, each in vars(ours).items()} == before
+    assert states(ours.generators) == states(model.generators)
     assert random.getstate() == random_before[0]
     same(torch.get_rng_state(), random_before[1])
     assert [each.what for each in bt.changes(ours)] == ["left"]
@@ -728,6 +810,89 @@ def test_children_that_are_replaced_count():
     for each in (ours, model):
         each.norm = nn.Identity()
     equal_in_training(ours, model, tensor(4, 3, 5, 5).double())
+
+
+class Configured(nn.Module):
+    """One whose settings are in containers, and are functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.scales, self.pair, self.names = [1.0, [2.0]], (1.0, 2.0), {"shift": 0.0, "where": {1}}
+        self.between, self.dtype = torch.tanh, torch.float64
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 3, 1)])
+        self.heads = nn.ModuleDict({"one": nn.ModuleList([nn.Identity()])})
+        self.shift, self.log = torch.zeros(1), logging.getLogger("batchnorm.test")
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        y = self.between(F.relu(self.norm(self.conv(x))) + self.shift).to(self.dtype).double()
+        y = y * (self.scales[0] + self.scales[1][0] + self.pair[1]) + self.names["shift"]
+        y = y if 1 in self.names["where"] else -y
+        return sum(head(y) for heads in self.heads.values() for head in heads)
+
+
+SETTINGS = {
+    "none": lambda model: None,
+    "a list": lambda model: operator.setitem(model.scales, 0, 3.0),
+    "a list within": lambda model: operator.setitem(model.scales[1], 0, 3.0),
+    "a tuple": lambda model: setattr(model, "pair", (1.0, 3.0)),
+    "a dict": lambda model: operator.setitem(model.names, "shift", 3.0),
+    "a set": lambda model: model.names["where"].clear(),
+    "a function": lambda model: setattr(model, "between", torch.sin),
+    "a dtype": lambda model: setattr(model, "dtype", torch.float16),
+    "a tensor": lambda model: setattr(model, "shift", torch.ones(1)),
+    "one more block": lambda model: model.blocks.append(nn.Tanh()),
+    "another block": lambda model: operator.setitem(model.blocks, 0, nn.Tanh()),
+    "a block less": lambda model: operator.delitem(model.blocks, 0),
+    "one more head": lambda model: model.heads["one"].append(nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_settings_that_change_count(change):
+    torch.manual_seed(0)
+    model = Configured().double()
+    ours = pickle.loads(pickle.dumps(copy.deepcopy(bt.fuse(copy.deepcopy(model)))))
+    for each in (ours, model):
+        change(each)
+    equal_in_training(ours, model, tensor(4, 3, 5, 5).double(), steps=1)
+    is_served = change in [SETTINGS[name] for name in ("none", "a tensor", "another block")]
+    assert calls_of_norm(ours, tensor(4, 3, 5, 5).double()) == [
+        (False, "relu" if is_served else None)
+    ]
+    if is_served:
+        compiled = torch.compile(ours.eval(), backend="eager", fullgraph=True)
+        alike(
+            compiled(tensor(2, 3, 5, 5).double()), model.eval()(tensor(2, 3, 5, 5).double()), 1e-9
+        )
+
+
+def test_what_a_forward_asks_of_its_parameters_is_asked_in_each_call():
+    def after(net, x):
+        x = x.to(next(net.parameters()).dtype)
+        return net.relu(normalized(net, x))
+
+    ours, model = pair(after)
+    assert fused(ours) == ["norm"]
+    alike(ours.float()(tensor(4, 3, 5, 5)), model.float()(tensor(4, 3, 5, 5)), 1e-5)
+
+
+class Named(OrderedDict):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_fused"),
+    [(dict, True), (OrderedDict, True), (Named, False), (partial(defaultdict, list), False)],
+)
+def test_dicts_stay_of_their_class(kind, is_fused):
+    ours, model = pair(lambda net, x: kind(out=net.relu(normalized(net, x))))
+    assert fused(ours) == ["norm"] * is_fused
+    x = tensor(4, 3, 5, 5).double()
+    assert type(ours(x)) is type(model(x))
+    alike(dict(ours(x)), dict(model(x)), 1e-9)
 
 
 # ---- what can't be

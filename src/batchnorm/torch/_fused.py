@@ -62,20 +62,50 @@ class Settings(NamedTuple):
     @classmethod
     def of(cls, path: str, module: torch.nn.Module) -> "Settings":
         values = {
-            name: each
+            name: _setting(each)
             for name, each in vars(module).items()
-            if name not in _USUAL and isinstance(each, bool | int | float | str | None)
+            if name not in _USUAL and name != "forward"
         }
         return cls(path, values, [name for name, _ in module.named_children()])
 
     def hold(self, owner: torch.nn.Module) -> bool:
         """Whether they are what they were."""
         module = owner.get_submodule(self.path)
-        if self.path and not is_as_sequential(module):
+        if self.path and has_forward(module) and not is_as_sequential(module):
             return False
         return self.children == [name for name, _ in module.named_children()] and all(
-            getattr(module, name, None) == each for name, each in self.values.items()
+            _is_as_it_was(_setting(getattr(module, name, None)), each)
+            for name, each in self.values.items()
         )
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+def _setting(value: Any) -> Any:
+    """A value as it is now: what is in a container, and of a tensor no more than that it is one.
+
+    A tensor is read in each call.
+    """
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, dict):
+        return {key: _setting(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_setting(each) for each in value]
+    return set(value) if isinstance(value, set) else value
+
+
+def _is_as_it_was(now: Any, before: Any) -> bool:
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(
+            _is_as_it_was(each, before[key]) for key, each in now.items()
+        )
+    if isinstance(now, list):
+        return len(now) == len(before) and all(map(_is_as_it_was, now, before))
+    return now is before or (isinstance(now, (*_PLAIN, set)) and bool(now == before))
 
 
 class FusedForward:
@@ -123,6 +153,11 @@ class FusedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(functools.partial(type(self.owner).forward, self.owner))
+
+
+def has_forward(module: torch.nn.Module) -> bool:
+    """Whether it has one in Python; a ModuleList has none, nor has a program of torch.jit."""
+    return getattr(type(module), "forward", None) not in (None, torch.nn.Module.forward)
 
 
 def is_as_sequential(module: torch.nn.Module) -> bool:

@@ -8,15 +8,20 @@ that it changes.
 import inspect
 import operator
 import random
-from collections.abc import Callable, Collection
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.fx.proxy import Attribute
 
-from ._fused import FusedForward
+from ._fused import FusedForward, has_forward
 from ._libraries import is_normalization
 
 _IN_PLACE = {
@@ -26,6 +31,11 @@ _IN_PLACE = {
         *("iand", "ior", "ixor", "ilshift", "irshift"),
     )
 }
+_AUTOCAST = ("cpu", "cuda")
+_COLLECTIONS = (dict, list, immutable_dict, immutable_list)
+_OF_ATTRIBUTES = ("root", "attr", "_node")  # what torch.fx sets on values of that kind
+# Where a module keeps what torch.fx records, in the place of reading and changing it.
+_RECORDED = ("_parameters", "_buffers", "_modules")
 
 
 class UntraceableError(Exception):
@@ -53,15 +63,17 @@ def trace(
     graphs: dict[bool, fx.Graph] = {}
     before = _State(owner)
     try:
-        for training, others, gradients in product((True, False), repeat=3):
+        for training, others, mode in product((True, False), repeat=3):
             for each in owner.modules():
                 vars(each)["training"] = training if each is owner else others
-            with torch.set_grad_enabled(gradients):
+            with torch.set_grad_enabled(mode), _autocast(mode):
                 graph = _traced(owner, within, entered)
             if before.changed():
                 raise UntraceableError("it changes the module, or draws random numbers of its own")
             if source_of(graph) != source_of(graphs.setdefault(training, graph)):
-                raise UntraceableError("it depends on the modes of its children, or of gradients")
+                raise UntraceableError(
+                    "it depends on the modes of its children, of gradients or of autocast"
+                )
     finally:
         before.put_back()
     return graphs
@@ -82,11 +94,6 @@ def traced_owners(
         except UntraceableError as error:
             failures[owner] = why_untraceable(path, owner, error)
     return graphs, failures
-
-
-def has_forward(module: torch.nn.Module) -> bool:
-    """Whether it has one in Python; a ModuleList has none, nor has a program of torch.jit."""
-    return getattr(type(module), "forward", None) not in (None, torch.nn.Module.forward)
 
 
 def why_untraceable(path: str, owner: torch.nn.Module, error: UntraceableError) -> str:
@@ -119,6 +126,8 @@ def _traced(
     entered: set[torch.nn.Module] | None,
 ) -> fx.Graph:
     tracer = _Tracer(within)
+    for path, each in owner.named_modules():
+        vars(each)["parameters"] = partial(tracer.parameters_of, path, each)
     try:
         graph = tracer.trace(owner)
     except UntraceableError:
@@ -126,6 +135,9 @@ def _traced(
     except Exception as error:
         message = str(error).partition("\n")[0].rstrip(".")
         raise UntraceableError(f"{type(error).__name__}: {message}") from error
+    finally:
+        for each in owner.modules():
+            del vars(each)["parameters"]
     if entered is not None:
         entered |= tracer.entered
     graph.output_node().type = None  # an annotation of the user's, which a program has no use for
@@ -138,14 +150,27 @@ class _Value(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """What isinstance asks, where the class itself does not tell."""
-        is_given = self.node.op == "placeholder"
-        what = f"its argument {self.node.target}" if is_given else self.node.name
-        raise UntraceableError(f"it asks for the type of {what}")
+        raise UntraceableError(f"it asks for the type of {_name_of(self)}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            raise UntraceableError(f"it sets {name} of {self.node.name}")
+        if name not in ("tracer", "node", *_OF_ATTRIBUTES):
+            raise UntraceableError(f"it sets {name} of {_name_of(self)}")
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """That of torch.fx has every attribute, whatever hasattr is asked for."""
+        if not hasattr(torch.Tensor, name):
+            raise UntraceableError(f"it asks for {name} of {_name_of(self)}, as no tensor has it")
+        return _AttributeOfValue(self, name)
+
+
+class _AttributeOfValue(_Value, Attribute):
+    """An attribute of a value, or a method of one, which is about to be called."""
+
+
+def _name_of(value: fx.Proxy) -> str:
+    is_given = value.node.op == "placeholder"
+    return f"its argument {value.node.target}" if is_given else value.node.name
 
 
 def _recorded_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -186,7 +211,13 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", OrderedDict, (self.create_arg({**a}),), {})
+        if isinstance(a, dict | list) and type(a) not in _COLLECTIONS:  # which torch.fx would make
+            raise UntraceableError(f"it makes a {type(a).__name__}")
+        return super().create_arg(a)
 
     def create_node(self, *arguments: Any, **keywords: Any) -> fx.Node:
         if _modes() != self.modes:
@@ -199,15 +230,44 @@ class _Tracer(fx.Tracer):
         if any(m is each for each in self.within):
             self.entered.add(m)
             return type(m).forward(m, *args, **kwargs)
+        if _holds_collection((*args, *kwargs.values())):
+            raise UntraceableError(
+                f"it gives {self.path_of_module(m)!r} a list or dict, which that may change"
+            )
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+    def parameters_of(
+        self, path: str, module: torch.nn.Module, recurse: bool = True
+    ) -> Iterator[fx.Proxy]:
+        """What its parameters() are: their dtype, say, may be another one in a call."""
+        for name, _ in module.named_parameters(path, recurse):
+            yield self.create_proxy("get_attr", name, (), {})
+
+
+def _holds_collection(value: Any) -> bool:
+    kind = type(value)  # isinstance would ask values that are not there yet
+    return issubclass(kind, dict | list) or (
+        issubclass(kind, tuple) and any(map(_holds_collection, value))
+    )
+
+
+@contextmanager
+def _autocast(is_enabled: bool) -> Iterator[None]:
+    before = [(kind, torch.is_autocast_enabled(kind)) for kind in _AUTOCAST]
+    try:
+        for kind, _ in before:
+            torch.set_autocast_enabled(kind, is_enabled)
+        yield
+    finally:
+        for kind, was_enabled in before:
+            torch.set_autocast_enabled(kind, was_enabled)
 
 
 def _modes() -> tuple[bool, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        *map(torch.is_autocast_enabled, _AUTOCAST),
     )
 
 
@@ -216,14 +276,31 @@ class _State:
 
     def __init__(self, owner: torch.nn.Module) -> None:
         self.attributes = [(vars(each), dict(vars(each))) for each in owner.modules()]
-        containers = [
-            value
-            for _, attributes in self.attributes
-            for value in attributes.values()
-            if isinstance(value, dict | list)
-        ]
-        self.containers = [(each, each.copy()) for each in containers]
-        self.random = _random_state()
+        self.containers: list[tuple[Any, Any]] = []
+        self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.generators = [(get, put, get()) for get, put in _GENERATORS]
+        self.seen: set[int] = set()
+        for attributes, _ in self.attributes:
+            for name, value in attributes.items():
+                if name in _RECORDED:
+                    self.containers.append((value, value.copy()))
+                else:
+                    self._enter(value)
+
+    def _enter(self, value: Any) -> None:
+        if id(value) in self.seen:
+            return
+        self.seen.add(id(value))
+        if isinstance(value, dict | list | set | deque):
+            self.containers.append((value, value.copy()))
+        if isinstance(value, dict | list | set | deque | tuple):
+            for each in value.values() if isinstance(value, dict) else value:
+                self._enter(each)
+        elif isinstance(value, torch.Tensor) and not value.is_meta:
+            self.tensors.append((value, value.detach().clone()))
+        elif (generator := _generator(value)) is not None:
+            get, put = generator
+            self.generators.append((get, put, get()))
 
     def changed(self) -> bool:
         for now, before in self.attributes:
@@ -231,30 +308,54 @@ class _State:
                 now[name] is not each for name, each in before.items() if name != "training"
             ):
                 return True
-        return any(
-            len(now) != len(before) or any(map(operator.is_not, _values(now), _values(before)))
-            for now, before in self.containers
-        ) or not all(map(_equal, _random_state(), self.random))
+        return (
+            any(
+                len(now) != len(before) or any(map(operator.is_not, _values(now), _values(before)))
+                for now, before in self.containers
+            )
+            or not all(_equal(now, before) for now, before in self.tensors)
+            or not all(_equal(get(), before) for get, _, before in self.generators)
+        )
 
     def put_back(self) -> None:
         for now, before in (*self.attributes, *self.containers):
             now.clear()
-            if isinstance(now, list):
+            if isinstance(now, list | deque):
                 now.extend(before)
             else:
                 now.update(before)
-        python, numpy, pytorch = self.random
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(pytorch)
+        with torch.no_grad():
+            for tensor, values in self.tensors:
+                if not _equal(tensor, values):
+                    tensor.copy_(values)
+        for _, put, state in self.generators:
+            put(state)
 
 
 def _values(container: Any) -> list[Any]:
     return [*container, *(container.values() if isinstance(container, dict) else ())]
 
 
-def _random_state() -> tuple[Any, Any, Any]:
-    return random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+_Generator = tuple[Callable[[], Any], Callable[[Any], Any]]
+_GENERATORS: list[_Generator] = [
+    (random.getstate, random.setstate),
+    (partial(np.random.get_state, legacy=False), np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+]
+
+
+def _generator(value: Any) -> _Generator | None:
+    """How the state of a generator of random numbers is read and set, if it is one."""
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    if isinstance(value, np.random.RandomState):
+        return partial(value.get_state, legacy=False), value.set_state
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return partial(getattr, bits, "state"), partial(setattr, bits, "state")
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    return None
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -14,12 +14,11 @@ from .. import checks, layers
 from ._activations import MODULES
 from ._changes import Change, record
 from ._compat import is_as_its_class
-from ._fused import is_as_sequential, restore
+from ._fused import has_forward, is_as_sequential, restore
 from ._layer import Layer
 from ._libraries import after_normalization, is_normalization
 from ._tracing import (
     UntraceableError,
-    has_forward,
     name_of_function,
     trace,
     why_unseen,
@@ -137,7 +136,7 @@ def _fold(model: torch.nn.Module) -> list[Change]:
     paths = {each: path for path, each in model.named_modules()}
     calls = _Calls(model)
     found = []
-    replacements = {}
+    rests = {}
     for layer, path in paths.items():
         if not is_normalization(layer):
             continue
@@ -147,9 +146,9 @@ def _fold(model: torch.nn.Module) -> list[Change]:
         if isinstance(before, str):
             found.append(Change(path, "left", before))
             continue
-        replacements[layer] = _rest(layer, layer in calls.with_residual).eval()
+        rests[layer] = _rest(layer, layer in calls.with_residual).eval()
         found.append(Change(path, "folded", f"into the {type(before).__name__} {paths[before]!r}"))
-    replaced(model, replacements)
+    replaced(model, rests)
     return found
 
 
@@ -183,7 +182,7 @@ class _Calls:
 
     def _read(self, owner: torch.nn.Module, graph: fx.Graph) -> None:
         for node in graph.nodes:
-            if node.op == "get_attr":
+            if node.op == "get_attr" and not all(map(_asks_for_no_values, node.users)):
                 self.read.add(owner.get_submodule(node.target.rpartition(".")[0]))
             if node.op != "call_module":
                 continue
@@ -227,6 +226,10 @@ class _Calls:
         if before in self.read or layer in self.read:
             return "its parameters, or those of the layer before it, are read elsewhere"
         return before
+
+
+def _asks_for_no_values(node: fx.Node) -> bool:
+    return node.target is getattr and node.args[1] in ("dtype", "device")
 
 
 def _calls_others(module: torch.nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import operator
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,14 @@ from .. import checks
 from ._activations import name_of
 from ._changes import Change, record
 from ._compat import is_as_its_class
-from ._fused import FusedForward, Program, Settings, is_as_sequential, together
+from ._fused import (
+    FusedForward,
+    Program,
+    Settings,
+    has_forward,
+    is_as_sequential,
+    together,
+)
 from ._layer import Layer
 from ._libraries import Act, after_normalization, is_normalization
 from ._tracing import UntraceableError, name_of_function, trace, traced_owners, why_unseen
@@ -32,7 +40,7 @@ _OUT_OF_PLACE: set[Any] = {
     getattr,
 }
 # Whose functions change nothing, unless their names or arguments say so.
-_PURE = {None, "torch", "torch.nn.functional", "math", "builtins"}
+_PURE = {None, "torch", "torch.nn.functional", "math", "builtins", "collections"}
 # Their outputs are in new memory, which nothing else has yet.
 _MAKERS = (
     *(torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear),
@@ -51,9 +59,9 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
     bounds. Of a module where something is fused, `forward` becomes what was traced; all else of the
     model, its classes, parameters, `state_dict`, hooks and methods, stays. What is fused is made
     ours, as by `convert`. A module's own forward is called where it is given other arguments than
-    tensors for those without default, or where its settings (attributes that are numbers or
-    strings, say) have changed since; so are the layer and the activation apart, where they have
-    been replaced or hooked, or where the addition changes shape or dtype.
+    tensors for those without default, or where its settings (its attributes, and what is in them if
+    they are lists or dicts) have changed since; so are the layer and the activation apart, where
+    they have been replaced or hooked, or where the addition changes shape or dtype.
 
     `changes` says what was fused, and why the others were left: those that more than one call uses,
     say, or whose output goes elsewhere as well.
@@ -85,9 +93,10 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
     Notes
     -----
     What a forward does beside computing, printing say, it does while it is traced, and no longer in
-    a call. One that sets attributes, draws random numbers by itself, decides by values or types of
-    tensors or changes autograd's mode is left as it is. torch.nn.DataParallel, which copies modules
-    in a way of its own, does not go with what is fused; DistributedDataParallel does.
+    a call; and it reads no more of objects that are no modules, a configuration say. One that sets
+    attributes, draws random numbers by itself, decides by values or types of tensors or changes
+    autograd's mode is left as it is. torch.nn.DataParallel, which copies modules in a way of its
+    own, does not go with what is fused; DistributedDataParallel does.
 
     Examples
     --------
@@ -209,7 +218,7 @@ class _Plan:
                 _rewrite(graph, site)
             code = graph.python_code("self")
             programs[training] = Program(code.src, code.globals)
-        settings = [Settings.of(path, each) for path, each in {"": owner, **within}.items()]
+        settings = [Settings.of(path, each) for path, each in _followed(owner, within).items()]
         self.forwards[owner] = FusedForward(owner, programs, settings)
 
     def _crossed(self, owner: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -253,6 +262,18 @@ class _Plan:
             else:
                 sites[layer] = found
         return sites, reasons
+
+
+def _followed(
+    owner: torch.nn.Module, within: Mapping[str, torch.nn.Module]
+) -> dict[str, torch.nn.Module]:
+    """By path, the modules whose own children a trace has called: lists of modules, too."""
+    followed = {"": owner}
+    for path, each in owner.named_modules():
+        is_around = path in within or not has_forward(each)
+        if path and is_around and path.rpartition(".")[0] in followed:
+            followed[path] = each
+    return followed
 
 
 def _kind(path: str, layer: torch.nn.Module) -> tuple[type[torch.nn.Module], str | None]:
