@@ -345,6 +345,17 @@ def test_what_is_left(forward, why):
     alike_in_evaluation(folded, model, x)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), bt.BatchNorm2d(3, activation="silu")])
+def test_a_layer_that_is_called_by_another_name(norm):
+    model = filled(Net(lambda net, x: net.layers[1](net.layers[0](x)), norm=norm))
+    model.layers = [model.conv, model.norm]
+    x = tensor(2, 3, 6, 6)
+    folded = bt.fold(model, x)
+    assert outcome(folded)["norm"] == ("folded", "into the Conv2d 'conv'")
+    assert folded.layers[1] is folded.norm
+    alike_in_evaluation(folded, model, x)
+
+
 def test_asking_for_a_dtype_or_a_device_reads_nothing():
     def forward(net, x):
         x = x.to(next(net.parameters()).device, net.conv.weight.dtype)

@@ -24,7 +24,7 @@ from ._tracing import (
     why_unseen,
     why_untraceable,
 )
-from .conversion import becomes, replaced
+from .conversion import becomes
 from .layers import BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 _TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
@@ -148,7 +148,10 @@ def _fold(model: torch.nn.Module) -> list[Change]:
             continue
         rests[layer] = _rest(layer, layer in calls.with_residual).eval()
         found.append(Change(path, "folded", f"into the {type(before).__name__} {paths[before]!r}"))
-    replaced(model, rests)
+    for layer, rest in rests.items():
+        # The same object, which may be known elsewhere than in the tree: in a list, say.
+        layer.__class__ = type(rest)
+        layer.__dict__ = dict(vars(rest))
     return found
 
 
