@@ -210,7 +210,7 @@ def pair(after, **others):
     return ours, model
 
 
-def calls_of_norm(model, *inputs, path="norm"):
+def calls_of_norm(model, *inputs, path="norm", **named):
     """The keywords with which the layer is called."""
     seen = []
     layer = model.get_submodule(path)
@@ -222,7 +222,7 @@ def calls_of_norm(model, *inputs, path="norm"):
             return super().forward(input, residual, mask, activation=activation)
 
     layer.__class__ = Seen
-    model(*inputs)
+    model(*inputs, **named)
     layer.__class__ = kind
     return seen
 
@@ -707,7 +707,11 @@ def test_arguments_that_are_no_tensors_are_for_the_forward_itself():
     x, y = tensor(4, 3, 5, 5), tensor(4, 3, 5, 5, seed=1)
     for arguments in ((x, y), (x, None), ([x[:, :1], x[:, 1:]], y), ([x], None)):
         alike(ours(*arguments), model(*arguments), 1e-5)
-    assert calls_of_norm(ours, x, y) == [(True, "relu")]
+    for arguments, named in (((x, y), {}), ((x,), {"y": y}), ((), {"y": y, "x": x})):
+        assert calls_of_norm(ours, *arguments, **named) == [(True, "relu")]
+        alike(ours(*arguments, **named), model(*arguments, **named), 1e-5)
+    with pytest.raises(TypeError, match="got multiple values for argument 'x'"):
+        ours(x, y, x=x)
     assert calls_of_norm(ours, [x], y) == [(False, None)]
 
 

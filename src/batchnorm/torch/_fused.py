@@ -74,8 +74,7 @@ class Settings(NamedTuple):
         if self.path and has_forward(module) and not is_as_sequential(module):
             return False
         return self.children == [name for name, _ in module.named_children()] and all(
-            _is_as_it_was(_setting(getattr(module, name, None)), each)
-            for name, each in self.values.items()
+            _is_as_it_was(getattr(module, name, None), each) for name, each in self.values.items()
         )
 
 
@@ -96,16 +95,21 @@ def _setting(value: Any) -> Any:
     return set(value) if isinstance(value, set) else value
 
 
-def _is_as_it_was(now: Any, before: Any) -> bool:
-    if type(now) is not type(before):
-        return False
+def _is_as_it_was(now: Any, setting: Any) -> bool:
+    if now is setting:
+        return True
+    if isinstance(now, Tensor):
+        return setting is Tensor
     if isinstance(now, dict):
-        return now.keys() == before.keys() and all(
-            _is_as_it_was(each, before[key]) for key, each in now.items()
+        return (
+            isinstance(setting, dict)
+            and now.keys() == setting.keys()
+            and all(_is_as_it_was(each, setting[key]) for key, each in now.items())
         )
-    if isinstance(now, list):
-        return len(now) == len(before) and all(map(_is_as_it_was, now, before))
-    return now is before or (isinstance(now, (*_PLAIN, set)) and bool(now == before))
+    if isinstance(now, list | tuple):
+        is_as_long = isinstance(setting, list) and len(now) == len(setting)
+        return is_as_long and all(map(_is_as_it_was, now, setting))
+    return type(now) is type(setting) and isinstance(now, (*_PLAIN, set)) and bool(now == setting)
 
 
 class FusedForward:
@@ -121,34 +125,35 @@ class FusedForward:
     ) -> None:
         self.owner, self.programs, self.settings = owner, programs, settings
         parameters = list(inspect.signature(type(owner).forward).parameters.values())[1:]
+        self.positional = [each.name for each in parameters if each.kind < each.VAR_POSITIONAL]
         self.defaults = {
             each.name: each.default for each in parameters if each.default is not each.empty
         }
-        self.required = sum(
-            each.default is each.empty and each.kind < each.VAR_POSITIONAL for each in parameters
-        )
+        self.required = [each for each in self.positional if each not in self.defaults]
 
     def __reduce__(self) -> Any:
         return FusedForward, (self.owner, self.programs, self.settings)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         owner = self.owner
-        if not self._serves(arguments, keywords):
+        inputs = self._inputs(arguments, keywords)
+        if inputs is None or not all(each.hold(owner) for each in self.settings):
             return type(owner).forward(owner, *arguments, **keywords)
-        function = self.programs[owner.training].function
-        return function(owner, *arguments[: self.required])
+        return self.programs[owner.training].function(owner, *inputs)
 
-    def _serves(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-        """Whether the inputs are tensors alone, and the module is as it was traced."""
-        inputs, others = arguments[: self.required], arguments[self.required :]
-        given = [*zip(self.defaults, others, strict=False), *keywords.items()]
-        return (
-            len(inputs) == self.required
-            and len(others) <= len(self.defaults)
+    def _inputs(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Tensor] | None:
+        """The required ones, if they are tensors, and all others have their defaults."""
+        given = {**dict(zip(self.positional, arguments, strict=False)), **keywords}
+        inputs = [given.pop(name, None) for name in self.required]
+        is_usual = (
+            len(inputs) + len(given) == len(arguments) + len(keywords)
             and all(isinstance(each, Tensor) for each in inputs)
-            and all(name in self.defaults and each is self.defaults[name] for name, each in given)
-            and all(each.hold(self.owner) for each in self.settings)
+            and all(
+                name in self.defaults and each is self.defaults[name]
+                for name, each in given.items()
+            )
         )
+        return inputs if is_usual else None
 
     @property
     def __signature__(self) -> inspect.Signature:
