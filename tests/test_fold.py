@@ -94,6 +94,12 @@ class OwnNorm(batchnorm.mlx.BatchNorm):
     pass
 
 
+def complex_linear():
+    layer = mlx.nn.Linear(4, 6)
+    layer.weight = layer.weight.astype(mx.complex64)
+    return layer
+
+
 def without_variance():
     norm = mlx_norm(batchnorm.mlx.BatchNorm)
     norm.running_var = mx.full((6,), np.nan)
@@ -123,6 +129,12 @@ def without_variance():
             lambda: mlx.nn.BatchNorm(7),
             ValueError,
             "num_features=7 channels, but it has 6",
+        ),
+        (
+            complex_linear,
+            lambda: mlx.nn.BatchNorm(6),
+            TypeError,
+            r"^layer\.weight must be an array of real .* dtype is mlx\.core\.complex64",
         ),
         (
             lambda: mlx.nn.Linear(4, 6),
@@ -226,8 +238,12 @@ def without_nnx_variance():
     return norm
 
 
-def linear():
-    return nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+def linear(dtype=jnp.float32):
+    return nnx.Linear(4, 6, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def complex_nnx_linear():
+    return linear(jnp.complex64)
 
 
 OURS = batchnorm.flax.nnx.BatchNorm
@@ -251,6 +267,12 @@ OURS = batchnorm.flax.nnx.BatchNorm
         ),
         (linear, lambda: nnx_norm(OURS, axis=1), ValueError, "over axis -1.* its axis is 1"),
         (linear, lambda: nnx_norm(OURS, 7), ValueError, "num_features=7 channels, but it has 6"),
+        (
+            complex_nnx_linear,
+            lambda: nnx_norm(OURS),
+            TypeError,
+            r"^layer\.kernel must be an array of real .* dtype is complex64",
+        ),
         (linear, without_nnx_variance, ValueError, "^The folded layer's parameters are not fin"),
     ],
 )

@@ -331,6 +331,10 @@ LEFT = {
         lambda net, x: net.norm(F.relu(net.conv(x))),
         "what comes before it is the function relu",
     ),
+    "an input by name": (
+        lambda net, x: net.norm(input=net.conv(x)),
+        "it is called with its input by name",
+    ),
     "a weight used elsewhere": (with_its_weight, "its parameters, or those of the layer before"),
 }
 
@@ -354,6 +358,20 @@ def test_a_layer_that_is_called_by_another_name(norm):
     assert outcome(folded)["norm"] == ("folded", "into the Conv2d 'conv'")
     assert folded.layers[1] is folded.norm
     alike_in_evaluation(folded, model, x)
+
+
+class MayHaveResidual(Net):
+    def forward(self, x, residual=None):
+        return self.norm(self.conv(x), residual)
+
+
+def test_a_residual_that_may_be_none():
+    model = filled(MayHaveResidual(None, norm=bt.BatchNorm2d(3, activation="relu")))
+    x = tensor(2, 3, 6, 6)
+    folded = bt.fold(model, x)
+    assert outcome(folded)["norm"][0] == "folded"
+    alike_in_evaluation(folded, model, x)
+    alike_in_evaluation(folded, model, x, tensor(2, 3, 6, 6, seed=1))
 
 
 def test_asking_for_a_dtype_or_a_device_reads_nothing():

@@ -35,13 +35,14 @@ def fold(layer: Any, normalization: Any) -> Any:
     Returns
     -------
     mlx.nn.Module
-        A new layer, of the class of `layer`, with a bias.
+        A new layer, of the class of `layer`, with a bias; its output has the dtype of that of
+        `layer`.
 
     Raises
     ------
     TypeError
         If layer or normalization is something else, a subclass for instance, which may compute
-        something of its own.
+        something of its own; or if the weight is of complex numbers.
     ValueError
         If the normalization has no running statistics, an activation or another number of features,
         or if what comes out is not finite in the dtype of the weight.
@@ -82,6 +83,7 @@ def fold(layer: Any, normalization: Any) -> Any:
             "those of each batch."
         )
     weight = layer.weight
+    checks.floating("layer.weight", weight.dtype, mx.issubdtype(weight.dtype, mx.floating))
     checks.number_of_channels(len(weight), normalization.num_features, weight.shape, "layer.weight")
     scale = normalization.get("weight")
     shift = None if scale is None else normalization.get("bias")

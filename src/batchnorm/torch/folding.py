@@ -125,8 +125,9 @@ class Rest(torch.nn.Module):
         super().__init__()
         self.activation = torch.nn.Identity() if activation is None else MODULES[activation]()
 
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        output: Tensor = self.activation((input + residual).to(input.dtype))
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        total = input if residual is None else (input + residual).to(input.dtype)
+        output: Tensor = self.activation(total)
         return output
 
 
@@ -191,13 +192,17 @@ class _Calls:
                 continue
             module = owner.get_submodule(node.target)
             users = list(node.users)
-            is_one = len(users) == 1 and users[0].op == "call_module" and users[0].args[0] is node
+            is_one = (
+                len(users) == 1 and users[0].op == "call_module" and users[0].args[:1] == (node,)
+            )
             self.after[module].append(owner.get_submodule(users[0].target) if is_one else None)
             if is_normalization(module):
                 self.comes[module].append(self._before(node, owner, module))
 
     def _before(self, node: fx.Node, owner: torch.nn.Module, layer: torch.nn.Module) -> Any:
         arguments = [*node.args[1:], *node.kwargs]
+        if not node.args:
+            return "it is called with its input by name"
         if arguments:
             if len(arguments) > 1 or not (node.args[1:] or "residual" in node.kwargs):
                 return "it is called with more than its input and a residual"

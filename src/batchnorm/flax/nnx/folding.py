@@ -27,13 +27,13 @@ def fold(layer: Folded, normalization: nnx.BatchNorm) -> Folded:
 
     Returns
     -------
-    A new layer, of the class of `layer`, with a bias
+    A new layer, of the class of `layer`, with a bias; its output has the dtype of that of `layer`
 
     Raises
     ------
     TypeError
         If layer or normalization is something else, a subclass for instance, which may compute
-        something of its own.
+        something of its own; or if the kernel is of complex numbers.
     ValueError
         If the normalization is over another axis than -1, has an activation or another number of
         features, or if what comes out is not finite in the dtype of the kernel.
@@ -72,6 +72,7 @@ def fold(layer: Folded, normalization: nnx.BatchNorm) -> Folded:
             f"but its axis is {normalization.axis!r}."
         )
     kernel = layer.kernel[...]
+    checks.floating("layer.kernel", kernel.dtype, jnp.issubdtype(kernel.dtype, jnp.floating))
     checks.number_of_channels(
         layer.out_features, normalization.num_features, kernel.shape, "layer.kernel"
     )
