@@ -378,6 +378,17 @@ def residual_changed_later(net, x):
     return y + z.add_(1)
 
 
+def statistics_read_between(net, x):
+    y = normalized(net, x)
+    return net.relu(y + net.conv(x) * net.norm.running_mean.sum())
+
+
+def weight_changed_between(net, x):
+    y = normalized(net, x)
+    net.norm.weight.data.clamp_(max=0.5)
+    return net.relu(y + x)
+
+
 def twice(net, x):
     return net.relu(net.norm(net.relu(normalized(net, x))))
 
@@ -389,6 +400,8 @@ LEFT = {
     "its output goes to more": another_name_of_the_norm,
     "the function add_, called in between, may change its input": input_changed_between,
     "the function add_ may change what is added": residual_changed_later,
+    "norm.running_mean is read in the same forward": statistics_read_between,
+    "norm.weight is read in the same forward": weight_changed_between,
     "more than one call uses it": twice,
     "what follows is the function gelu": lambda net, x: F.gelu(normalized(net, x)),
     "what follows is the Hardswish 'act'": lambda net, x: net.act(normalized(net, x)),
@@ -632,6 +645,16 @@ def test_hooks_on_others_hold():
     for each in (ours, model):
         hooked("conv")(each)
         each.register_forward_hook(lambda module, args, output: output + 1)
+    equal_in_training(ours, model, tensor(4, 3, 5, 5).double())
+
+
+# PyTorch says that of all of torch.jit; programs made by it are still about.
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+def test_programs_of_torch_jit_are_called_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.jit.script(nn.ReLU()), nn.BatchNorm2d(3), nn.ReLU()).double()
+    ours = bt.fuse(copy.deepcopy(model))
+    assert fused(ours) == ["1"]
     equal_in_training(ours, model, tensor(4, 3, 5, 5).double())
 
 

@@ -64,7 +64,7 @@ def trace(
     before = _State(owner)
     try:
         for training, others, mode in product((True, False), repeat=3):
-            for each in owner.modules():
+            for each in _in_python(owner):
                 vars(each)["training"] = training if each is owner else others
             with torch.set_grad_enabled(mode), _autocast(mode):
                 graph = _traced(owner, within, entered)
@@ -271,11 +271,16 @@ def _modes() -> tuple[bool, ...]:
     )
 
 
+def _in_python(owner: torch.nn.Module) -> list[torch.nn.Module]:
+    """Its modules, without programs of torch.jit, in which attributes come and go."""
+    return [each for each in owner.modules() if not isinstance(each, torch.jit.ScriptModule)]
+
+
 class _State:
     """All that a forward may change while it is traced, as it was before."""
 
     def __init__(self, owner: torch.nn.Module) -> None:
-        self.attributes = [(vars(each), dict(vars(each))) for each in owner.modules()]
+        self.attributes = [(vars(each), dict(vars(each))) for each in _in_python(owner)]
         self.containers: list[tuple[Any, Any]] = []
         self.tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.generators = [(get, put, get()) for get, put in _GENERATORS]

@@ -362,6 +362,8 @@ def _why_not_together(site: _Site, owner: torch.nn.Module) -> str | None:
     (input,) = site.normalization.all_input_nodes
     is_its_own = len(input.users) == 1 and isinstance(_module(input, owner), _MAKERS)
     for place, node in enumerate(nodes):
+        if node.op == "get_attr" and node.target.startswith(f"{site.normalization.target}."):
+            return f"{node.target} is read in the same forward, perhaps in between"
         if place in places or not _may_change(node, owner):
             continue
         if places[0] < place < places[1] and not is_its_own:
