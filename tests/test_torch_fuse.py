@@ -5,6 +5,7 @@ import logging
 import operator
 import pickle
 import random
+import threading
 from collections import OrderedDict, defaultdict
 from functools import partial
 
@@ -894,6 +895,28 @@ def test_settings_that_change_count(change):
         alike(
             compiled(tensor(2, 3, 5, 5).double()), model.eval()(tensor(2, 3, 5, 5).double()), 1e-9
         )
+
+
+class Locked(Block):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: each for name, each in super().__getstate__().items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_what_a_module_does_not_copy_is_no_setting(way):
+    torch.manual_seed(0)
+    model = Locked().double()
+    model.compile(backend="eager")
+    copied = way(bt.fuse(model))
+    assert calls_of_norm(copied, tensor(4, 3, 5, 5).double()) == [(True, "silu")]
 
 
 def test_what_a_forward_asks_of_its_parameters_is_asked_in_each_call():

@@ -15,7 +15,7 @@ from ._activations import FUNCTIONS, name_of
 from ._compat import has_hooks, is_as_its_class
 from ._layer import Layer
 
-_USUAL = vars(torch.nn.Module()).keys()
+_USUAL = {*vars(torch.nn.Module()), "forward"}
 
 
 class Program:
@@ -61,10 +61,12 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, path: str, module: torch.nn.Module) -> "Settings":
+        state = module.__getstate__()  # what a copy lacks would stay behind in its settings
+        copied = state if isinstance(state, dict) else vars(module)
         values = {
             name: _setting(each)
             for name, each in vars(module).items()
-            if name not in _USUAL and name != "forward"
+            if name in copied and name not in _USUAL
         }
         return cls(path, values, [name for name, _ in module.named_children()])
 
