@@ -176,6 +176,10 @@ def with_a_residual_made_between(net, x):
     return net.relu(net.inner(x) + y)
 
 
+def with_identities(net, x):
+    return net.relu(net.path(net.norm(net.path(net.conv(x)))) + net.path(x))
+
+
 FUSED = {
     "a module": lambda net, x: net.relu(normalized(net, x)),
     "silu": lambda net, x: net.silu(normalized(net, x)),
@@ -828,6 +832,22 @@ def test_reverting_converting_and_fusing_again():
     bt.revert(ours)
     assert repr(ours) == before
     assert vars(ours[0]).keys() == vars(model[0]).keys()
+
+
+def test_identities_are_seen_through_while_they_are_some():
+    ours, model = pair(with_identities, path=nn.Identity())
+    assert fused(ours) == ["norm"]
+    x = tensor(4, 3, 5, 5).double()
+    assert calls_of_norm(ours, x) == [(True, "relu")]
+    model(x)
+    equal_in_training(ours, model, x)
+    for each in (ours, model):
+        each.path = nn.Tanh()
+    equal_in_training(ours, model, x)
+    for each in (ours, model):
+        each.path = nn.Identity()
+        hooked("path")(each)
+    equal_in_training(ours, model, x)
 
 
 def test_children_that_are_replaced_count():

@@ -73,7 +73,8 @@ class Settings(NamedTuple):
     def hold(self, owner: torch.nn.Module) -> bool:
         """Whether they are what they were."""
         module = owner.get_submodule(self.path)
-        if self.path and has_forward(module) and not is_as_sequential(module):
+        is_its_own = is_as_sequential(module) or is_identity(module) or not has_forward(module)
+        if self.path and not is_its_own:
             return False
         return self.children == [name for name, _ in module.named_children()] and all(
             _is_as_it_was(getattr(module, name, None), each) for name, each in self.values.items()
@@ -175,6 +176,11 @@ def is_as_sequential(module: torch.nn.Module) -> bool:
         and not has_hooks(module)
         and isinstance(vars(module).get("forward"), FusedForward | None)
     )
+
+
+def is_identity(module: torch.nn.Module | None) -> bool:
+    """Whether a call of it gives what it got, and does nothing."""
+    return type(module) is torch.nn.Identity and is_as_its_class(module)
 
 
 def restore(model: torch.nn.Module) -> None:

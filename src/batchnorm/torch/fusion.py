@@ -22,6 +22,7 @@ from ._fused import (
     Settings,
     has_forward,
     is_as_sequential,
+    is_identity,
     together,
 )
 from ._layer import Layer
@@ -179,6 +180,10 @@ class _Plan:
         self.left: dict[torch.nn.Module, str] = {}
         self.forwards: dict[torch.nn.Module, FusedForward] = {}
         self.graphs, failures = traced_owners(model)
+        self.identities = {
+            owner: set().union(*(_see_through(graph, owner) for graph in graphs.values()))
+            for owner, graphs in self.graphs.items()
+        }
         calls = Counter(
             owner.get_submodule(str(node.target))
             for owner, graphs in self.graphs.items()
@@ -203,7 +208,7 @@ class _Plan:
 
     def _fuse(self, owner: torch.nn.Module) -> None:
         within = self._crossed(owner)
-        graphs = trace(owner, within.values()) if within else self.graphs[owner]
+        graphs = self._trace(owner, within) if within else self.graphs[owner]
         sites = {}
         for training, graph in graphs.items():
             sites[training], reasons = self._sites(owner, graph)
@@ -218,8 +223,17 @@ class _Plan:
                 _rewrite(graph, site)
             code = graph.python_code("self")
             programs[training] = Program(code.src, code.globals)
-        settings = [Settings.of(path, each) for path, each in _followed(owner, within).items()]
+        followed = [*_followed(owner, within), *sorted(self.identities[owner])]
+        settings = [Settings.of(path, owner.get_submodule(path)) for path in followed]
         self.forwards[owner] = FusedForward(owner, programs, settings)
+
+    def _trace(
+        self, owner: torch.nn.Module, within: Mapping[str, torch.nn.Module]
+    ) -> dict[bool, fx.Graph]:
+        graphs = trace(owner, within.values())
+        for graph in graphs.values():
+            self.identities[owner] |= _see_through(graph, owner)
+        return graphs
 
     def _crossed(self, owner: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """By path, the Sequentials that an owner calls and a fusion goes beyond the bounds of."""
@@ -232,7 +246,7 @@ class _Plan:
             and any(f"{path}.".startswith(f"{one}.") for one in called)
         }
         try:
-            graphs = trace(owner, inner.values()) if inner else {}
+            graphs = self._trace(owner, inner) if inner else {}
         except UntraceableError:
             graphs = {}
         crossed = {}
@@ -264,15 +278,24 @@ class _Plan:
         return sites, reasons
 
 
-def _followed(
-    owner: torch.nn.Module, within: Mapping[str, torch.nn.Module]
-) -> dict[str, torch.nn.Module]:
-    """By path, the modules whose own children a trace has called: lists of modules, too."""
-    followed = {"": owner}
+def _see_through(graph: fx.Graph, owner: torch.nn.Module) -> set[str]:
+    """Take away the calls of torch.nn.Identity, and say which they were."""
+    found = set()
+    for node in graph.nodes:
+        if is_identity(_module(node, owner)) and len(node.args) == 1:
+            found.add(str(node.target))
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    return found
+
+
+def _followed(owner: torch.nn.Module, within: Mapping[str, torch.nn.Module]) -> list[str]:
+    """The paths of modules whose own children a trace has called: lists of modules, too."""
+    followed = [""]
     for path, each in owner.named_modules():
         is_around = path in within or not has_forward(each)
         if path and is_around and path.rpartition(".")[0] in followed:
-            followed[path] = each
+            followed.append(path)
     return followed
 
 
