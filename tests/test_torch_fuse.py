@@ -850,6 +850,21 @@ def test_identities_are_seen_through_while_they_are_some():
     equal_in_training(ours, model, x)
 
 
+def test_an_identity_that_a_child_calls_may_go():
+    def after(net, x):
+        return net.relu(normalized(net, net.inner(x)))
+
+    inner = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Identity())
+    ours, model = pair(after, inner=inner)
+    assert fused(ours) == ["norm", "inner.0"]
+    for each in (ours, model):
+        del each.inner[2]
+    x = tensor(4, 3, 5, 5).double()
+    assert calls_of_norm(ours, x) == [(False, "relu")]
+    model(x)
+    equal_in_training(ours, model, x)
+
+
 def test_children_that_are_replaced_count():
     ours, model = pair(FUSED["a module"])
     for each in (ours, model):

@@ -181,8 +181,7 @@ class _Plan:
         self.forwards: dict[torch.nn.Module, FusedForward] = {}
         self.graphs, failures = traced_owners(model)
         self.identities = {
-            owner: set().union(*(_see_through(graph, owner) for graph in graphs.values()))
-            for owner, graphs in self.graphs.items()
+            owner: _see_through(owner, graphs) for owner, graphs in self.graphs.items()
         }
         calls = Counter(
             owner.get_submodule(str(node.target))
@@ -208,7 +207,10 @@ class _Plan:
 
     def _fuse(self, owner: torch.nn.Module) -> None:
         within = self._crossed(owner)
-        graphs = self._trace(owner, within) if within else self.graphs[owner]
+        graphs, identities = self.graphs[owner], self.identities[owner]
+        if within:
+            graphs = trace(owner, within.values())
+            identities = _see_through(owner, graphs)
         sites = {}
         for training, graph in graphs.items():
             sites[training], reasons = self._sites(owner, graph)
@@ -223,17 +225,9 @@ class _Plan:
                 _rewrite(graph, site)
             code = graph.python_code("self")
             programs[training] = Program(code.src, code.globals)
-        followed = [*_followed(owner, within), *sorted(self.identities[owner])]
+        followed = [*_followed(owner, within), *sorted(identities)]
         settings = [Settings.of(path, owner.get_submodule(path)) for path in followed]
         self.forwards[owner] = FusedForward(owner, programs, settings)
-
-    def _trace(
-        self, owner: torch.nn.Module, within: Mapping[str, torch.nn.Module]
-    ) -> dict[bool, fx.Graph]:
-        graphs = trace(owner, within.values())
-        for graph in graphs.values():
-            self.identities[owner] |= _see_through(graph, owner)
-        return graphs
 
     def _crossed(self, owner: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """By path, the Sequentials that an owner calls and a fusion goes beyond the bounds of."""
@@ -246,9 +240,10 @@ class _Plan:
             and any(f"{path}.".startswith(f"{one}.") for one in called)
         }
         try:
-            graphs = self._trace(owner, inner) if inner else {}
+            graphs = trace(owner, inner.values()) if inner else {}
         except UntraceableError:
             graphs = {}
+        _see_through(owner, graphs)
         crossed = {}
         for graph in graphs.values():
             for site in self._sites(owner, graph)[0].values():
@@ -278,14 +273,14 @@ class _Plan:
         return sites, reasons
 
 
-def _see_through(graph: fx.Graph, owner: torch.nn.Module) -> set[str]:
+def _see_through(owner: torch.nn.Module, graphs: Mapping[bool, fx.Graph]) -> set[str]:
     """Take away the calls of torch.nn.Identity, and say which they were."""
     found = set()
-    for node in graph.nodes:
+    for node in [each for graph in graphs.values() for each in graph.nodes]:
         if is_identity(_module(node, owner)) and len(node.args) == 1:
             found.add(str(node.target))
             node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+            node.graph.erase_node(node)
     return found
 
 
