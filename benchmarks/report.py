@@ -145,7 +145,7 @@ def is_drawn(each: Result) -> bool:
 
 def draw(results: list[Result], path: Path) -> None:
     """Ratios to a copy of every shape, ours beside the peers'."""
-    panels = by(filter(is_drawn, results), "call", "layout")
+    panels = by([*filter(is_drawn, results)], "call", "layout")
     figure = Figure(figsize=(11, 3.2 * len(panels)), dpi=110, layout="constrained")
     for axes, ((call, layout), group) in zip(
         figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True
