@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from itertools import groupby, product
@@ -77,7 +77,7 @@ def run(quick: bool, folder: Path) -> list[tuple[str, list[Result]]]:
     return found
 
 
-def by(results: Iterable[Result], *names: str) -> list[tuple[tuple[str, ...], list[Result]]]:
+def by(results: Sequence[Result], *names: str) -> list[tuple[tuple[str, ...], list[Result]]]:
     def key(each: Result) -> tuple[str, ...]:
         return tuple(str(getattr(each, name)) for name in names)
 
