@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..installation import missing
-from .findings import Drift
+from .drift import Drift
 from .states import State
 
 if TYPE_CHECKING:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..installation import missing
-from .findings import SEVERITIES, THRESHOLDS, Drift, Finding, figure, findings_of
+from .drift import Drift
+from .findings import SEVERITIES, Finding, figure, findings_of
 from .states import State
+from .thresholds import THRESHOLDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
