@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from batchnorm.tools import inspect
 from batchnorm.tools.search import found_in
@@ -241,7 +242,6 @@ SICK = {
 
 
 def test_says_it_in_text_json_and_a_table():
-    rich_console = pytest.importorskip("rich.console")
     report = inspect(SICK)
     assert str(report).splitlines() == [
         "severe: negative_variance",
@@ -260,7 +260,7 @@ def test_says_it_in_text_json_and_a_table():
     assert told["is_severe"]
     assert [each["group"] for each in told["layers"]] == ["model", "model", "ema"]
     assert told["findings"][0]["channels"] == [1]
-    console = rich_console.Console(width=100, file=io.StringIO())
+    console = Console(width=100, file=io.StringIO())
     with console.capture() as captured:
         console.print(report)
     lines = [line.strip() for line in captured.get().splitlines()]
@@ -279,7 +279,6 @@ def test_json_holds_no_number_that_it_cannot():
 
 
 def test_draws_every_layer():
-    pytest.importorskip("matplotlib")
     figure = inspect(
         {f"{i}.{key}": each for i in range(90) for key, each in TORCH.items()}
     ).figure()
