@@ -4,6 +4,7 @@ x goes through the library's layer, dropout, and ours, which has a relu and take
 what tools do with models speak NumPy, and run through all rows.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ class Layer(NamedTuple):
 
 
 @dataclass
-class Row:
+class Row(ABC):
     """A library.
 
     Attributes
@@ -60,27 +61,27 @@ class Row:
     eps: float = 1e-5
     random: Any = lambda: 0
 
+    @abstractmethod
     def make(self, *, theirs: bool = True) -> Any:
         """A model in training mode; without the library's layer, ours is alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call(self, model, x, mask=None):
         """In the mode that the model is in, but for libraries that tell it in the call."""
-        raise NotImplementedError
 
-    def layers(self, model) -> list[Layer]:
-        raise NotImplementedError
+    @abstractmethod
+    def layers(self, model) -> list[Layer]: ...
 
+    @abstractmethod
     def set_mean(self, model, value: float) -> None:
         """Of ours."""
-        raise NotImplementedError
 
+    @abstractmethod
     def everything(self, model) -> str:
         """All that is to stay as it is: arrays, flags, classes."""
-        raise NotImplementedError
 
-    def observed(self, model, see, **keywords):
-        raise NotImplementedError
+    @abstractmethod
+    def observed(self, model, see, **keywords): ...
 
     def recalibrate(self, model, batches, forward=None, **keywords):
         """`forward` takes a function of x and a mask, and a batch."""

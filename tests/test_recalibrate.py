@@ -533,7 +533,8 @@ def test_a_model_made_in_inference_mode():
     assert not other.running_mean.is_inference()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # what is tested
+# PyTorch says that of all of torch.jit; programs made by it are still about.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_module_is_in_evaluation_mode_too():
     scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(CHANNELS)))
     model = sequential(scripted, nn.BatchNorm1d(CHANNELS))
