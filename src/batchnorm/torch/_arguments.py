@@ -1,6 +1,5 @@
 """The arguments as the stages want them, or an error that says what is wrong with one."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from .. import checks
 from ..definition import Inputs, Problem
 from ..layout import feature_shape, values_per_feature
 from ._compat import check_dense, is_watched
-from ._stages import OF_FUNCTIONS, Call, wide
+from ._operations import OF_FUNCTIONS, Call
 from ._sync import Group, processes_of
 
 Axis = int | Sequence[int]
@@ -68,16 +67,13 @@ def residual_like(x: Tensor, residual: Tensor | None, x_name: str = "x") -> Tens
 
 
 def weights_of(x: Tensor, mask: Tensor | None, x_name: str = "x") -> Tensor | None:
-    """The mask as weights, of the rank of x, NaN where they are negative."""
+    """The mask as it came, of the rank of x."""
     if mask is None:
         return None
     check_real("mask", mask)
     check_device("mask", mask, x, x_name)
     checks.broadcasts("mask", mask.shape, x.shape, x_name)
-    weights = mask.to(wide(x.dtype))
-    if mask.dtype != torch.bool:
-        weights = torch.where(weights < 0, math.nan, weights)
-    return weights.reshape((1,) * (x.ndim - mask.ndim) + tuple(mask.shape))
+    return mask.reshape((1,) * (x.ndim - mask.ndim) + tuple(mask.shape))
 
 
 def values_of(call: Call, inputs: Inputs) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..definition import Inputs, takes_part
 from . import _compat
+from ._operations import Call, Given
 from ._running import Running, rounded
-from ._stages import Call, Given, Stages
+from ._stages import stages_of
 
 
 def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -45,13 +46,13 @@ def normalize(call: Call, inputs: Inputs, given: Given) -> Tensor:
     if not watched and (moving or _requires_grad(inputs)):
         y: Tensor = _apply(call, inputs, given, None, *inputs, *moving)
         return y
-    return Stages(call, inputs, watched=watched).normalize(given)
+    return stages_of(call, inputs, watched=watched).normalize(given)
 
 
 def batch_statistics(call: Call, inputs: Inputs) -> Tensor:
     if call.watched or _requires_grad(inputs[:1]):
         return forward(call, inputs)[1]
-    stages = Stages(call, inputs, watched=False)
+    stages = stages_of(call, inputs, watched=False)
     return call.processes.pooled(stages.statistics(), call.problem.eps)
 
 
@@ -76,7 +77,7 @@ def _forward(
     watched: bool,
 ) -> tuple[Tensor, Any]:
     """y and what it is normalized by; by plain operations where something else looks on."""
-    stages = Stages(call, inputs, watched=watched)
+    stages = stages_of(call, inputs, watched=watched)
     if given is not None:
         return stages.normalize(given), given
     if not call.processes.is_shared:
@@ -84,7 +85,7 @@ def _forward(
     shape = inputs.x.shape
     is_padded = watched and 0 in shape
     if is_padded:
-        stages = Stages(call, _one_that_does_not_count(inputs), watched=True)
+        stages = stages_of(call, _one_that_does_not_count(inputs), watched=True)
     statistics = call.processes.pooled(stages.statistics(), call.problem.eps)
     if running is not None:
         running.move(statistics, watched=watched)
@@ -178,7 +179,7 @@ def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
     if dy is None:
         return (None,) * 9
     watched = _compat.is_watched(x) or _compat.is_batch_of_autograd(dy)
-    stages = Stages(call, inputs, watched=watched)
+    stages = stages_of(call, inputs, watched=watched)
     if call.processes.is_shared and not isinstance(by, Given):
         own = stages.gradient_sums(by, dy)
         sums = call.processes.sum(own if scale is None else own * scale.to(own.dtype))
@@ -200,7 +201,7 @@ def _differentiable_gradients(
         inputs, given = Inputs(*tensors[:5]), None
         if isinstance(ctx.by, Given):
             given = Given(*(tensors[5:] or ctx.by))
-        Stages(ctx.call, inputs, watched=True).check("dy", dy)
+        stages_of(ctx.call, inputs, watched=True).check("dy", dy)
         outputs = _forward(ctx.call, inputs, given, watched=True)
         if given is None:
             outputs = outputs[0], rounded(outputs[1])

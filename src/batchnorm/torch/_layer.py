@@ -28,10 +28,11 @@ from ._arguments import (
     residual_like,
     weights_of,
 )
+from ._native import fit
 from ._opacus import tell_opacus
+from ._operations import OF_LAYERS, Call, Given
 from ._recording import recorded_layer, stand_in
 from ._running import Running, Tracked, explained
-from ._stages import OF_LAYERS, Call, Given, fit
 from ._sync import ALONE, Alone, Processes
 
 NormalizeBy = Literal["batch", "running"]

@@ -14,7 +14,7 @@ from ._compat import check_dense, is_transformed
 
 
 def rounded(statistics: Tensor) -> Tensor:
-    """The three rows, of statistics that may have five (_stages.py)."""
+    """The three rows, of statistics that may have five (_operations.py)."""
     if len(statistics) == 3:
         return statistics
     count, mean, var, _, unit = statistics.unbind(0)
@@ -45,7 +45,7 @@ class Running(NamedTuple):
         return tensors, self.rate
 
     def move(self, statistics: Tensor, *, watched: bool) -> None:
-        """In place; `statistics` as in _stages.py."""
+        """In place; `statistics` as in _operations.py."""
         moving = None if watched or native.kernels is None else self.operands()
         if moving is not None and statistics.dtype == torch.float64:
             tensors, rate = moving

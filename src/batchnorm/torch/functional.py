@@ -16,9 +16,9 @@ from ._arguments import (
     number,
     values_of,
 )
+from ._operations import OF_LAYERS, Given
 from ._recording import recorded, stand_in
 from ._running import Running
-from ._stages import OF_LAYERS, Given
 
 __all__ = ["batch_norm"]
 

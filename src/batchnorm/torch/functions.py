@@ -22,8 +22,8 @@ from ._arguments import (
     number,
     values_of,
 )
+from ._operations import Given, wide
 from ._recording import recorded, stand_in
-from ._stages import Given, wide
 from ._sync import Group, Processes
 
 
