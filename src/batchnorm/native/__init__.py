@@ -13,15 +13,15 @@ if importlib.util.find_spec("batchnorm.native._cpu") is not None:
 else:
     kernels = None  # type: ignore[assignment]
 
-_reports: dict[str, Callable[[], str]] = {}
+_reports: dict[str, tuple[Callable[[], str], bool]] = {}
 
 
-def register_report(name: str, report: Callable[[], str]) -> None:
+def register_report(name: str, report: Callable[[], str], *, of_kernels: bool = True) -> None:
     """Let `native_status` name a door, once it is imported.
 
-    `report` says "served", and how, or "not served" and why.
+    `report` says "served", and how, or "not served" and why; `of_kernels`: by those of this module.
     """
-    _reports[name] = report
+    _reports[name] = report, of_kernels
 
 
 def native_status() -> str:
@@ -30,8 +30,8 @@ def native_status() -> str:
     Returns
     -------
     str
-        The instruction set and the number of threads in use, and the state of each door; or why
-        there are no native kernels.
+        The instruction set and the number of threads in use, and the state of each door and kind of
+        device; or why there are no native kernels.
 
     Examples
     --------
@@ -39,13 +39,18 @@ def native_status() -> str:
     >>> print(batchnorm.native_status())  # doctest: +ELLIPSIS
     Native kernels ...
     """
+    faces = "".join(
+        f" {name}: {report()}."
+        for name, (report, of_kernels) in _reports.items()
+        if kernels is not None or not of_kernels
+    )
     if kernels is None:
         return (
-            "Native kernels are not built: every array is served by batchnorm.definition; "
-            "to build them, install a C++17 compiler (GCC or Clang) and reinstall batchnorm."
+            "Native kernels are not built: every array on a CPU is served by operations of its "
+            "framework; to build them, install a C++17 compiler (GCC or Clang) and reinstall "
+            f"batchnorm.{faces}"
         )
     threads = kernels.num_threads()
-    faces = "".join(f" {name}: {report()}." for name, report in _reports.items())
     return (
         f"Native kernels serve, with {kernels.instruction_set()} "
         f"and up to {threads} thread{'s' if threads != 1 else ''}.{faces}"

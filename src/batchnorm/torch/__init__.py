@@ -1,9 +1,9 @@
 """Batch normalization of PyTorch tensors: torch.nn's layers, and the functions of every door.
 
-On the CPU, dense float32, float64, float16 and bfloat16 tensors are normalized, and their gradients
-computed, by the native kernels. On other devices, under torch.compile and torch.export, in the
-transformations of torch.func and in derivatives of second order, the same formulas are ATen
-operations.
+Dense float32, float64, float16 and bfloat16 tensors are normalized, and their gradients computed,
+by kernels: on the CPU by native ones, on CUDA and ROCm by those in Triton. On other devices, under
+torch.compile and torch.export, in the transformations of torch.func and in derivatives of second
+order, the same formulas are ATen operations.
 """
 
 from ..installation import missing

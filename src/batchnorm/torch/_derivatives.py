@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..definition import Inputs, takes_part
 from . import _compat
-from ._operations import Call, Given
-from ._running import Running, rounded
+from ._operations import Call, Given, statistics_by
+from ._running import Running
 from ._stages import stages_of
 
 
@@ -24,8 +24,8 @@ def forward(call: Call, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """y and the batch's statistics, both of which can be differentiated."""
     watched = _needs_operations(call, inputs)
     if watched or not _requires_grad(inputs):
-        y, statistics = _forward(call, inputs, watched=watched)
-        return y, rounded(statistics)
+        y, by = _forward(call, inputs, watched=watched, with_statistics=True)
+        return y, statistics_by(by)
     y, statistics = _apply_with_statistics(call, inputs, None, None, *inputs)
     return y, statistics
 
@@ -75,22 +75,22 @@ def _forward(
     running: Running | None = None,
     *,
     watched: bool,
+    with_statistics: bool = False,
 ) -> tuple[Tensor, Any]:
     """y and what it is normalized by; by plain operations where something else looks on."""
     stages = stages_of(call, inputs, watched=watched)
     if given is not None:
         return stages.normalize(given), given
     if not call.processes.is_shared:
-        return stages.forward(running)
+        return stages.forward(running, with_statistics)
     shape = inputs.x.shape
     is_padded = watched and 0 in shape
     if is_padded:
         stages = stages_of(call, _one_that_does_not_count(inputs), watched=True)
     statistics = call.processes.pooled(stages.statistics(), call.problem.eps)
-    if running is not None:
-        running.move(statistics, watched=watched)
-    y = stages.normalize(statistics)
-    return y[tuple(slice(size) for size in shape)] if is_padded else y, statistics
+    by = stages.prepared(statistics, running)
+    y = stages.normalize(by)
+    return y[tuple(slice(size) for size in shape)] if is_padded else y, by
 
 
 def _one_that_does_not_count(inputs: Inputs) -> Inputs:
@@ -117,28 +117,8 @@ class _Output(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        call: Call,
-        inputs: Inputs,
-        given: Given | None,
-        running: Running | None,
-        *tensors: Any,
-    ) -> Any:
-        # `tensors` are the inputs, and a given mean and variance that have derivatives: one by one
-        # as well, for autograd to see them.
-        x, scale, bias, residual, weights = inputs
-        y, ctx.by = _forward(call, inputs, given, running, watched=False)
-        if given is not None:
-            # Running statistics may have moved on when the backward pass comes.
-            ctx.by = Given(given.mean.clone(), given.var.clone())
-        ctx.call, ctx.has_residual = call, residual is not None
-        ctx.dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
-        ctx.set_materialize_grads(False)
-        if call.problem.activation is None:
-            residual = None
-        ctx.save_for_backward(x, scale, bias, residual, weights, *tensors[5:])
-        return y
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _kept_forward(ctx, *arguments)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None = None) -> Any:
@@ -156,8 +136,37 @@ class _Output(torch.autograd.Function):
 class _OutputAndStatistics(_Output):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
+        y = _kept_forward(ctx, *arguments, with_statistics=True)
         # An output that its own node held would never be freed.
-        return _Output.forward(ctx, *arguments), rounded(ctx.by).detach()
+        return y, statistics_by(ctx.by).detach()
+
+
+def _kept_forward(
+    ctx: Any,
+    call: Call,
+    inputs: Inputs,
+    given: Given | None,
+    running: Running | None,
+    *tensors: Any,
+    with_statistics: bool = False,
+) -> Tensor:
+    """y; `tensors` are the inputs, and a given mean and variance that have derivatives.
+
+    One by one as well, that is, for autograd to see them.
+    """
+    x, scale, bias, residual, weights = inputs
+    settings: Any = {"watched": False, "with_statistics": with_statistics}
+    y, ctx.by = _forward(call, inputs, given, running, **settings)
+    if given is not None:
+        # Running statistics may have moved on when the backward pass comes.
+        ctx.by = Given(given.mean.clone(), given.var.clone())
+    ctx.call, ctx.has_residual = call, residual is not None
+    ctx.dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)
+    if call.problem.activation is None:
+        residual = None
+    ctx.save_for_backward(x, scale, bias, residual, weights, *tensors[5:])
+    return y
 
 
 _apply = _compat.apply_of(_Output)
@@ -165,7 +174,7 @@ _apply_with_statistics = _compat.apply_of(_OutputAndStatistics)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
-    """Of the arguments of `_Output.forward`."""
+    """Of the arguments of `_kept_forward`."""
     x, scale, bias, residual, weights, *moving = ctx.saved_tensors
     inputs, by, call = Inputs(x, scale, bias, residual, weights), ctx.by, ctx.call
     dtypes = scale if scale is None else scale.dtype, bias if bias is None else bias.dtype
@@ -181,9 +190,9 @@ def _gradients(ctx: Any, dy: Tensor | None, dstatistics: Tensor | None) -> Any:
     watched = _compat.is_watched(x) or _compat.is_batch_of_autograd(dy)
     stages = stages_of(call, inputs, watched=watched)
     if call.processes.is_shared and not isinstance(by, Given):
-        own = stages.gradient_sums(by, dy)
+        own, found = stages.gradient_sums(by, dy, ctx.has_residual)
         sums = call.processes.sum(own if scale is None else own * scale.to(own.dtype))
-        dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual)
+        dx, g = stages.input_gradient(by, sums, dy, ctx.has_residual, found)
         dscale, dbias = stages.parameter_gradients(own)
     else:
         dscale, dbias, dx, g = stages.gradients(by, dy, ctx.has_residual)
@@ -202,9 +211,9 @@ def _differentiable_gradients(
         if isinstance(ctx.by, Given):
             given = Given(*(tensors[5:] or ctx.by))
         stages_of(ctx.call, inputs, watched=True).check("dy", dy)
-        outputs = _forward(ctx.call, inputs, given, watched=True)
+        outputs = _forward(ctx.call, inputs, given, watched=True, with_statistics=True)
         if given is None:
-            outputs = outputs[0], rounded(outputs[1])
+            outputs = outputs[0], statistics_by(outputs[1])
     pairs = [
         (output, cotangent.to(output.dtype))
         for output, cotangent in zip(outputs, (dy, dstatistics), strict=True)

@@ -15,7 +15,7 @@ from .. import checks
 from ..activations import activate
 from ..conventions import CONVENTIONS
 from ..definition import Inputs, Problem
-from . import _compat, _derivatives
+from . import _compat, _derivatives, _gpu, _native
 from ._arguments import (
     Number,
     check_device,
@@ -28,11 +28,10 @@ from ._arguments import (
     residual_like,
     weights_of,
 )
-from ._native import fit
 from ._opacus import tell_opacus
 from ._operations import OF_LAYERS, Call, Given
 from ._recording import recorded_layer, stand_in
-from ._running import Running, Tracked, explained
+from ._running import Running, Tracked
 from ._sync import ALONE, Alone, Processes
 
 NormalizeBy = Literal["batch", "running"]
@@ -259,7 +258,7 @@ class Layer(_compat.BatchNormBase):
             call.processes.need_values(values, partial(check_values, 1, input.shape, where))
         else:
             check_values(values, input.shape)
-        if moves and (self.momentum is None or self.skip_nonfinite):
+        if moves and self.momentum is None:
             y, statistics = _derivatives.forward(call, inputs)
             self._move_running(call, inputs, given, statistics)
             return y
@@ -369,7 +368,8 @@ class Layer(_compat.BatchNormBase):
         ):
             checks.number_of_channels(shape[1], self.num_features, shape, "input")
         processes = self._processes()
-        if watched or not fit(input, weight, bias, *running):
+        parameters = (weight, bias, *running)
+        if watched or not (_native.fit(input, *parameters) or _gpu.fit(input, *parameters)):
             named = {"weight": weight, "bias": bias}
             named |= {"running_mean": running.mean, "running_var": running.var}
             self._check_parameters(input, named, processes)
@@ -488,34 +488,25 @@ class Layer(_compat.BatchNormBase):
 
     def _running(self, call: Call, inputs: Inputs, running: Given, rate: float | Tensor) -> Running:
         may_be_empty = self.skip_nonfinite or inputs.weights is not None or call.processes.is_shared
+        skipped = self.num_batches_skipped if self.skip_nonfinite else None
         return Running(
-            *running, self.num_batches_tracked, rate, may_be_empty, owner=type(self).__name__
+            *(*running, self.num_batches_tracked, rate, may_be_empty, skipped),
+            owner=type(self).__name__,
         )
 
     def _move_running(self, call: Call, inputs: Inputs, running: Given, statistics: Tensor) -> None:
         """What needs to look at the batch's statistics first."""
-        statistics = statistics.detach()
-        finite: Tensor | None = None
-        if self.skip_nonfinite:
-            # Without a count they change nothing.
-            finite = statistics.isfinite().all()
-            statistics = torch.where(finite, statistics, 0.0)
-        for name in (*_RUNNING, "num_batches_tracked", "num_batches_skipped"):
-            if (each := getattr(self, name, None)) is not None:
-                _compat.check_dense(name, each)
         if self.momentum is None:
-            self._average(call, inputs, running, statistics)
+            self._average(call, inputs, running, statistics.detach())
         else:
             moving = self._running(call, inputs, running, self._rate())
-            moving.move(statistics, watched=call.watched)
-        if finite is not None:
-            with explained(type(self).__name__):
-                self.num_batches_skipped.add_(~finite)
+            moving.move(statistics.detach(), watched=call.watched)
 
     def _average(self, call: Call, inputs: Inputs, running: Given, statistics: Tensor) -> None:
         """What momentum=None does: without a number of batches nothing, as in torch.nn."""
-        batches, count = self.num_batches_tracked, statistics[0]
         moving = self._running(call, inputs, running, 0.0)
+        statistics, moving = moving.counted(statistics), moving._replace(skipped=None)
+        batches, count = self.num_batches_tracked, statistics[0]
         if batches is None:
             moving.move(statistics, watched=call.watched)
             return
@@ -533,7 +524,8 @@ class Layer(_compat.BatchNormBase):
             for each, value in zip(kept[1:], values, strict=True):
                 each.copy_(value)
         # Nor is a tensor of another kind than the buffers, such as a tracer's.
-        if not is_apart and type(elements) is type(batches):
+        is_kept = not is_apart and type(elements) is type(batches)
+        if is_kept and (call.watched or self._tracked is None or not self._tracked.take(kept)):
             self._tracked = kept
 
 

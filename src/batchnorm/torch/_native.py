@@ -21,23 +21,25 @@ class Native(Operations):
 
     __slots__ = ()
 
-    def forward(self, running: Running | None = None) -> tuple[Tensor, Any]:
+    def forward(self, running: Running | None, with_statistics: bool) -> tuple[Tensor, Any]:
         x = self.inputs.x
         y, statistics = torch.empty_like(x), self.rows(5 if x.dtype == torch.float64 else 3)
         operands: dict[str, Any] = {"statistics": statistics, "y": y}
-        moving = None if running is None else running.operands()
+        moving = None
+        if running is not None and running.skipped is None:
+            moving = running.operands()
         rate = None
         if moving is not None:
             tensors, rate = moving
             operands |= tensors
         if self.runs(native.kernels.batch_norm, operands, rate=rate):
             if running is not None and moving is None:
-                running.move(statistics, watched=True)
+                running.move(statistics, watched=False)
             return y, statistics
         if running is None:
-            return super().forward()
+            return super().forward(None, with_statistics)
         # Running statistics are perhaps in no memory that a kernel can change.
-        y, statistics = self.forward()
+        y, statistics = self.forward(None, with_statistics)
         running.move(statistics, watched=True)
         return y, statistics
 
@@ -46,6 +48,11 @@ class Native(Operations):
         if self.runs(native.kernels.statistics, {"statistics": statistics}):
             return statistics
         return super().statistics()
+
+    def prepared(self, statistics: Tensor, running: Running | None) -> Any:
+        if running is not None:
+            running.move(statistics, watched=False)
+        return statistics
 
     def normalize(self, by: By) -> Tensor:
         y = torch.empty_like(self.inputs.x)
@@ -64,21 +71,23 @@ class Native(Operations):
             return dscale, dbias, dx, dresidual
         return super().gradients(by, dy, with_dresidual)
 
-    def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
+    def gradient_sums(
+        self, by: By, dy: Tensor, with_dresidual: bool
+    ) -> tuple[Tensor, Tensor | None]:
         sums = self.rows(2)
         if self.runs(native.kernels.gradient_sums, {"dy": dy, "sums": sums}, by):
-            return sums
-        return super().gradient_sums(by, dy)
+            return sums, None
+        return super().gradient_sums(by, dy, with_dresidual)
 
     def input_gradient(
-        self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool
+        self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool, dresidual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         dx = torch.empty_like(self.inputs.x)
         dresidual = torch.empty_like(dx) if with_dresidual else None
         operands = {"dy": dy, "sums": sums, "dx": dx, "dresidual": dresidual}
         if self.runs(native.kernels.input_gradient, operands, by):
             return dx, dresidual
-        return super().input_gradient(by, sums, dy, with_dresidual)
+        return super().input_gradient(by, sums, dy, with_dresidual, dresidual)
 
     def rows(self, number: int) -> Tensor:
         shape = self.inputs.x.shape

@@ -59,8 +59,26 @@ class Given(NamedTuple):
     var: Tensor
 
 
+class Coefficients(NamedTuple):
+    """What kernels of a GPU have made of the batch's statistics and of the parameters.
+
+    And the statistics themselves, where they were asked for.
+    """
+
+    statistics: Tensor | None
+    table: Tensor
+
+
 # What an output is normalized by: the batch's statistics, or given ones.
-By = Tensor | Given
+By = Tensor | Coefficients | Given
+
+
+def statistics_by(by: Tensor | Coefficients) -> Tensor:
+    """Count, mean and variance."""
+    if isinstance(by, Coefficients):
+        assert by.statistics is not None
+        return by.statistics
+    return rounded(by)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -90,8 +108,11 @@ class Operations:
     def __init__(self, call: Call, inputs: Inputs) -> None:
         self.names, self.problem, self.inputs = call.names, call.problem, inputs
 
-    def forward(self, running: Running | None = None) -> tuple[Tensor, Any]:
-        """y, and the statistics that it is normalized by; running statistics move, too."""
+    def forward(self, running: Running | None, with_statistics: bool) -> tuple[Tensor, Any]:
+        """y, and what it is normalized by; running statistics move, too.
+
+        `with_statistics`: whether `statistics_by` is to be asked of the latter.
+        """
         inputs = self.wide_inputs()
         y, moments = definition.batch_norm(self.problem, inputs, Tensor.detach)
         statistics = self.statistics_of(moments)
@@ -103,6 +124,12 @@ class Operations:
         moments = definition.moments(self.problem, self.wide_inputs(), Tensor.detach)
         return rounded(self.statistics_of(moments))
 
+    def prepared(self, statistics: Tensor, running: Running | None) -> Any:
+        """What to normalize by, of several processes' statistics; running ones move, too."""
+        if running is not None:
+            running.move(statistics, watched=True)
+        return statistics
+
     def normalize(self, by: By) -> Tensor:
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         return definition.normalize(self.problem, inputs, moments).to(self.inputs.x.dtype)
@@ -111,21 +138,24 @@ class Operations:
         self, by: By, dy: Tensor, with_dresidual: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """Of scale, bias, x and residual."""
-        sums = Operations.gradient_sums(self, by, dy)
+        sums, _ = Operations.gradient_sums(self, by, dy, False)
         dx, dresidual = self.input_gradient_by_definition(by, sums, dy, with_dresidual)
         return *self.parameter_gradients(sums), dx, dresidual
 
-    def gradient_sums(self, by: By, dy: Tensor) -> Tensor:
+    def gradient_sums(
+        self, by: By, dy: Tensor, with_dresidual: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """And the residual's gradient, where it is found on the way."""
         self.check("dy", dy)
         inputs, moments = self.wide_inputs(), self.moments_of(by)
         dy = dy.to(inputs.x.dtype)
         found = definition.gradient_sums(self.problem, inputs, moments, dy)
-        return torch.stack(found).to(statistics_dtype(inputs.x))
+        return torch.stack(found).to(statistics_dtype(inputs.x)), None
 
     def input_gradient(
-        self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool
+        self, by: By, sums: Tensor, dy: Tensor, with_dresidual: bool, dresidual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """By sums of scale·g, which those of several processes are."""
+        """By sums of scale·g, which those of several processes are; `dresidual` if it is found."""
         return self.input_gradient_by_definition(by, sums, dy, with_dresidual, are_scaled=True)
 
     def input_gradient_by_definition(
@@ -179,9 +209,12 @@ class Operations:
         if name == "weights":
             checks.broadcasts(spoken, operand.shape, x.shape, x_name)
 
-    def wide_inputs(self) -> Inputs:
+    def check_inputs(self) -> None:
         for name, each in zip(Inputs._fields, self.inputs, strict=True):
             self.check(name, each)
+
+    def wide_inputs(self) -> Inputs:
+        self.check_inputs()
         dtype, weights = wide(self.inputs.x.dtype), self.inputs.weights
         x, scale, bias, residual = (
             None if each is None else each.to(dtype) for each in self.inputs[:4]
@@ -204,6 +237,8 @@ class Operations:
             self.check("mean", by.mean)
             self.check("var", by.var)
         dtype = wide(self.inputs.x.dtype)
+        if isinstance(by, Coefficients):  # of a forward pass by kernels that can't serve now
+            by = self.statistics() if by.statistics is None else by.statistics
         if not isinstance(by, Given) and len(by) == 5:
             count, mean, var, mean_low, unit = by.unbind(0)
             return Moments(count, mean, unit, mean_low / unit, var)

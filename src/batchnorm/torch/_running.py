@@ -24,8 +24,9 @@ def rounded(statistics: Tensor) -> Tensor:
 class Running(NamedTuple):
     """Running statistics, and how far a batch moves them; the variance has correction 1.
 
-    `batches`, if any, counts the batches with at least one element; a batch that is not known to
-    have one `may_be_empty`. `owner` is the layer that an error speaks of.
+    `batches`, if any, counts the batches with at least one element. With `skipped`, which counts
+    them, batches with NaN or infinity change nothing else. A batch that is not known to count
+    `may_be_empty`. `owner` is the layer that an error speaks of.
     """
 
     mean: Tensor
@@ -33,6 +34,7 @@ class Running(NamedTuple):
     batches: Tensor | None
     rate: float | Tensor
     may_be_empty: bool = True
+    skipped: Tensor | None = None
     owner: str | None = None
 
     def operands(self) -> tuple[dict[str, Any], float] | None:
@@ -44,21 +46,29 @@ class Running(NamedTuple):
             return None
         return tensors, self.rate
 
+    def counted(self, statistics: Tensor) -> Tensor:
+        """These, or others without a count, which change nothing, for a batch that is skipped."""
+        if self.skipped is None:
+            return statistics
+        for name, tensor in self._tensors():
+            check_dense(name, tensor)
+        statistics = rounded(statistics).detach()
+        is_finite = statistics.isfinite().all()
+        with explained(self.owner):
+            self.skipped.add_(~is_finite)
+        return torch.where(is_finite, statistics, 0.0)
+
     def move(self, statistics: Tensor, *, watched: bool) -> None:
         """In place; `statistics` as in _operations.py."""
+        statistics = self.counted(statistics)
         moving = None if watched or native.kernels is None else self.operands()
         if moving is not None and statistics.dtype == torch.float64:
             tensors, rate = moving
             operands = {"statistics": statistics, "rate": rate, "correction": 1, **tensors}
             if native.kernels.update_running(**operands) is None:
                 return
-        for name, tensor in (
-            ("running_mean", self.mean),
-            ("running_var", self.var),
-            ("num_batches_tracked", self.batches),
-        ):
-            if tensor is not None:
-                check_dense(name, tensor)
+        for name, tensor in self._tensors():
+            check_dense(name, tensor)
         count, mean, var = rounded(statistics).detach().unbind(0)
         with explained(self.owner), torch.no_grad():
             batches = (count > 0).any() if self.may_be_empty else 1
@@ -74,6 +84,15 @@ class Running(NamedTuple):
             if self.batches is not None:
                 self.batches.add_(batches)
 
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        tensors = {
+            "running_mean": self.mean,
+            "running_var": self.var,
+            "num_batches_tracked": self.batches,
+            "num_batches_skipped": self.skipped,
+        }
+        return [(name, each) for name, each in tensors.items() if each is not None]
+
 
 class Tracked(NamedTuple):
     """Of how many elements the running statistics are, and the values that this is true of.
@@ -86,6 +105,19 @@ class Tracked(NamedTuple):
     batches: Tensor
     mean: Tensor
     var: Tensor
+
+    def take(self, other: "Tracked") -> bool:
+        """The other's values in the same memory, as a captured graph needs it; whether they fit."""
+        pairs = [*zip(self, other, strict=True)]
+        fits = all(
+            (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+            and not old.is_inference()
+            for old, new in pairs
+        )
+        if fits:
+            for old, new in pairs:
+                old.copy_(new)
+        return fits
 
     def elements_of(self, running: Running, count: Tensor) -> Tensor:
         """As kept, for each feature; where values are other ones, all batches had `count`."""
