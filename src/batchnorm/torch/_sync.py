@@ -61,11 +61,13 @@ class Processes(Alone):
         """
         size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         like: Any = {"dtype": statistics.dtype, "device": statistics.device}
+        # A number comes to a device as an argument of `full`, for which nothing waits; a symbolic
+        # size as well.
         what = torch.stack(
             [
-                torch.as_tensor(eps, **like),
-                torch.as_tensor(self.place, **like),
-                torch.full((), self.values, **like),  # of a symbolic size, too
+                eps.to(**like) if isinstance(eps, Tensor) else torch.full((), eps, **like),
+                torch.full((), self.place, **like),
+                torch.full((), self.values, **like),
             ]
         )
         own = torch.cat((statistics.flatten(), what))
