@@ -4,14 +4,14 @@ IN_VENV := $(VENV)/bin/
 OLDEST := .venv-oldest-jax
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format sanitize fuzz bench bench-quick clean
+.PHONY: help demo test test-gpu-code lint format sanitize fuzz bench bench-gpu bench-quick clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 # .venv/test, say, is there once the extra "test" is installed, and anew when a source has changed.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard build_backend/* csrc/*/*) $(shell find src -name '*.py*' -not -name '*.pyc')
-$(VENV)/test $(VENV)/dev: export BATCHNORM_REQUIRE_NATIVE := 1
+$(VENV)/test $(VENV)/gpu-code $(VENV)/dev: export BATCHNORM_REQUIRE_NATIVE := 1
 
 $(IN_VENV)python:
 	@echo "Making $(VENV) with $$($(PYTHON) --version)."
@@ -56,6 +56,17 @@ test: $(VENV)/test $(OLDEST)/ready ## Run every test, and those of JAX with its 
 	wait $$beside; beside=$$?; cat $(OLDEST)/tests.log; \
 	test $$half -eq 0 -a $$beside -eq 0
 
+# With Triton's own variable its kernels are interpreted; what they are compiled to is read beside that.
+# Left out: a test of thousands of calls, and those that compare with what other stages compute, to the bit.
+NOT_INTERPRETED := narrow_layers or holds_a_model or default_device or without_axes
+COMPILED := tests/gpu_code/test_compiled.py
+test-gpu-code: export TRITON_INTERPRET := 1
+test-gpu-code: $(VENV)/gpu-code ## Test the kernels for GPUs without one: interpreted, and compiled to be read.
+	@mkdir -p build; $(IN_VENV)python -m pytest -p no:cacheprovider $(COMPILED) > build/compiled.log 2>&1 & beside=$$!; \
+	$(IN_VENV)python -m pytest -k "not ($(NOT_INTERPRETED))" --ignore=$(COMPILED) tests/gpu_code \
+	  tests/test_doors.py tests/test_torch.py tests/test_torch_inputs.py tests/test_torch_derivatives.py; interpreted=$$?; \
+	wait $$beside; beside=$$?; cat build/compiled.log; test $$interpreted -eq 0 -a $$beside -eq 0
+
 lint: $(VENV)/dev ## Check formatting, types, style and who imports whom.
 	$(IN_VENV)ruff format --check .
 	$(IN_VENV)ruff check .
@@ -98,8 +109,12 @@ fuzz: $(VENV)/dev ## Make random calls under sanitizers, for three minutes or SE
 bench: $(VENV)/bench ## Time the kernels and the layers beside their peers; writes docs/benchmarks.md.
 	$(IN_VENV)python benchmarks/report.py
 
+bench-gpu: $(VENV)/bench ## Time the PyTorch door on a GPU, if there is one; writes docs/benchmarks-gpu.md.
+	$(IN_VENV)python benchmarks/gpu.py
+
 bench-quick: $(VENV)/bench ## See that the benchmarks run.
 	$(IN_VENV)python benchmarks/report.py --quick
+	$(IN_VENV)python benchmarks/gpu.py --quick
 
 clean: ## Remove what the other targets made.
 	rm -rf $(VENV) $(OLDEST) build .hypothesis .mypy_cache .pytest_cache .ruff_cache demo.png

@@ -1,10 +1,11 @@
 import os
+from unittest.mock import patch
 
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # which Keras reads once, when it is imported
 
-from doors import DOORS, without_native
+from doors import DOORS, INTERPRETED, without_native
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -24,3 +25,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _without_native():
     with without_native():
         yield
+
+
+if INTERPRETED:
+    from gpu_code import interpreter
+
+    interpreter.mend()
+
+    @pytest.fixture(autouse=True)
+    def _by_gpu_kernels():
+        with without_native(), patch("batchnorm.torch._gpu.DEVICES", {"cpu"}):
+            yield

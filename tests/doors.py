@@ -4,10 +4,12 @@ Every test of what all doors share takes the `door` fixture and speaks NumPy: a 
 into its framework's and back, and names what differs.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -191,6 +193,9 @@ TORCH = Door(
     gradients=_torch_gradients,
     dtypes=(FLOAT64, FLOAT32, FLOAT16, BFLOAT16),
 )
+# Triton's own variable, with which `make test-gpu-code` starts: in every test, PyTorch's tensors go
+# through the kernels for GPUs, interpreted (conftest.py).
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DOORS = [
     NUMPY,
     replace(NUMPY, name="numpy-without-native", native=False),
@@ -200,6 +205,27 @@ DOORS = [
     TORCH,
     replace(TORCH, name="torch-without-native", native=False),
 ]
+if torch.cuda.is_available():
+    DOORS.append(replace(TORCH, name="torch-cuda", array=lambda value: _torch_array(value).cuda()))
+
+
+@contextmanager
+def _in_three_kernels():
+    """As large tensors are served: by kernels that leave sums to others."""
+    plan_of = import_module("batchnorm.torch._gpu.plans").plan_of
+    plan_of.cache_clear()
+    try:
+        with patch("batchnorm.torch._gpu.tiles.whole", lambda *arguments: None):
+            yield
+    finally:
+        plan_of.cache_clear()
+
+
+if INTERPRETED:
+    DOORS = [
+        replace(TORCH, name="torch-triton"),
+        replace(TORCH, name="torch-triton-three-kernels", context=_in_three_kernels),
+    ]
 
 
 class _Lowered:
@@ -237,8 +263,17 @@ def _compiled_sooner():
         jax.config.update("jax_disable_most_optimizations", before)
 
 
-# Where DOORS are served by kernels, or in a small array by fewer operations.
+@contextmanager
+def _as_on_a_gpu():
+    with without_native(), patch("batchnorm.torch._eager._BY_SUMS", set()):
+        yield
+
+
+# Where DOORS are served by kernels, or in a small array by fewer operations, or as on a CPU.
 BY_DEFINITION = [
     replace(MLX, name="mlx-by-definition", context=_by_as_many_operations_as_large_arrays),
     replace(JAX, name="jax-without-native", functions=_Lowered(), context=_compiled_sooner),
+    replace(TORCH, name="torch-as-on-a-gpu", context=_as_on_a_gpu),
 ]
+if INTERPRETED:
+    BY_DEFINITION = []
