@@ -193,9 +193,16 @@ def results(
 ) -> list[Result]:
     """The results of one shape; the first call is ours, and those of `copies_of` the unit."""
     times = measure(calls, 0.2 if quick else seconds)
-    ours = next(iter(times.values()))
     copy = min((times.pop(COPY), times.pop(COPY_PAST_CACHE)), key=statistics.median)
-    times["copy"] = copy
+    return results_of(framework, each, layout, call, {**times, "copy": copy})
+
+
+def results_of(
+    framework: str, each: Work, layout: str, call: str, times: dict[str, list[float]]
+) -> list[Result]:
+    """Of seconds in the same rounds, ours first; "copy", if it is there, is the unit."""
+    ours = next(iter(times.values()))
+    copy = times.get("copy")
 
     def ratio(side: list[float], unit: list[float]) -> float:
         return statistics.median(a / b for a, b in zip(side, unit, strict=True))
@@ -210,7 +217,7 @@ def results(
             name,
             1e3 * statistics.median(side),
             ratio(side, ours),
-            ratio(side, copy),
+            math.nan if copy is None else ratio(side, copy),
         )
         for name, side in times.items()
     ]

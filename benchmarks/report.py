@@ -102,7 +102,7 @@ def summary(results: list[Result]) -> str:
         }
         ours = total[peers[0]]
         ratios = [f"{total[peer] / ours:.2f}" if total[peer] else "–" for peer in peers[1:]]
-        rows.append([call, layout, f"{ours:.0f}", f"{ours / total['copy']:.2f}", *ratios])
+        rows.append([call, layout, f"{ours:.1f}", f"{ours / total['copy']:.2f}", *ratios])
     headings = [
         "the set",
         "layout",
@@ -120,7 +120,7 @@ def shapes(results: list[Result]) -> str:
         of = {each.side: each for each in group}
         ours = of[peers[0]]
         ratios = [f"{of[peer].ratio:.2f}" if peer in of else "–" for peer in peers[1:]]
-        row = [str(ours.shape), ours.times or "", layout, f"{ours.milliseconds:.3f}"]
+        row = [str(ours.shape), ours.times or "", layout, f"{ours.milliseconds:.4f}"]
         rows.append([*row, f"{ours.copies:.2f}", *ratios])
     headings = ["N, C, …", "in the set", "layout", f"{peers[0]}, ms", "in copies"]
     headings += [f"{peer}: ×" for peer in peers[1:]]
