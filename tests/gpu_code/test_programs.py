@@ -122,3 +122,11 @@ def test_beyond_32_bits(shape):
     near(dx[:, -places:], wanted["x"].reshape(4, -1)[:, -places:], ROUNDING[FLOAT16])
     near(gradients[1][-1:], wanted["scale"][-1:], ROUNDING[FLOAT16])
     near(gradients[2][-1:], wanted["bias"][-1:], ROUNDING[FLOAT16])
+
+
+@pytest.mark.parametrize("channels", [slice(0, 4), slice(1, 8, 2)])
+def test_a_part_of_an_image_keeps_its_memory_format(channels: slice):
+    x = torch.randn(3, 8, 5, 6).to(memory_format=torch.channels_last)[:, channels]
+    y = batchnorm.torch.BatchNorm2d(4)(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    near(y.detach(), truth.batch_norm(x.numpy(), axis=1).y, 1e-6)

@@ -18,7 +18,7 @@ from . import give_up, warn
 
 _IS_AMD = torch.version.hip is not None  # where Triton looks at the size of the memory, too
 _ALIGNED = 16  # bytes, of which Triton makes wide loads
-_LARGEST_OFFSET = 1 << 40  # below every address
+_LARGEST_OFFSET = 1 << 40  # in a storage; hardly any address is as low
 _loaded: dict[Any, Any] = {}
 
 

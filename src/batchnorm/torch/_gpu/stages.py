@@ -194,17 +194,20 @@ class Kernels(Operations):
 def stages_by_kernels(call: Call, inputs: Inputs) -> Kernels | None:
     """None where kernels can't take x, however it were copied."""
     x, (features, _, activation, _) = inputs.x, call.problem
-    plan = None
-    if not x.is_neg():  # a view may negate what is in memory
-        plan = plan_of(x.shape, x.stride(), features, x.dtype, activation)
+
+    def plan_for(x: Tensor) -> Plan | None:
+        return plan_of(x.shape, x.stride(), features, x.dtype, activation)
+
+    plan = None if x.is_neg() else plan_for(x)  # a view may negate what is in memory
     if plan is None:
         if not are_neighbours(features, x.shape):
             return None
         Operations(call, inputs).check("x", x)
-        x = torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x)
-        plan = plan_of(x.shape, x.stride(), features, x.dtype, activation)
-        assert plan is not None
-    return Kernels(call, inputs, x, plan)
+        x = torch.empty_like(x).copy_(x)  # its axes in the order that they have
+        if (plan := plan_for(x)) is None:
+            x = x.contiguous()
+            plan = plan_for(x)
+    return None if plan is None else Kernels(call, inputs, x, plan)
 
 
 def _fit(by: By, given: Operands) -> bool:

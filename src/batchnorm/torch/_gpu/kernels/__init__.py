@@ -12,17 +12,17 @@ inner columns. F is the dtype of arithmetic: float64 for float64, else float32.
 
 Where all of a channel fits one program, `forward_kernel` and `backward_kernel` do three each.
 Between these, `coefficients_kernel` makes a table of statistics that come from elsewhere,
-`shares_kernel` shares of the sums of several processes, and
-`running_kernel` judges a batch as a whole before running statistics move.
+`shares_kernel` shares of the sums of several processes, and `running_kernel` judges a batch as a
+whole before running statistics move.
 
-**Sums** are those of t = x − pivot; a program's pivot is the mean of its first tile (of each lane's
-first element that counts). Rounding costs n elements ε·n·(pivot − mean)², but the pivot being the
-mean of at least n / MOST_TILES of them (tiles.py), their sum of squares is at least (pivot − mean)²
-· n / MOST_TILES. Programs are merged in float64: Chan, Golub & LeVeque, "Updating Formulae and a
-Pairwise Algorithm for Computing Sample Variances" (1979), for many sets at once. Where squares
-overflow in F, the columns concerned are summed once more in a UNIT in which none does, and their
-sum of squares is handed on negative; where weights overflow, these are in that unit, too, and their
-sum is.
+**Sums** are those of t = x − pivot; a program's pivot is the mean of its first tile (with weights,
+of the first elements that count, of half of the tile's lanes at least). Rounding costs n elements
+ε·n·(pivot − mean)², but the pivot being the mean of at least n / (2·MOST_TILES) of them (tiles.py),
+their sum of squares is at least (pivot − mean)²·n / (2·MOST_TILES). Programs are merged in float64:
+Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"
+(1979), for many sets at once. Where squares overflow in F, the columns concerned are summed once
+more in a UNIT in which none does, and their sum of squares is handed on negative; where sums of
+weights overflow, these are in that unit, too, and negative.
 
 **The table** has what the other kernels need of a channel, so that they neither divide nor know
 float64. They compute u = x/2 − center, which no finite x lets overflow and which is rounded once;
