@@ -48,6 +48,7 @@ class Plan:
         self._unit = _UNIT_OF_FLOAT64 if dtype == torch.float64 else _UNIT
         outer, channels, inner = layout.shape
         self._sizes = (outer, layout.shape.width, inner, channels)
+        self.input_gradient = cache(self._input_gradient)  # freed with the plan
 
     def with_weights(self, weighting: int) -> "Plan":
         return _weighted(self, weighting)
@@ -133,8 +134,7 @@ class Plan:
         numbers, constants = (self.channels,), (self._weighting, merge.channels)
         return Programs(kernels.shares_kernel, merge.programs, numbers, constants)
 
-    @cache  # noqa: B019  one for each plan, and plans are kept
-    def input_gradient(self, of_g: bool, are_scaled: bool) -> Programs:
+    def _input_gradient(self, of_g: bool, are_scaled: bool) -> Programs:
         """`of_g`: of what has been through the activation."""
         activation = _ACTIVATIONS[None] if of_g else self._activation
         constants = (self._F, self._weighting, activation, are_scaled)
