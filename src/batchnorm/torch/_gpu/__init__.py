@@ -26,7 +26,8 @@ from .._operations import Call, Operations
 
 # In PyTorch's words AMD's GPUs are "cuda", too. Those of Intel nobody has tried.
 DEVICES = {"cuda"}
-_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_HALVES = {torch.float16, torch.bfloat16}
+_DTYPES = {*_HALVES, torch.float32, torch.float64}
 
 
 class _Trouble:
@@ -50,7 +51,7 @@ def fit(x: Tensor, *parameters: Tensor | None) -> bool:
     if x.device.type not in DEVICES:
         return False
     device, shape = x.get_device(), x.shape[1:2]
-    dtypes = (x.dtype,) if x.dtype.itemsize > 2 else (x.dtype, torch.float32)
+    dtypes = (x.dtype, torch.float32) if x.dtype in _HALVES else (x.dtype,)
     for each in parameters:
         if each is not None and not (
             each.get_device() == device and each.dtype in dtypes and each.shape == shape
