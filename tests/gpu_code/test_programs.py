@@ -130,3 +130,15 @@ def test_a_part_of_an_image_keeps_its_memory_format(channels: slice):
     y = batchnorm.torch.BatchNorm2d(4)(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
     near(y.detach(), truth.batch_norm(x.numpy(), axis=1).y, 1e-6)
+
+
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.name)
+@pytest.mark.parametrize("size", [1e38, 3e38])
+def test_weights_whose_sum_overflows(door, size: float):
+    dy, x = np.random.default_rng(0).normal(size=(2, 300, 5)).astype(np.float32)
+    weights = np.where(np.arange(300)[:, None] % 3 > 0, np.float32(size), 0)
+    x[weights[:, 0] == 0] = 1e4
+    for each in (x, np.full_like(x, 3.0)):
+        near(door.batch_norm(each, mask=weights)[0], truth.batch_norm(each, mask=weights > 0).y)
+        found = door.batch_norm_gradients(dy, each, None, None, mask=weights)["x"]
+        near(found, truth.batch_norm_gradients(dy, each, mask=weights > 0)["x"], 1e-3)
