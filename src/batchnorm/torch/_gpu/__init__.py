@@ -50,13 +50,16 @@ def fit(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether they surely go with the channels, axis 1, as kernels take them."""
     if x.device.type not in DEVICES:
         return False
-    device, shape = x.get_device(), x.shape[1:2]
+    device, shape = x.device, x.shape[1:2]
     dtypes = (x.dtype, torch.float32) if x.dtype in _HALVES else (x.dtype,)
-    for each in parameters:
-        if each is not None and not (
-            each.get_device() == device and each.dtype in dtypes and each.shape == shape
-        ):
-            return False
+    try:
+        for each in parameters:
+            if each is not None and not (
+                each.device == device and each.dtype in dtypes and each.shape == shape
+            ):
+                return False
+    except RuntimeError:  # of a nested tensor, which has no shape
+        return False
     return True
 
 
