@@ -5,13 +5,10 @@ import triton.language as tl
 
 from .arithmetic import NONE, isfinite, through_activation, total_of
 from .channels import (
-    CENTER,
-    FIRST,
     INVERSE_COUNT,
     REMAINDER,
     RHO,
-    SHIFT,
-    SLOPE,
+    load_affine,
     load_row,
     store_parameter_gradients,
 )
@@ -161,10 +158,7 @@ def gradient_sums_kernel(
         *(RUNS, WIDE, COLUMNS),
     )
     lanes = lanes_of(width, VECTOR, WIDE, ROWS, COLUMNS)
-    center = load_row(table, CENTER, channels, channel, is_channel)[None, :]
-    first = load_row(table, FIRST, channels, channel, is_channel)[None, :]
-    slope = load_row(table, SLOPE, channels, channel, is_channel)[None, :]
-    shift = load_row(table, SHIFT, channels, channel, is_channel)[None, :]
+    center, first, slope, shift = load_affine(table, channels, channel, is_channel)
     rho = load_row(table, RHO, channels, channel, is_channel)[None, :]
     coefficients = (center, first, slope, shift, reduced_of(rho))
     sum_g = tl.zeros((ROWS, COLUMNS), F)
@@ -310,10 +304,7 @@ def input_gradient_kernel(
     inside_row = columns < width
     channel = columns // inner
     lanes = lanes_of(width, VECTOR, WIDE, ROWS, COLUMNS)
-    center = load_row(table, CENTER, channels, channel, inside_row)[None, :]
-    first = load_row(table, FIRST, channels, channel, inside_row)[None, :]
-    slope = load_row(table, SLOPE, channels, channel, inside_row)[None, :]
-    shift = load_row(table, SHIFT, channels, channel, inside_row)[None, :]
+    center, first, slope, shift = load_affine(table, channels, channel, inside_row)
     rho, remainder, inverse_count, share, share_of_x_hat = center, center, center, center, center
     if shares is not None:
         rho = load_row(table, RHO, channels, channel, inside_row)[None, :]

@@ -22,6 +22,16 @@ def load_row(table, ROW: tl.constexpr, channels, channel, kept):
 
 
 @triton.jit
+def load_affine(table, channels, channel, kept):
+    """What makes u and z of a tile's columns: center, first, slope and shift."""
+    center = load_row(table, CENTER, channels, channel, kept)
+    first = load_row(table, FIRST, channels, channel, kept)
+    slope = load_row(table, SLOPE, channels, channel, kept)
+    shift = load_row(table, SHIFT, channels, channel, kept)
+    return center[None, :], first[None, :], slope[None, :], shift[None, :]
+
+
+@triton.jit
 def _load_parameter(parameter, channel, kept, absent, dtype: tl.constexpr):
     """scale or bias, where there is one."""
     if parameter is None:

@@ -4,17 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import activate, as_dtype, isfinite, largest_of, or_one, total_of
-from .channels import (
-    CENTER,
-    FIRST,
-    SHIFT,
-    SLOPE,
-    count_batch,
-    load_row,
-    move_running,
-    store_statistics,
-    store_table,
-)
+from .channels import count_batch, load_affine, move_running, store_statistics, store_table
 from .places import (
     INTEGERS,
     UNWEIGHTED,
@@ -463,10 +453,7 @@ def normalize_kernel(
     inside_row = columns < width
     channel = columns // inner
     lanes = lanes_of(width, VECTOR, WIDE, ROWS, COLUMNS)
-    center = load_row(table, CENTER, channels, channel, inside_row)[None, :]
-    first = load_row(table, FIRST, channels, channel, inside_row)[None, :]
-    slope = load_row(table, SLOPE, channels, channel, inside_row)[None, :]
-    shift = load_row(table, SHIFT, channels, channel, inside_row)[None, :]
+    center, first, slope, shift = load_affine(table, channels, channel, inside_row)
     for row in range(row0, row1, ROWS):
         rows_inside = row + tl.arange(0, ROWS) < row1
         offsets, inside = tile_at(row, width, start, lanes, rows_inside, inside_row, VECTOR)

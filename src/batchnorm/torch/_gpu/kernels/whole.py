@@ -6,14 +6,11 @@ import triton.language as tl
 from .arithmetic import activate, as_dtype, isfinite, or_one, reciprocal_root, total_of
 from .backward import enlarged_of, g_and_u, input_gradient_of, reduced_of
 from .channels import (
-    CENTER,
-    FIRST,
     INVERSE_COUNT,
     REMAINDER,
     RHO,
-    SHIFT,
-    SLOPE,
     count_batch,
+    load_affine,
     load_row,
     move_running,
     store_parameter_gradients,
@@ -150,10 +147,7 @@ def backward_kernel(
     channel, kept, offsets, inside = whole_channels(
         outer, width, inner, RUNS, VECTOR, WIDE, ROWS, COLUMNS
     )
-    center = load_row(table, CENTER, channels, channel, kept)[None, :]
-    first = load_row(table, FIRST, channels, channel, kept)[None, :]
-    slope = load_row(table, SLOPE, channels, channel, kept)[None, :]
-    shift = load_row(table, SHIFT, channels, channel, kept)[None, :]
+    center, first, slope, shift = load_affine(table, channels, channel, kept)
     rho = load_row(table, RHO, channels, channel, kept)
     remainder = load_row(table, REMAINDER, channels, channel, kept)
     values = tl.load(x + offsets, mask=inside, other=0.0).to(F)
