@@ -38,7 +38,7 @@ def passes(
         before = len(found)
         try:
             compile_fx_inner(graph, inputs, **settings)
-        except Exception:
+        except Exception:  # `_CountedError`, in whatever Inductor has wrapped it
             if len(found) == before:
                 raise
         return make_boxed_func(kept)

@@ -13,11 +13,13 @@ import torch
 
 from batchnorm import native
 
+# As at a user's without a compiler; `make test` requires native kernels.
 if native.kernels is None:
     pytest.skip("benchmarks need the native module", allow_module_level=True)
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated")  # in Inductor itself
+    # PyTorch's Inductor itself uses torch.jit when it is imported.
+    warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated")
     import gpu
     import inductor
 import resnet50

@@ -146,6 +146,7 @@ def test_gradients_of_a_large_mean(rows: int):
         (found,) = torch.autograd.grad(y, on_gpu, torch.tensor(dy, device="cuda"))
     wanted = truth.batch_norm_gradients(dy, x)["x"]
     size = np.abs(wanted).max()
+    # What every door promises of such an x; peers are off by up to 2.2.
     close(found.double() / size, wanted / size, rtol=0, atol=1e-2)
 
 
@@ -275,6 +276,7 @@ def test_beyond_32_bits(shape: tuple[int, ...]):
     # Of numbers like these; the ends are compared with what the statistics make of them.
     along = [1, 64, 1][: len(shape)]
     mean, rstd = statistics.mean.view(along), (statistics.var + 1e-5).rsqrt().view(along)
+    # Drawn: 33 million values a feature are within 1e-3 of what they are drawn from.
     close(statistics.mean, np.zeros(64), rtol=0, atol=1e-2)
     close(statistics.var, np.ones(64), rtol=0, atol=1e-2)
     for part in (slice(4), rows):

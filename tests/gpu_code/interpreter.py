@@ -111,6 +111,7 @@ def _launch(self, *arguments, **keywords):
         for name, value in inspect.getcallargs(self.fn, *arguments, **keywords).items()
     }
     with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
+        # Of tl.max over NaN alone, which a device says nothing of.
         warnings.filterwarnings("ignore", "All-NaN")
         _launches.append(self.fn.__name__)
         storages = [each.untyped_storage() for each in arguments if hasattr(each, "data_ptr")]
