@@ -858,6 +858,7 @@ arrays = {
 }
 common = {"x": x, "features": (1,), "eps": 1e-5}
 native.kernels.batch_norm(**common, statistics=np.empty((3, channels)), y=np.empty_like(x))
+bn.batch_norm(x[:, :8], out=np.empty_like(x[:, :8]))  # imports what it needs while there is memory
 leave(1 << 21)
 try:
     native.kernels.batch_norm(**common, **arrays, rate=0.5)
@@ -872,6 +873,19 @@ assert all((array == 7).all() for array in arrays.values())
 assert native.kernels.batch_norm(**common, **arrays, rate=0.5) is None
 """
     assert in_process_of_its_own(LIMIT_MEMORY + program) == "refused\nrefused\n"
+
+
+def test_a_first_call_imports_nothing():
+    """An import takes time and memory, and may fail, in the middle of a user's program."""
+    program = """
+import sys
+import numpy as np
+from batchnorm.numpy import batch_norm
+x, before = np.ones((4, 4), np.float32), set(sys.modules)
+batch_norm(x, x[0], x[1], out=np.empty_like(x))
+print(sorted(set(sys.modules) - before))
+"""
+    assert in_process_of_its_own(program) == "[]\n"
 
 
 def test_what_fits():

@@ -215,6 +215,7 @@ from batchnorm.numpy import batch_norm
 
 batchnorm.native.kernels = None
 x, out = np.ones((4_000_000, 4), np.float32), np.zeros((4_000_000, 4), np.float32)
+batch_norm(x[:8], out=np.empty_like(x[:8]))  # imports what it needs while there is memory
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 for more in range(0, 600, 50):

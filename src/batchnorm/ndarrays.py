@@ -24,7 +24,7 @@ def converted(name: str, value: Any, convert: Callable[[Any], Array]) -> Array:
 def check_kinds(name: str, value: Any) -> None:
     """Refuse arrays that mean more than their elements, which alone would be taken."""
     for kind in _kinds(value):
-        if not issubclass(kind, np.ndarray):
+        if kind is np.ndarray or not issubclass(kind, np.ndarray):
             continue
         if issubclass(kind, np.ma.MaskedArray):
             instead = f"{name}.filled(value), with the value to take where it is masked"
