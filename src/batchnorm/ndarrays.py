@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.ma import MaskedArray  # np.ma would import it in a user's first call
 
 Array = TypeVar("Array")
 
@@ -24,9 +25,9 @@ def converted(name: str, value: Any, convert: Callable[[Any], Array]) -> Array:
 def check_kinds(name: str, value: Any) -> None:
     """Refuse arrays that mean more than their elements, which alone would be taken."""
     for kind in _kinds(value):
-        if kind is np.ndarray or not issubclass(kind, np.ndarray):
+        if not issubclass(kind, np.ndarray):
             continue
-        if issubclass(kind, np.ma.MaskedArray):
+        if issubclass(kind, MaskedArray):
             instead = f"{name}.filled(value), with the value to take where it is masked"
             if name == "x":
                 instead = "x.data, mask=~x.mask"
