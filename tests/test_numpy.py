@@ -246,6 +246,7 @@ def test_out_is_checked():
         (np.empty((6, 4)), ValueError, "dtype float32 of x, but it is of dtype float64"),
         (read_only, ValueError, "out must be writeable .* but it is read-only"),
         ([[0.0] * 4] * 6, TypeError, "out must be a NumPy array, but got list"),
+        (np.ma.masked_array(x), TypeError, "out must not be a masked array.*Pass out.data"),
     ):
         with pytest.raises(error, match=message):
             batch_norm(x, out=out)

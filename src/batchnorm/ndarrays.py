@@ -28,9 +28,8 @@ def check_kinds(name: str, value: Any) -> None:
         if not issubclass(kind, np.ndarray):
             continue
         if issubclass(kind, MaskedArray):
-            instead = f"{name}.filled(value), with the value to take where it is masked"
-            if name == "x":
-                instead = "x.data, mask=~x.mask"
+            filled = f"{name}.filled(value), with the value to take where it is masked"
+            instead = {"x": "x.data, mask=~x.mask", "out": "out.data"}.get(name, filled)
             raise TypeError(
                 f"{name} must not be a masked array, whose mask would be lost. Pass {instead}."
             )
