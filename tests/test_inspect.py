@@ -287,3 +287,12 @@ def test_draws_every_layer():
     assert len(mean.collections[0].get_segments()) == 90
     assert len(mean.get_yticks()) == 45
     assert variance.get_xscale() == "log"
+
+
+def test_names_decades_alone():
+    """Within one decade matplotlib names parts of it too, over one another."""
+    figure = inspect(TORCH | {"running_var": np.array([0.2, 0.3, 0.4])}).figure()
+    figure.draw_without_rendering()
+    parts = figure.axes[1].get_xticklabels(minor=True)
+    assert parts
+    assert not any(each.get_text() for each in parts)

@@ -21,6 +21,7 @@ _MOST_NAMES = 60  # that can be read one below the other
 def draw(report: "Report") -> "Figure":
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
     except ModuleNotFoundError as error:
         raise missing("The picture of a report", "matplotlib", "tools") from error
     states, count = report.layers, len(report.layers)
@@ -52,6 +53,7 @@ def draw(report: "Report") -> "Figure":
     if np.isfinite(variances).any():  # in whole decades
         logarithms = np.log10(variances[np.isfinite(variances)])
         axes[1].set_xscale("log")
+        axes[1].xaxis.set_minor_formatter(NullFormatter())
         axes[1].set_xlim(
             10.0 ** (math.ceil(logarithms.min()) - 1), 10.0 ** (math.floor(logarithms.max()) + 1)
         )
